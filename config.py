@@ -1,0 +1,484 @@
+"""Every option once: dataclasses that are the command line, the checks and the saved configuration.
+
+A field made by `option` is one flag: its name, type, default, help, choices and bounds stand here and nowhere else.
+`parse` turns a command line into a `Config`; all that is wrong with it is gathered and reported at once.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+
+class UserError(Exception):
+    """A mistake that its maker can mend: scripts print it as one line and exit with code 2."""
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a flag.
+
+    Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
+    (a per-task flag's name with {task} in it), `positional`.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Shape of a BERT backbone; the field names are those of a Hugging Face config.json."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"config.json: {self.hidden_size=} is not a multiple of {self.num_attention_heads=}; "
+                "the heads need equal widths"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "BertConfig":
+        """The known keys of a Hugging Face configuration; one that is not a plain BERT is refused.
+
+        Raises UserError where the file describes another architecture, activation or position embedding.
+        """
+        expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+        for key, value in expected.items():
+            if values.get(key, value) != value:
+                raise UserError(f"{source}: {key} is {values[key]!r}, but only {value!r} is supported; choose a BERT")
+        names = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The Hugging Face config.json of this shape."""
+        return {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            **asdict(self),
+        }
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A named set of model choices (METHODS: architectures); each can be overridden by its own flag."""
+
+    backbones: str
+    pair_encoding: str
+    pooling: str
+    pair_features: tuple[str, ...]
+    pair_layer: str
+    clf: str
+    head_layers: int
+    head_batchnorm: bool
+    head_activation: str = "relu"
+    sts_head: str = "regression"
+    sts_projection: bool = False
+    similarity_loss: str = "pearson"
+
+
+ARCHS: dict[str, Arch] = {
+    "yin-yang": Arch(
+        "sentiment-similarity", "siamese", "cls", ("u", "v", "abs", "mul", "cos"), "batchnorm", "conv", 1, True
+    ),
+    "duality": Arch("sentiment-similarity", "siamese", "cls", ("abs", "mul", "cos"), "plain", "conv", 1, False),
+    "baseline": Arch("shared", "siamese", "cls", ("abs",), "none", "conv", 0, False, similarity_loss="mse"),
+    "r1-baseline": Arch("shared", "cross", "cls", (), "none", "linear", 0, False, similarity_loss="mse"),
+    "v1": Arch("shared", "siamese", "cls", ("u", "v"), "none", "linear", 0, False, sts_head="cosine"),
+    "v2": Arch("shared", "cross", "cls", (), "none", "mlp", 1, False, similarity_loss="mse"),
+    "cosine": Arch(
+        "shared", "siamese", "mean", ("u", "v"), "none", "mlp", 1, False, sts_head="cosine", sts_projection=True
+    ),
+    "r4": Arch(
+        "per-task", "siamese", "mean", ("u", "v", "diff"), "none", "mlp", 1, False, "gelu", "cosine", False, "mse"
+    ),
+}
+PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
+
+
+@dataclass
+class DataOptions:
+    """Data."""
+
+    data_dir: str = option("data", "folder with the tasks' csv files")
+    max_bad_rows: int = option(20, "unreadable rows to skip, over all files, before the run is refused", low=0)
+    max_train_examples: int | None = option(None, "use at most this many training examples of each task", low=1)
+    max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
+
+
+@dataclass
+class ModelOptions:
+    """Model. Flags left out follow --arch."""
+
+    arch: str = option("yin-yang", "named set of the choices below", choices=tuple(ARCHS))
+    pretrained: str = option("bert-base-uncased", "start weights: a known name, a hub name or a folder")
+    backbones: str | None = option(
+        None, "how tasks share backbones", choices=("shared", "sentiment-similarity", "per-task")
+    )
+    pair_encoding: str | None = option(None, "pairs as two sequences or joined into one", choices=("siamese", "cross"))
+    pooling: str | None = option(None, "sentence embedding: pooled first token or mean", choices=("cls", "mean"))
+    pair_features: tuple[str, ...] | None = option(
+        None, "comma-separated features of a siamese pair (diff is v-u)", choices=PAIR_FEATURES
+    )
+    pair_layer: str | None = option(
+        None, "layer after the pair features that pair tasks share", choices=("none", "plain", "batchnorm")
+    )
+    clf: str | None = option(None, "kind of head", choices=("linear", "nonlinear", "conv", "mlp"))
+    head_layers: int | None = option(None, "hidden layers of conv and mlp heads", low=0, high=64)
+    head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
+    head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
+    sts_head: str | None = option(None, "similarity from a head or from a cosine", choices=("regression", "cosine"))
+    sts_projection: bool | None = option(None, "one linear layer and activation before the cosine")
+    hidden_dropout_prob: float = option(0.3, "dropout in the heads", low=0.0, high=0.99)
+    backbone_dropout_prob: float = option(0.1, "dropout in the backbones", low=0.0, high=0.99)
+    shared_batchnorm_stats: bool = option(
+        False, "one set of running statistics for all tasks in the shared pair layer, as in R0"
+    )
+
+    def resolved(self) -> "ModelOptions":
+        """These options with what was left out filled in from the arch.
+
+        Raises UserError where explicit choices contradict each other.
+        """
+        explicit = {f.name for f in fields(self) if getattr(self, f.name) is not None}
+        arch = ARCHS[self.arch]
+        names = [f.name for f in fields(arch) if f.name in {g.name for g in fields(self)}]
+        out = replace(self, **{name: getattr(arch, name) for name in names if name not in explicit})
+        if out.pair_encoding == "cross":
+            if self.pair_features:
+                raise UserError(
+                    "--pair_features compares two embeddings, but --pair_encoding cross makes one; drop one of the two"
+                )
+            if self.sts_head == "cosine":
+                raise UserError(
+                    "--sts_head cosine compares two embeddings, but --pair_encoding cross makes one; "
+                    "use --sts_head regression or --pair_encoding siamese"
+                )
+            out = replace(out, pair_features=(), sts_head="regression", sts_projection=False)
+        elif not out.pair_features:
+            raise UserError(
+                "--pair_encoding siamese needs --pair_features, which this arch does not set; "
+                f"name some of {','.join(PAIR_FEATURES)}"
+            )
+        if out.sts_projection and out.sts_head != "cosine":
+            raise UserError("--sts_projection belongs to --sts_head cosine; add that or drop it")
+        return out
+
+
+@dataclass
+class TrainOptions:
+    """Training."""
+
+    epochs: int = option(7, "epochs", low=1)
+    batch_size: int = option(64, "examples per step", low=1)
+    lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0)
+    optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
+    decoupled: bool = option(False, "decoupled weight decay in Adam, Adamax and RAdam")
+    lr_schedule: str = option(
+        "lambda", "course of the learning rate", choices=("constant", "lambda", "cosine", "linear")
+    )
+    lr_lambda: float = option(0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0)
+    warmup: float = option(0.1, "share of all steps that --lr_schedule linear rises for", low=0.0, high=1.0)
+    fine_tune_mode: str = option(
+        "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
+    )
+    routine: str = option("sequential", "which task the next batch comes from", choices=("sequential", "interleave"))
+    clip: float | None = option(None, "largest gradient norm", above=0.0)
+    seed: int = option(11711, "seed of weights, order and dropout", low=0)
+    eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
+    patience: int | None = option(None, "stop after this many evaluations without a better score", low=1)
+
+
+@dataclass
+class RunOptions:
+    """Run."""
+
+    run_dir: str | None = option(None, "folder of this run (default: runs/NAME)")
+    name: str | None = option(None, "name of the run (default: arch and date)")
+    filepath: str | None = option(None, "also save the best checkpoint here")
+    overwrite: bool = option(False, "replace a finished run in --run_dir")
+    resume: bool = option(False, "go on with the unfinished run in --run_dir")
+    use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
+    amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
+    threads: int | None = option(None, "CPU threads", low=1)
+    eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
+    dry_run: bool = option(False, "print the plan and stop")
+    evaluate: str | None = option(
+        None, "score and predict with this checkpoint, without training", metavar="CHECKPOINT"
+    )
+    predict: str | None = option(None, "label the sentences of this file (- for standard input)", metavar="FILE")
+    task: str | None = option(None, "task of --predict")
+    tensorboard: bool = option(True, "write TensorBoard events")
+
+
+@dataclass
+class TaskOptions:
+    """One task's own options; the flags carry its name."""
+
+    enabled: bool = option(False, "train on {title}", template="train_{task}")
+    lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
+    weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
+    num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
+    loss: str = option("", "loss of {title}", template="{task}_loss")
+    train: str | None = option(None, "training file of {title}", template="{task}_train")
+    dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
+    test: str | None = option(None, "test file of {title}", template="{task}_test")
+
+
+@dataclass
+class Config:
+    """All options of a run. `tasks` holds the tasks of this run only, in the table's order."""
+
+    data: DataOptions
+    model: ModelOptions
+    train: TrainOptions
+    run: RunOptions
+    tasks: dict[str, TaskOptions]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, fit for json and for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_dict`. Raises TypeError for an option that does not exist."""
+        groups = {name: group(**values[name]) for name, group in GROUPS.items()}
+        return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
+
+
+GROUPS: dict[str, type] = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
+
+
+class TaskRow(Protocol):
+    """What the command line needs to know of a row of the task table."""
+
+    name: str
+    title: str
+    kind: Any
+    aliases: tuple[str, ...]
+    losses: tuple[str, ...]
+    lr_multiplier: float
+    weight_decay: float
+    by_default: bool
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, since the usage of some eighty flags would bury them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[str]:
+    """`argv` with @files replaced by the flags in them and every flag spelled --with_underscores.
+
+    A file holds flags as a shell would read them, over any number of lines, # starting a comment. The reports print
+    `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`: all are one spelling here.
+    """
+    out: list[str] = []
+    for word in argv:
+        if word.startswith("@"):
+            path = Path(word[1:]).resolve()
+            if path in seen:
+                raise UserError(f"{word}: the file includes itself; remove the line that names it")
+            try:
+                text = path.read_text(encoding="utf-8")
+                out += expand_arguments(shlex.split(text, comments=True), (*seen, path))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
+        elif re.match(r"--?[A-Za-z]", word) and word != "-h":
+            name, equals, value = word.lstrip("-").partition("=")
+            out.append("--" + name.replace("-", "_") + equals + value)
+        else:
+            out.append(word)
+    return out
+
+
+def _value_type(hint: Any) -> Any:
+    """The type inside an optional annotation."""
+    if typing.get_origin(hint) is types.UnionType:
+        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    return hint
+
+
+def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """A converter for argparse that also holds the option's bounds."""
+
+    def convert(text: str) -> Any:
+        if typing.get_origin(kind) is tuple:
+            items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+            for item in items:
+                if item not in metadata["choices"]:
+                    raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")
+            return items
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        low, high, above = (metadata.get(key) for key in ("low", "high", "above"))
+        if value != value or (low is not None and value < low) or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(
+                f"{text} is too small; give {'at least' if above is None else 'more than'} "
+                f"{low if above is None else above}"
+            )
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} is too large; give at most {high}")
+        return value
+
+    return convert
+
+
+def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
+    """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
+    kind, metadata = _value_type(hint), spec.metadata
+    if spec.default not in (None, False, MISSING, ""):
+        shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
+        help += f" (default: {shown})"
+    help = help.replace("%", "%%")
+    flags = [f"--{name}" for name in names]
+    common: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
+    if kind is bool:
+        group.add_argument(*flags, action="store_true", help=help, **common)
+        group.add_argument(*[f"--no_{n}" for n in names], action="store_false", help=argparse.SUPPRESS, **common)
+        return
+    choices = metadata.get("choices")
+    many = typing.get_origin(kind) is tuple
+    if choices and not metadata.get("metavar"):
+        common["metavar"] = "{" + ",".join(choices) + "}"
+    else:
+        common["metavar"] = metadata.get("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    group.add_argument(*flags, type=_checked(kind, metadata), choices=None if many else choices, help=help, **common)
+
+
+def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+    group = parser.add_argument_group((cls.__doc__ or name).strip())
+    hints = typing.get_type_hints(cls)
+    for spec in fields(cls):
+        add_option(group, [spec.name], f"{name}.{spec.name}", spec, hints[spec.name], spec.metadata["help"])
+
+
+def _task_defaults(task: TaskRow) -> TaskOptions:
+    return TaskOptions(lr_multiplier=task.lr_multiplier, weight_decay=task.weight_decay, loss=task.losses[0])
+
+
+def _add_task(parser: argparse.ArgumentParser, task: TaskRow) -> None:
+    group = parser.add_argument_group(task.title)
+    hints = typing.get_type_hints(TaskOptions)
+    defaults = _task_defaults(task)
+    for spec in fields(TaskOptions):
+        names = [spec.metadata["template"].format(task=name) for name in (task.name, *task.aliases)]
+        shown = field(
+            default=getattr(defaults, spec.name),
+            metadata={**spec.metadata, **({"choices": task.losses} if spec.name == "loss" else {})},
+        )
+        help = spec.metadata["help"].format(title=task.title)
+        add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
+
+
+def build_parser(tasks: Mapping[str, TaskRow], prog: str, description: str) -> OneLineParser:
+    """The parser of the training script: a group for each dataclass and one for each row of the task table."""
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [flags] [@file-of-flags]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    for name, cls in GROUPS.items():
+        _add_group(parser, name, cls)
+    for task in tasks.values():
+        _add_task(parser, task)
+    return parser
+
+
+def assemble(given: Mapping[str, Any], tasks: Mapping[str, TaskRow]) -> Config:
+    """A Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
+
+    Raises UserError, naming all problems at once.
+    """
+    groups = {
+        name: cls(**{key.split(".")[1]: value for key, value in given.items() if key.split(".")[0] == name})
+        for name, cls in GROUPS.items()
+    }
+    groups["model"] = groups["model"].resolved()
+    similarity_loss = ARCHS[groups["model"].arch].similarity_loss
+    options = {}
+    for task in tasks.values():
+        defaults = _task_defaults(task)
+        if task.kind == "similarity" and similarity_loss in task.losses:
+            defaults.loss = similarity_loss
+        own = {key.split(".")[2]: value for key, value in given.items() if key.startswith(f"tasks.{task.name}.")}
+        options[task.name] = replace(defaults, **own)
+    named = [name for name, chosen in options.items() if chosen.enabled]
+    chosen = named or [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
+    if not chosen:
+        raise UserError("no task is left to train on; give at least one --train_NAME")
+    config = Config(tasks={name: replace(options[name], enabled=True) for name in options if name in chosen}, **groups)
+    problems = check(config, tasks)
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def check(config: Config, tasks: Mapping[str, TaskRow]) -> list[str]:
+    """What is wrong with a combination of options, a sentence each."""
+    problems = []
+    run, train = config.run, config.train
+    if run.predict is not None and run.evaluate is None:
+        problems.append("--predict needs a trained model; name its checkpoint with --evaluate")
+    if run.predict is not None and run.task is None:
+        problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
+    known = {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
+    if run.task is not None and run.task not in known:
+        problems.append(f"--task {run.task} is none of {', '.join(known)}")
+    if run.overwrite and run.resume:
+        problems.append("--overwrite starts afresh and --resume goes on; give one of the two")
+    if run.resume and run.run_dir is None:
+        problems.append("--resume needs --run_dir, the folder of the unfinished run")
+    if train.optim == "SparseAdam":
+        problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
+    if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
+        problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
+    return problems
+
+
+def parse(argv: Sequence[str], tasks: Mapping[str, TaskRow], prog: str, description: str) -> Config:
+    """The configuration that a command line asks for.
+
+    Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
+    """
+    namespace = build_parser(tasks, prog, description).parse_args(expand_arguments(argv))
+    return assemble(vars(namespace), tasks)
+
+
+def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

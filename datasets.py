@@ -1,0 +1,401 @@
+"""From the course's csv files to examples, token ids and packed batches.
+
+The files are tab-separated in spite of their name, with a header line. As a script, `python datasets.py --out data`
+fetches the course's files and verifies them.
+"""
+
+import csv
+import hashlib
+import http.client
+import math
+import os
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import DataOptions, OneLineParser, TaskOptions, UserError, run_script
+from packing import PackedBatch, pack, ragged_rows
+from tasks import Task
+from tokenizer import Tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """One split of one task, column by column.
+
+    `texts` has a list for each text column. `labels` is [N]: int64 for classes and binary, float32 for similarity
+    (never rounded), None where the file has no label column.
+    """
+
+    task: Task
+    split: str  # train, dev or test
+    path: Path
+    ids: list[str]
+    texts: tuple[list[str], ...]
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, count: int, seed: int) -> "Examples":
+        """A random subset of `count` examples in file order; self where there are no more than that."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), size=count, replace=False))
+        return Examples(
+            self.task,
+            self.split,
+            self.path,
+            [self.ids[i] for i in chosen],
+            tuple([column[i] for i in chosen] for column in self.texts),
+            None if self.labels is None else self.labels[chosen],
+        )
+
+
+class BadRows:
+    """Counts unreadable rows over all files of a run, reports each, and refuses the run past the limit.
+
+    A run within the limit has every row reported. Past it the run is refused anyway, so that the reports stop there
+    (a wrong column of labels would print a line for each of 280,000 rows) and only the count goes on.
+    """
+
+    SHOWN = 3  # places that the final error repeats
+
+    def __init__(self, limit: int, report: Callable[[str], None]) -> None:
+        self.limit = limit
+        self.report = report
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, path: Path, line_number: int, reason: str) -> None:
+        """Report "FILE:LINE: reason" and count it."""
+        place = f"{path}:{line_number}: {reason}"
+        self.count += 1
+        if len(self.first) < self.SHOWN:
+            self.first.append(place)
+        if self.count <= self.limit + 1:
+            self.report(place)
+
+    def check(self) -> None:
+        """Raise UserError where there are more unreadable rows than the limit allows."""
+        if self.count > self.limit:
+            more = "; ..." if self.count > len(self.first) else ""
+            raise UserError(
+                f"unreadable rows: {self.count:,}, more than --max_bad_rows {self.limit} "
+                f"({'; '.join(self.first)}{more}); mend the file or raise --max_bad_rows"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+_SOURCE = "fetch the course's files with `python datasets.py --out data` or try --data_dir data/sample"
+
+
+class _BadRow(Exception):
+    """Why a row cannot be read."""
+
+
+def _fields(line: bytes) -> list[str]:
+    """The fields of one line.
+
+    Standard csv quoting, like the course's own reader: `"He said ""no""."` is He said "no". On all eleven files at hand
+    csv quoting and csv.QUOTE_NONE count the same rows, one for each line; but the latter leaves the wrapping and the
+    doubled quotes in the sentences (about 1,900 rows). No field holds a line break, so that each line is parsed by
+    itself: one broken quote costs one row, where a parser of the whole file would swallow lines up to the next quote.
+    `strict` makes it an error; otherwise what follows the quote would silently become part of the text.
+    The parser drops the carriage return of a CRLF line end.
+    """
+    if b"\0" in line:
+        raise _BadRow("holds a NUL byte")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from None
+    try:
+        return next(csv.reader((text,), delimiter="\t", strict=True), [])
+    except csv.Error as error:
+        raise _BadRow(f"has a broken quote or field ({str(error)!r})") from None
+
+
+def _clean(text: str) -> str:
+    """White space collapsed and stripped. Case and punctuation are left to the tokenizer."""
+    return " ".join(text.split())
+
+
+def _label(text: str, task: Task) -> float:
+    """The label of one row; a whole number unless the task is a similarity."""
+    text = text.strip()
+    if not text:
+        raise _BadRow(f"{task.label_column} is missing")
+    try:
+        value = float(text)
+    except ValueError:
+        raise _BadRow(f"{task.label_column} {text[:40]!r} is not a number") from None
+    low, high = task.label_range
+    if not low <= value <= high:  # also true of nan
+        raise _BadRow(f"{task.label_column} {text[:40]} is outside {low:g} to {high:g}")
+    if task.kind != "similarity" and value != int(value):
+        raise _BadRow(f"{task.label_column} {text[:40]} is not a whole number")
+    return value
+
+
+def _row(line: bytes, header: Sequence[str], task: Task) -> tuple[str, list[str], float]:
+    """Id, texts and label of one line; the label is nan where there is no label column."""
+    fields = _fields(line)
+    if len(fields) != len(header):
+        amount = "few" if len(fields) < len(header) else "many"
+        raise _BadRow(f"too {amount} fields, {len(fields)} instead of {len(header)}")
+    row = dict(zip(header, fields, strict=True))
+    row_id = row["id"].strip()
+    if not row_id:
+        raise _BadRow("id is missing")
+    texts = [_clean(row[name]) for name in task.text_columns]
+    if not all(texts):
+        raise _BadRow(f"{task.text_columns[texts.index('')]} is empty")
+    return row_id, texts, _label(row[task.label_column], task) if task.label_column in row else math.nan
+
+
+def _header(content: bytes, path: Path, task: Task, split: str) -> list[str]:
+    """The column names in the first line; raises UserError unless each wanted one is there once."""
+    try:
+        header = [name.strip() for name in _fields(content.split(b"\n", 1)[0])]
+    except _BadRow as error:
+        raise UserError(
+            f"{path}: the first line {error}: the file looks binary or damaged; give a tab-separated text file in UTF-8"
+        ) from None
+    wanted = ["id", *task.text_columns]
+    if split != "test" or task.label_column in header:
+        wanted.append(task.label_column)
+    if all(header.count(name) == 1 for name in wanted):
+        return header
+    if b"\0" in content[:4096]:
+        raise UserError(f"{path}: looks binary (NUL bytes); give a tab-separated text file in UTF-8")
+    raise UserError(
+        f"{path}: wrong columns for {task.title}: expected {', '.join(wanted)} once each and separated by tabs, "
+        f"but found {repr(header)[:200]}"
+    )
+
+
+def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Examples:
+    """All readable rows of a file; the others go to `bad_rows`, whose limit is checked when every row was bad.
+
+    Columns are found by their names and others are ignored. Labels are read where there is a label column, which
+    only a test file may lack. CRLF line ends and a byte order mark are accepted.
+
+    Raises UserError for a file that is unreadable, empty, binary, without rows or with the wrong columns.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    content = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    if not content:
+        raise UserError(f"{path}: the file is empty; {_SOURCE}")
+    header = _header(content, path, task, split)
+    lines = content.split(b"\n")[1:]
+    if not lines:
+        raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
+    seen: dict[str, int] = {}  # id -> its line
+    rows: list[tuple[list[str], float]] = []
+    first_bad = ""
+    for number, line in enumerate(lines, start=2):
+        try:
+            row_id, row_texts, label = _row(line, header, task)
+            if row_id in seen:
+                raise _BadRow(f"id {row_id[:40]!r} was already used in line {seen[row_id]}")
+        except _BadRow as error:
+            first_bad = first_bad or f"line {number}: {error}"
+            bad_rows.add(path, number, str(error))
+        else:
+            seen[row_id] = number
+            rows.append((row_texts, label))
+    if not seen:
+        bad_rows.check()
+        raise UserError(f"{path}: none of its {len(lines)} rows can be read ({first_bad}); mend the file")
+    texts = tuple([row_texts[i] for row_texts, _ in rows] for i in range(len(task.text_columns)))
+    labels = None
+    if task.label_column in header:
+        dtype = np.float32 if task.kind == "similarity" else np.int64
+        labels = np.array([label for _, label in rows], dtype=dtype)  # [N]
+    return Examples(task, split, path, list(seen), texts, labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding a task's files
+
+SUBSET_SEED = 0  # --max_train_examples takes the same rows whatever --seed is, so that runs can be compared
+
+
+def find_file(data_dir: Path, override: str | None, task: Task, split: str) -> Path | None:
+    """The file of a split: the override, else the task's own name inside `data_dir`; None where there is none.
+
+    Raises UserError where an override does not exist.
+    """
+    path = data_dir / task.files[split] if override is None else Path(override)
+    if os.path.isfile(path):
+        return path
+    if override is not None:
+        raise UserError(f"--{task.name}_{split} {override}: there is no such file; check the path")
+    return None
+
+
+def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
+    """The examples of a split, at most --max_train_examples of train; None for a test file that does not exist.
+
+    Raises UserError for a missing train or dev file, for what `read_examples` refuses and past --max_bad_rows.
+    """
+    override = {"train": options.train, "dev": options.dev, "test": options.test}[split]
+    path = find_file(Path(data.data_dir), override, task, split)
+    if path is None and split == "test":
+        return None
+    if path is None:
+        raise UserError(
+            f"{Path(data.data_dir) / task.files[split]}: there is no {split} file of {task.title}; "
+            f"name it with --{task.name}_{split} or its folder with --data_dir, or {_SOURCE}"
+        )
+    examples = read_examples(path, task, split, bad_rows)
+    bad_rows.check()
+    if split == "train" and data.max_train_examples is not None:
+        return examples.take(data.max_train_examples, SUBSET_SEED)
+    return examples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token ids and packed batches
+
+
+class TaskData:
+    """One tokenised split of one task, from which any batch can be made."""
+
+    def __init__(self, examples: Examples, tokenizer: Tokenizer, pair_encoding: str) -> None:
+        """Tokenise `examples`; with `cross`, the two texts of a pair become one sequence."""
+        self.examples = examples
+        if examples.task.is_pair and pair_encoding == "cross":
+            self.tokens = [tokenizer.encode(examples.texts[0], examples.texts[1])]
+        else:
+            self.tokens = [tokenizer.encode(texts) for texts in examples.texts]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def truncated(self) -> int:
+        """Sequences that lost tokens to --max_length."""
+        return sum(tokens.truncated for tokens in self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example [N], both texts of a pair together."""
+        return np.sum([np.diff(tokens.offsets) for tokens in self.tokens], axis=0)
+
+    def batch(self, indices: np.ndarray) -> PackedBatch:
+        """The examples [B] as one packed batch: B sequences, or 2B for siamese pairs, first texts before second."""
+        ids, lengths, second = [], [], []
+        for tokens in self.tokens:
+            starts = tokens.offsets[indices]
+            own = tokens.offsets[indices + 1] - starts
+            ids.append(tokens.input_ids[ragged_rows(starts, own)])
+            lengths.append(own)
+            second.append(tokens.second_start[indices])
+        return pack(np.concatenate(ids), np.concatenate(lengths), np.concatenate(second))
+
+    def labels(self, indices: np.ndarray) -> torch.Tensor:
+        """The examples' labels [B]: int64 classes and 0/1, or float32 similarities."""
+        assert self.examples.labels is not None, f"{self.examples.path} has no labels"
+        return torch.from_numpy(self.examples.labels[indices])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fetching
+
+COURSE_URL = (
+    "https://raw.githubusercontent.com/amahankali10/CS224N-Spring2024-DFP-Student-Handout/"
+    "3f64c60c8a0e40a9fe581235b08f4607ff187077/data"
+)
+COURSE_FILES = {  # file -> git blob id, the course's files of 2024
+    "ids-cfimdb-dev.csv": "8a0f5dcf3d40189b96c801a12cd79bf8003e61de",
+    "ids-cfimdb-test-student.csv": "1e789c709b3ca0511f027a309b6d8bd21cde41b2",
+    "ids-cfimdb-train.csv": "cd57bcbd2f7214ea6dd1783d3e885d324b1f478d",
+    "ids-sst-dev.csv": "3171aa629a340809d2db4a50df8f6e5ec9420ab0",
+    "ids-sst-test-student.csv": "bbd2313758825f86e24416d6aad64cd93370cf7a",
+    "ids-sst-train.csv": "9cb7333cb1dae49c2bd2a4b56a24882a6e8704b5",
+    "quora-dev.csv": "97f9430a53b7f5544f857ff27a236c40bb42b5c7",
+    "quora-test-student.csv": "a1b1e5ba3ef282ba1e9b169c509eb80dbbc68666",
+    "quora-train.csv": "1f2e73b884113e629e2786001fb9cc8ae4a696c1",
+    "sts-dev.csv": "9392860e584717976b8d817cc40c9e6ceeec27e0",
+    "sts-test-student.csv": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
+    "sts-train.csv": "12b17760e7795fee35aeeabc290d5651de02622a",
+}
+TIMEOUT = 30.0  # seconds without an answer
+
+
+def git_blob_id(content: bytes) -> str:
+    """The id that git gives a file of this content, 40 hexadecimal digits."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _download(url: str, name: str) -> bytes:
+    """The bytes behind a URL, with a progress bar."""
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            with tqdm(total=answer.length, desc=name, unit="B", unit_scale=True, leave=False) as progress:
+                while chunk := answer.read(1 << 16):
+                    content += chunk
+                    progress.update(len(chunk))
+            if answer.length:  # bytes still owed
+                raise http.client.IncompleteRead(bytes(content), answer.length)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{name}: cannot be fetched from {url} ({error}); check the network and run this again, "
+            "or copy the file there by hand"
+        ) from error
+    return bytes(content)
+
+
+def fetch(out: Path, url: str = COURSE_URL, files: Mapping[str, str] = COURSE_FILES) -> None:
+    """Download `files` (name -> git blob id) from the folder `url` into `out`; verified ones already there are kept.
+
+    Each is written to a temporary file and renamed, so that what has its final name is whole. Raises UserError for a
+    failed download, a wrong checksum, a different file of that name in the way and a folder that cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, blob_id in files.items():
+            path = out / name
+            if path.exists():
+                if git_blob_id(path.read_bytes()) != blob_id:
+                    raise UserError(f"{path}: is not the course's file; move it away or give another --out")
+                print(f"{path}: already there")
+                continue
+            content = _download(f"{url}/{name}", name)
+            if (found := git_blob_id(content)) != blob_id:
+                raise UserError(
+                    f"{name}: wrong checksum: fetched {found}, expected {blob_id}; nothing was kept, run this again"
+                )
+            partial = path.with_name(name + ".part")
+            partial.write_bytes(content)
+            os.replace(partial, path)
+            print(f"{path}: {len(content):,} bytes, verified")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error}); give a folder that can") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fetch the course's files."""
+    parser = OneLineParser(prog="datasets.py", description="Fetch the course's files of 2024 and verify them.")
+    parser.add_argument("--out", default="data", help="folder to put them in (default: %(default)s)")
+    fetch(Path(parser.parse_args(argv).out), COURSE_URL)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,112 @@
+"""Predict, score and write predictions: the same code for training, evaluation and ensembles."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from datasets import TaskData
+from tasks import Task
+
+Scores = dict[str, Any]
+
+
+def predict(
+    model: nn.Module, data: TaskData, device: torch.device, batch_size: int, amp: torch.dtype | None = None
+) -> np.ndarray:
+    """The model's raw outputs for every example of `data`, in its order: [N, classes] or [N], float32.
+
+    Batches are made of examples of similar length; the model is in evaluation mode and left in the mode it had.
+    """
+    training = model.training
+    model.eval()
+    outputs: list[torch.Tensor] = []
+    by_length = np.argsort(-data.lengths, kind="stable")
+    task = data.examples.task
+    blocks = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    with torch.inference_mode(), torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        for block in tqdm(blocks, desc=f"{task.name} {data.examples.split}", unit="batch", leave=False):
+            outputs.append(model(task.name, data.batch(block).to(device)).float())
+    model.train(training)
+    joined = torch.cat(outputs).cpu().numpy()
+    restored = np.empty_like(joined)
+    restored[by_length] = joined
+    return restored
+
+
+def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Raw outputs as probabilities [N, classes] (classes) or [N] (binary); similarities stay as they are."""
+    if task.kind == "classes":
+        return torch.from_numpy(outputs).softmax(dim=1).numpy()
+    if task.kind == "binary":
+        return torch.from_numpy(outputs).sigmoid().numpy()
+    return outputs
+
+
+def decide(task: Task, values: np.ndarray) -> np.ndarray:
+    """Labels from probabilities (or similarities): the likeliest class, 1 from one half on, or the value itself."""
+    if task.kind == "classes":
+        return values.argmax(axis=1)
+    if task.kind == "binary":
+        return (values >= 0.5).astype(np.int64)
+    return values
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation in float64; 0 where one side is constant, since nothing was predicted."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else 0.0
+
+
+def score_task(task: Task, values: np.ndarray, labels: np.ndarray) -> Scores:
+    """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N].
+
+    classes and binary: accuracy and f1 (macro for classes); similarity: pearson and spearman.
+    """
+    decided = decide(task, values)
+    if task.kind == "similarity":
+        from scipy.stats import rankdata
+
+        return {
+            "pearson": correlation(decided, labels),
+            "spearman": correlation(rankdata(decided), rankdata(labels)),
+        }
+    from sklearn.metrics import f1_score
+
+    average = "macro" if task.kind == "classes" else "binary"
+    f1 = f1_score(labels, decided, average=average, zero_division=0.0)
+    return {"accuracy": float((decided == labels).mean()), "f1": float(f1)}
+
+
+def primary(task: Task, scores: Scores) -> float:
+    """The one figure a task is compared by: accuracy, or Pearson correlation."""
+    return float(scores["pearson" if task.kind == "similarity" else "accuracy"])
+
+
+def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
+    """The tasks' scores with `score`, the mean of accuracies and (1+r)/2, and `score_raw_r`, which averages r itself.
+
+    The first is the course leaderboard's and chooses the best checkpoint; R2 (tables 6 to 8) and R3 print the second.
+    """
+    raw = [primary(tasks[name], scores) for name, scores in by_task.items()]
+    normalised = [
+        (1 + value) / 2 if tasks[name].kind == "similarity" else value for name, value in zip(by_task, raw, strict=True)
+    ]
+    return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}
+
+
+def write_predictions(path: Path, task: Task, ids: list[str], values: np.ndarray) -> None:
+    """Write labels for `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`."""
+    decided = decide(task, values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"id \t {task.prediction_column} \n")
+        for example, label in zip(ids, decided.tolist(), strict=True):
+            file.write(f"{example} , {label} \n")

@@ -1,0 +1,263 @@
+"""MultitaskBERT: backbones, pair features, heads and freezing, assembled from `ModelOptions` and the task table."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert import BertModel
+from config import BertConfig, ModelOptions, UserError
+from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
+from tasks import Task
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+CONV_CHANNELS, CONV_WIDTH = 4, 3
+LABEL_SCALE = 5.0  # a cosine of 1 is the highest similarity label
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over [N, C] or [N, C, L] with running statistics of their own for each name in `stats`.
+
+    A layer that several tasks share sees batches of all of them; with one set of statistics the task trained last
+    would set the scale on which every other task is evaluated. A batch with one value per channel has no variance and
+    is normalised with the running statistics.
+    """
+
+    momentum, eps = 0.1, 1e-5
+
+    def __init__(self, channels: int, stats: Sequence[str] = ("all",)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        for name in stats:
+            self.register_buffer(f"running_mean_{name}", torch.zeros(channels))
+            self.register_buffer(f"running_var_{name}", torch.ones(channels))
+
+    def forward(self, x: Tensor, stats: str = "all") -> Tensor:
+        """The normalised `x`; in training also updates the running statistics of `stats`."""
+        mean, var = self.get_buffer(f"running_mean_{stats}"), self.get_buffer(f"running_var_{stats}")
+        use_batch = self.training and x.numel() > x.shape[1]
+        return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, self.momentum, self.eps)
+
+
+class PairLayer(nn.Module):
+    """The similarity feature layer that pair tasks share (R0, appendix I): Linear-[BN]-ReLU-Linear-[BN]."""
+
+    def __init__(self, width_in: int, width_out: int, batchnorm: bool, stats: Sequence[str]) -> None:
+        super().__init__()
+        self.stats = tuple(stats)
+        self.dense = nn.Linear(width_in, width_out)
+        self.out = nn.Linear(width_out, width_out)
+        self.norm = BatchNorm(width_out, stats) if batchnorm else None
+        self.out_norm = BatchNorm(width_out, stats) if batchnorm else None
+
+    def forward(self, features: Tensor, task: str) -> Tensor:
+        """[B, width_in] to [B, width_out]."""
+        stats = task if task in self.stats else self.stats[0]
+        hidden = self.dense(features)
+        hidden = F.relu(hidden if self.norm is None else self.norm(hidden, stats))
+        out = self.out(hidden)
+        return out if self.out_norm is None else self.out_norm(out, stats)
+
+
+class CosineHead(nn.Module):
+    """Similarity as the scaled cosine of two embeddings, after an optional linear layer and activation (R3, R4)."""
+
+    def __init__(self, width: int, options: ModelOptions) -> None:
+        super().__init__()
+        self.projection = nn.Sequential(nn.Dropout(options.hidden_dropout_prob))
+        if options.sts_projection:
+            self.projection.extend([nn.Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two [B, H] to [B, 1], between -5 and 5."""
+        return LABEL_SCALE * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
+
+
+def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> nn.Sequential:
+    """A head from features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
+
+    linear: Linear. nonlinear: Linear(H/2)-[BN]-act-Linear. conv: Conv1d(1, 4, 3)-[BN]-Flatten, then --head_layers x
+    (Linear(H/2)-[BN]-act), Linear. mlp: --head_layers x (Linear(H)-act-Dropout), Linear. Dropout stands before each.
+    """
+    layers: list[nn.Module] = [nn.Dropout(options.hidden_dropout_prob)]
+    activation = ACTIVATIONS[str(options.head_activation)]
+    depth = {"linear": 0, "nonlinear": 1}.get(str(options.clf), options.head_layers or 0)
+    if options.clf == "conv":
+        layers += [nn.Unflatten(1, (1, width)), nn.Conv1d(1, CONV_CHANNELS, CONV_WIDTH)]
+        layers += [BatchNorm(CONV_CHANNELS)] if options.head_batchnorm else []
+        layers += [nn.Flatten()]
+        width = CONV_CHANNELS * (width - CONV_WIDTH + 1)
+    inner = hidden if options.clf == "mlp" else hidden // 2
+    for _ in range(depth):
+        layers += [nn.Linear(width, inner)]
+        if options.clf == "mlp":
+            layers += [activation(), nn.Dropout(options.hidden_dropout_prob)]
+        else:
+            layers += [BatchNorm(inner)] if options.head_batchnorm else []
+            layers += [activation()]
+        width = inner
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+def pair_features(u: Tensor, v: Tensor, names: Sequence[str]) -> Tensor:
+    """The named features of two embeddings [B, H], side by side: u, v, abs(u-v), u*v, cos [B, 1], v-u."""
+    made = {
+        "u": lambda: u,
+        "v": lambda: v,
+        "abs": lambda: (u - v).abs(),
+        "mul": lambda: u * v,
+        "cos": lambda: F.cosine_similarity(u, v)[:, None],
+        "diff": lambda: v - u,
+    }
+    return torch.cat([made[name]() for name in names], dim=1)
+
+
+class MultitaskBERT(nn.Module):
+    """Backbones, the shared pair layer and one head per task of `tasks`.
+
+    All backbones have the shape of `bert_config`. Only the heads and backbones that `tasks` need are built.
+    """
+
+    def __init__(self, options: ModelOptions, bert_config: BertConfig, tasks: Mapping[str, Task]) -> None:
+        super().__init__()
+        self.options = options
+        self.bert_config = bert_config
+        self.tasks = dict(tasks)
+        self.backbone_of = {name: self._backbone_name(task) for name, task in tasks.items()}
+        self.backbones = nn.ModuleDict(
+            {name: BertModel(bert_config) for name in dict.fromkeys(self.backbone_of.values())}
+        )
+        hidden = bert_config.hidden_size
+        pairs = [name for name, task in tasks.items() if task.is_pair]
+        feature_width = hidden
+        if options.pair_encoding == "siamese":
+            feature_width = sum(1 if name == "cos" else hidden for name in options.pair_features or ())
+        self.pair_layer = None
+        if pairs and options.pair_layer != "none":
+            stats = ("all",) if options.shared_batchnorm_stats else pairs
+            self.pair_layer = PairLayer(feature_width, 2 * hidden, options.pair_layer == "batchnorm", stats)
+            feature_width = 2 * hidden
+        self.heads = nn.ModuleDict()
+        for name, task in tasks.items():
+            if self._has_cosine_head(task):
+                self.heads[name] = CosineHead(hidden, options)
+            else:
+                width = feature_width if task.is_pair else hidden
+                self.heads[name] = build_head(options, width, hidden, task.num_outputs)
+
+    def _backbone_name(self, task: Task) -> str:
+        return {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}[
+            str(self.options.backbones)
+        ]
+
+    def _has_cosine_head(self, task: Task) -> bool:
+        return task.kind == "similarity" and self.options.sts_head == "cosine"
+
+    def backbone(self, task: str) -> BertModel:
+        """The backbone that serves a task."""
+        module = self.backbones[self.backbone_of[task]]
+        assert isinstance(module, BertModel)
+        return module
+
+    def is_siamese(self, task: str) -> bool:
+        """Whether a batch of B examples of this task holds 2B sequences, all first texts before all second ones."""
+        return self.tasks[task].is_pair and self.options.pair_encoding == "siamese"
+
+    def forward(self, task: str, batch: PackedBatch) -> Tensor:
+        """Outputs of `task` for a packed batch: logits [B, classes], or [B] for one logit or one similarity."""
+        embedding = self.backbone(task).sentence_embedding(batch, str(self.options.pooling))
+        out = self.classify(task, embedding).float()
+        return out if self.tasks[task].kind == "classes" else out.squeeze(1)
+
+    def classify(self, task: str, embedding: Tensor) -> Tensor:
+        """Sentence embeddings ([B, H], or [2B, H] for siamese pairs) to outputs [B, outputs]."""
+        if not self.tasks[task].is_pair:
+            return self.heads[task](embedding)
+        if self.is_siamese(task):
+            u, v = embedding.chunk(2)
+            if self._has_cosine_head(self.tasks[task]):
+                return self.heads[task](u, v)
+            embedding = pair_features(u, v, self.options.pair_features or ())
+        if self.pair_layer is not None:
+            embedding = self.pair_layer(embedding, task)
+        return self.heads[task](embedding)
+
+    def predict_sentiment(self, input_ids: Tensor | PackedBatch, attention_mask: Tensor | None = None) -> Tensor:
+        """SST logits [B, 5] from padded tensors [B, L] or from a packed batch."""
+        if isinstance(input_ids, PackedBatch):
+            return self("sst", input_ids)
+        assert attention_mask is not None
+        return self("sst", pack_padded(input_ids, attention_mask))
+
+    def predict_paraphrase(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
+        """Quora logits [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2) [B, L], or a packed batch."""
+        return self._predict_pair("para", first, *rest)
+
+    def predict_similarity(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
+        """STS similarities [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2), or a packed batch."""
+        return self._predict_pair("sts", first, *rest)
+
+    def _predict_pair(self, task: str, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
+        if isinstance(first, PackedBatch):
+            return self(task, first)
+        join = stack_padded_pairs if self.is_siamese(task) else join_padded_pairs
+        return self(task, join(first, *rest))
+
+    def manage_freezing(self, structure: str) -> None:
+        """Freeze or unfreeze the backbones: `freezeall`, `unfreezeall` or `unfreezetopN` (R0, appendix B).
+
+        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads always train.
+        """
+        for backbone in self.backbones.values():
+            assert isinstance(backbone, BertModel)
+            set_trainable(backbone, structure)
+
+    def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        """The model's parts with their parameters, for tables: each backbone, the pair layer, each head."""
+        for name, backbone in self.backbones.items():
+            yield f"backbone {name}", list(backbone.parameters())
+        if self.pair_layer is not None:
+            yield "pair layer", list(self.pair_layer.parameters())
+        for name, head in self.heads.items():
+            yield f"head {name}", list(head.parameters())
+
+    def task_parameters(self, task: str) -> list[nn.Parameter]:
+        """Every parameter that a batch of `task` can reach."""
+        reached: list[nn.Module] = [self.backbone(task), self.heads[task]]
+        if self.pair_layer is not None and self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task]):
+            reached.append(self.pair_layer)
+        return [parameter for module in reached for parameter in module.parameters()]
+
+
+def set_trainable(backbone: BertModel, structure: str) -> None:
+    """Apply one freezing command to one backbone; see MultitaskBERT.manage_freezing.
+
+    Raises UserError for an unknown command or for more layers than there are.
+    """
+    depth = len(backbone.bert_layers)
+    match = re.fullmatch(r"freezeall|unfreezeall|unfreezetop(\d+)", structure)
+    if match is None or int(match[1] or 0) > depth:
+        raise UserError(
+            f"unfreezing command {structure!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}"
+        )
+    backbone.requires_grad_(structure == "unfreezeall")
+    if match[1]:
+        backbone.pooler_dense.requires_grad_(True)
+        for layer in backbone.bert_layers[depth - int(match[1]) :]:
+            layer.requires_grad_(True)
+
+
+def freezing_command(fine_tune_mode: str, epoch: int, depth: int) -> str:
+    """What trains in `epoch` (counted from 0) of backbones with `depth` layers.
+
+    iterative (R0, B.2): heads only, then the top quarter, half and three quarters of the layers, then everything.
+    """
+    if fine_tune_mode == "last-layer":
+        return "freezeall"
+    if fine_tune_mode == "full-model" or epoch >= 4:
+        return "unfreezeall"
+    return "freezeall" if epoch == 0 else f"unfreezetop{math.ceil(depth * epoch / 4)}"

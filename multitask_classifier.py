@@ -1,0 +1,229 @@
+"""Train and test a multitask minBERT on sentiment, paraphrases and similarity.
+
+python multitask_classifier.py --data_dir data/sample --pretrained all-MiniLM-L6-v2
+python multitask_classifier.py @recipes/yin-yang.args --use_gpu
+python multitask_classifier.py --evaluate best.pt --data_dir data
+echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict - --task sst
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import Config, UserError, parse, run_script
+from tasks import TASKS, Task
+
+# torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
+if TYPE_CHECKING:
+    from datasets import Examples, TaskData
+    from evaluation import Scores
+    from multitask_bert import MultitaskBERT
+    from tokenizer import Tokenizer
+    from training.device import Device
+
+Splits = dict[str, "Examples"]
+Tokenised = dict[str, "TaskData"]
+
+
+def say(line: str) -> None:
+    """Print a line at once, even into a file."""
+    print(line, flush=True)
+
+
+def read_splits(config: Config, tasks: dict[str, Task], names: Sequence[str]) -> dict[str, Splits]:
+    """The examples of each named split, by task; tasks without a test file are left out of it, and said so."""
+    from datasets import BadRows, load_split
+
+    bad_rows = BadRows(config.data.max_bad_rows, lambda line: say(f"skipped row {line}"))
+    splits: dict[str, Splits] = {name: {} for name in names}
+    for split in names:
+        for name, task in tasks.items():
+            examples = load_split(config.data, config.tasks[name], task, split, bad_rows)
+            if examples is None:
+                say(f"{task.title}: no test file {task.files['test']}, so no test predictions")
+            else:
+                splits[split][name] = examples
+    if bad_rows.count:
+        say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {config.data.max_bad_rows})")
+    return splits
+
+
+def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT, Tokenizer]":
+    """A model with pretrained backbones and fresh heads, and the tokenizer that belongs to it."""
+    from dataclasses import replace
+
+    import torch
+
+    from base_bert import load_weights, read_config, resolve_pretrained
+    from multitask_bert import MultitaskBERT
+    from tokenizer import load_tokenizer
+
+    folder = resolve_pretrained(config.model.pretrained)
+    dropout = config.model.backbone_dropout_prob
+    bert_config = replace(read_config(folder), hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    if config.data.max_length > bert_config.max_position_embeddings:
+        raise UserError(
+            f"--max_length {config.data.max_length}: {config.model.pretrained} has only "
+            f"{bert_config.max_position_embeddings} positions; give at most that"
+        )
+    torch.manual_seed(config.train.seed)
+    model = MultitaskBERT(config.model, bert_config, tasks)
+    weights = load_weights(folder, bert_config)
+    for backbone in model.backbones.values():
+        backbone.load_state_dict(weights)
+    return model, load_tokenizer(folder, config.data.max_length)
+
+
+def tokenise(splits: dict[str, Splits], tokenizer: "Tokenizer", model: "MultitaskBERT") -> "dict[str, Tokenised]":
+    """Token ids for every split; sequences that had to be cut are counted and said."""
+    from datasets import TaskData
+
+    encoding = str(model.options.pair_encoding)
+    data = {
+        split: {name: TaskData(examples, tokenizer, encoding) for name, examples in by_task.items()}
+        for split, by_task in splits.items()
+    }
+    truncated = sum(own.truncated for by_task in data.values() for own in by_task.values())
+    if truncated:
+        say(f"truncated {truncated} sequences to {tokenizer.max_length} tokens (--max_length)")
+    return data
+
+
+def setup(config: Config) -> "Device":
+    """Threads and device, as the flags ask."""
+    import torch
+
+    from training.device import choose_device
+
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    return choose_device(config.run.use_gpu, config.run.amp, say)
+
+
+def train(config: Config) -> None:
+    """Train, then score and predict with the best checkpoint."""
+    tasks = {name: TASKS[name] for name in config.tasks}
+    splits = read_splits(config, tasks, ["train", "dev", "test"])
+    from training.checkpoint import RunDirectory, load, load_weights_into
+    from training.loop import Trainer
+    from training.plan import checkpoint_bytes, describe
+
+    device = setup(config)
+    model, tokenizer = build_model(config, tasks)
+    data = tokenise(splits, tokenizer, model)
+    if config.run.dry_run:
+        say(describe(config, model, data["train"]))
+        return
+    run = RunDirectory.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
+    run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
+    run.begin(config)
+    say(f"{device.name}; run directory {run.path}")
+    trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say)
+    trainer.fit()
+    best = load(run.best)
+    load_weights_into(model, best["weights"], run.best)
+    scores = report(model, data["dev"], data["test"], device, config.run.eval_batch_size, run.predictions)
+    run.write_json("scores.json", {"dev": scores, "epoch": best["epoch"], "checkpoint": run.best.name})
+    say(f"best checkpoint {run.best}; curves: tensorboard --logdir {run.path.parent}")
+
+
+def report(
+    model: "MultitaskBERT", dev: Tokenised, test: Tokenised, device: "Device", batch_size: int, folder: Path
+) -> "Scores":
+    """Score dev, write the prediction files of dev and test into `folder`, and print the scores."""
+    from evaluation import overall, predict, probabilities, score_task, write_predictions
+    from training.telemetry import score_table
+
+    scores = {}
+    for split, by_task in (("dev", dev), ("test", test)):
+        for name, data in by_task.items():
+            task = model.tasks[name]
+            values = probabilities(task, predict(model, data, device.device, batch_size, device.amp))
+            write_predictions(folder / f"{name}-{split}-output.csv", task, data.examples.ids, values)
+            if split == "dev":
+                scores[name] = score_task(task, values, data.examples.labels)
+    scores = overall(model.tasks, scores)
+    say(score_table(model.tasks, {"dev": scores}))
+    say(f"predictions in {folder}")
+    return scores
+
+
+def evaluate(config: Config) -> None:
+    """--evaluate: score dev and predict dev and test with a checkpoint."""
+    from training.checkpoint import RunDirectory, load_model
+
+    path = Path(str(config.run.evaluate))
+    device = setup(config)
+    model, tokenizer, saved = load_model(path)
+    model.to(device.device)
+    config.tasks = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
+    splits = read_splits(config, model.tasks, ["dev", "test"])
+    data = tokenise(splits, tokenizer, model)
+    folder = Path(config.run.run_dir) if config.run.run_dir else path.parent / f"{path.stem}-evaluation"
+    scores = report(model, data["dev"], data["test"], device, config.run.eval_batch_size, folder / "predictions")
+    RunDirectory(folder).write_json("scores.json", {"dev": scores, "checkpoint": str(path)})
+
+
+def label_sentences(config: Config) -> None:
+    """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
+    from datasets import Examples, TaskData
+    from evaluation import decide, predict, probabilities
+    from training.checkpoint import load_model
+
+    model, tokenizer, _ = load_model(Path(str(config.run.evaluate)))
+    names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
+    task = names[str(config.run.task)]
+    if task.name not in model.tasks:
+        raise UserError(
+            f"--task {config.run.task}: {config.run.evaluate} was not trained on it; choose from {', '.join(model.tasks)}"
+        )
+    device = setup(config)
+    model.to(device.device)
+    texts = read_lines(str(config.run.predict), task)
+    ids = [str(i) for i in range(len(texts))]
+    columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
+    examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
+    data = TaskData(examples, tokenizer, str(model.options.pair_encoding))
+    values = probabilities(task, predict(model, data, device.device, config.run.eval_batch_size, device.amp))
+    labels = decide(task, values)
+    for row, value, label in zip(texts, values, labels, strict=True):
+        if task.kind == "similarity":
+            say("\t".join([f"{label:.3f}", *row]))
+            continue
+        probability = value.max() if task.kind == "classes" else max(value, 1 - value)
+        say("\t".join([str(label), task.label_names[label], f"{probability:.3f}", *row]))
+
+
+def read_lines(name: str, task: Task) -> list[list[str]]:
+    """The texts of a file, or of standard input for "-", one example per line."""
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
+    rows = [[text.strip() for text in line.split("\t")] for line in content.splitlines() if line.strip()]
+    wanted = len(task.text_columns)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != wanted or not all(row):
+            raise UserError(
+                f"--predict {name}, line {number}: {task.title} needs {wanted} text{'s' * (wanted > 1)} per line"
+                + (" with a tab between them" if wanted > 1 else "")
+            )
+    if not rows:
+        raise UserError(f"--predict {name}: holds no sentence; give one per line")
+    return rows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do what the command line asks."""
+    config = parse(argv, TASKS, "multitask_classifier.py", str(__doc__).split("\n\n")[0])
+    if config.run.predict is not None:
+        label_sentences(config)
+    elif config.run.evaluate is not None:
+        evaluate(config)
+    else:
+        train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

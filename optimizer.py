@@ -1,0 +1,389 @@
+"""Optimizers written from their papers' formulas, and learning rates as a function of the position in training.
+
+Every optimizer contributes one method, `update`: its formula on lists of tensors, by torch's multi-tensor (foreach)
+operations. The base class decides what those lists hold. A foreach operation passes over all its memory once, and on
+a CPU that traffic is most of the time, so there the lists are pieces that stay in the cache from the first operation
+of the formula to the last. On a GPU the number of launches matters, and the lists are whole.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from config import UserError
+
+# 128 Ki float32 elements of a parameter, its gradient, two states and a temporary are 2.5 MiB of cache. A quarter of
+# that costs a quarter more time, because threads start and meet once per operation; four times as much makes the
+# allocator hand the temporary back to the system and fault it in again.
+ELEMENTS_PER_THREAD = 128 * 1024
+
+Tensors = list[Tensor]
+Row = tuple[Tensor, ...]  # a parameter, its gradient, its states: all of one shape
+Group = dict[str, Any]
+Betas = tuple[float, float]
+
+
+def cache_sized(rows: Iterable[Row], size: float) -> Iterator[list[Tensors]]:
+    """Cuts rows into pieces of about `size` elements per column, and yields the columns of piece after piece.
+
+    Small rows share a piece; large ones become 1-D views of at most `size` elements, or stay whole where they are
+    not contiguous.
+    """
+    piece: list[Row] = []
+    filled = 0
+    for row in rows:
+        parts: Iterable[Row] = [row]
+        if row[0].numel() > size and all(tensor.is_contiguous() for tensor in row):
+            parts = zip(*(tensor.view(-1).split(int(size)) for tensor in row), strict=True)  # each [<= size]
+        for part in parts:
+            count = part[0].numel()
+            if piece and filled + count > size:
+                yield [list(column) for column in zip(*piece, strict=True)]
+                piece, filled = [], 0
+            piece.append(part)
+            filled += count
+    if piece:
+        yield [list(column) for column in zip(*piece, strict=True)]
+
+
+class ForeachOptimizer(Optimizer):
+    """Base of the optimizers below: finds what to update, counts the steps and walks over the memory.
+
+    A parameter has no state until its first gradient, and its own step count from then on: one that was frozen
+    for a while begins at 1. Parameters without a gradient are left alone. Gradients are never changed.
+    """
+
+    states: ClassVar[tuple[str, ...]]  # names of the states, in the order in which `update` takes them
+    layout: ClassVar[torch.layout] = torch.strided  # of the gradients
+    update: Callable[..., None]  # (group, step, params, grads, one list per state): the formula, in place
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if not defaults.get(name, 0.0) >= 0.0:
+                raise UserError(f"{type(self).__name__}: {name} is {defaults[name]}; it must not be negative")
+        for beta in (*defaults.get("betas", ()), defaults.get("momentum", 0.0)):
+            if not 0.0 <= beta < 1.0:
+                raise UserError(f"{type(self).__name__}: betas or momentum contain {beta}; each must be in [0, 1)")
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient; returns the loss of `closure` if one is given.
+
+        Raises UserError on a gradient of the wrong layout (dense for SparseAdam, sparse for the others).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for step, rows in self._advance(group["params"]).items():
+                in_pieces = rows[0][0].device.type == "cpu" and self.layout == torch.strided
+                size = ELEMENTS_PER_THREAD * torch.get_num_threads() if in_pieces else math.inf
+                for columns in cache_sized(rows, size):
+                    self.update(group, step, *columns)
+        return loss
+
+    def _advance(self, params: Tensors) -> dict[int, list[Row]]:
+        """Counts a step for each parameter that has a gradient; returns the rows by their step, which is 1 at first."""
+        rows: dict[int, list[Row]] = {}
+        for param in params:
+            if param.grad is None:
+                continue
+            if param.grad.layout != self.layout:
+                raise UserError(self._wrong_layout(param.grad))
+            state = self.state[param]
+            if not state:
+                state["step"] = 0
+                for name in self.states:
+                    state[name] = torch.zeros_like(param)
+            state["step"] += 1
+            row = (param, param.grad, *(state[name] for name in self.states))
+            rows.setdefault(state["step"], []).append(row)
+        return rows
+
+    def _wrong_layout(self, grad: Tensor) -> str:
+        return f"{type(self).__name__} got a sparse gradient of shape {tuple(grad.shape)}; use SparseAdam for it"
+
+
+def decay_weights(group: Group, params: Tensors, grads: Tensors) -> Tensors:
+    """Weight decay before the update: decoupled shrinks the weights, coupled (L2) returns gradients with it added."""
+    decay = group["weight_decay"]
+    if decay == 0.0:
+        return grads
+    if group["decoupled"]:
+        torch._foreach_mul_(params, 1.0 - group["lr"] * decay)
+        return grads
+    return list(torch._foreach_add(grads, params, alpha=decay))
+
+
+def update_moments(betas: Betas, grads: Tensors, m: Tensors, v: Tensors) -> None:
+    """m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2."""
+    beta1, beta2 = betas
+    torch._foreach_lerp_(m, grads, 1.0 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1.0 - beta2)
+
+
+def adam_step(params: Tensors, m: Tensors, v: Tensors, step_size: float, eps: float) -> None:
+    """th -= step_size m / (sqrt(v) + eps)."""
+    denominators = torch._foreach_sqrt(v)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(params, m, denominators, -step_size)
+
+
+class AdamW(ForeachOptimizer):
+    """Adam with decoupled weight decay, as the course's handout defines it (Loshchilov and Hutter 2019, Algorithm 2).
+
+    a_t = lr sqrt(1-b2^t)/(1-b1^t);  th -= a_t m/(sqrt(v) + eps);  then th -= lr weight_decay th.
+
+    Unlike torch.optim.AdamW, eps is added to the uncorrected sqrt(v) (the efficient version of Kingma and Ba 2015,
+    end of section 2), and the decay comes last, on the updated weight. `correct_bias=False` takes a_t = lr.
+    """
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        super().__init__(params, defaults)
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        update_moments(group["betas"], grads, m, v)
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"]
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
+        adam_step(params, m, v, step_size, group["eps"])
+        if group["weight_decay"] != 0.0:
+            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+
+
+class DecayedAdam(ForeachOptimizer):
+    """The options that Adam, Adamax and RAdam share: weight decay is L2 (coupled), unless `decoupled`."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
+        super().__init__(params, defaults)
+
+
+class Adam(DecayedAdam):
+    """Adam (Kingma and Ba 2015, Algorithm 1), the numbers of torch.optim.Adam, or torch.optim.AdamW if `decoupled`.
+
+    th -= lr m^/(sqrt(v^) + eps) with m^ = m/(1-b1^t), v^ = v/(1-b2^t).
+    """
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        grads = decay_weights(group, params, grads)
+        update_moments(group["betas"], grads, m, v)
+        beta1, beta2 = group["betas"]
+        # Numerator and denominator times sqrt(1-b2^t): the same quotient, one pass over memory less.
+        correction = math.sqrt(1.0 - beta2**step)
+        step_size = group["lr"] * correction / (1.0 - beta1**step)
+        adam_step(params, m, v, step_size, group["eps"] * correction)
+
+
+class Adamax(DecayedAdam):
+    """Adam on the infinity norm (Kingma and Ba 2015, Algorithm 2), the numbers of torch.optim.Adamax.
+
+    u = max(b2 u, |g| + eps);  th -= lr/(1-b1^t) m/u.
+    """
+
+    states = ("exp_avg", "exp_inf")
+
+    def __init__(self, params: Any, lr: float = 2e-3, **options: Any) -> None:
+        super().__init__(params, lr, **options)
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, u: Tensors) -> None:
+        grads = decay_weights(group, params, grads)
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(m, grads, 1.0 - beta1)
+        torch._foreach_mul_(u, beta2)
+        magnitudes = torch._foreach_abs(grads)
+        torch._foreach_add_(magnitudes, group["eps"])
+        torch._foreach_maximum_(u, magnitudes)
+        torch._foreach_addcdiv_(params, m, u, -group["lr"] / (1.0 - beta1**step))
+
+
+class RAdam(DecayedAdam):
+    """Rectified Adam (Liu et al. 2020, Algorithm 2), the numbers of torch.optim.RAdam.
+
+    r_inf = 2/(1-b2) - 1;  r_t = r_inf - 2 t b2^t/(1-b2^t). While r_t <= 5 the variance of v is untrustworthy and
+    th -= lr m/(1-b1^t). After that th -= lr rect sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where
+    rect = sqrt((r_t-4)(r_t-2) r_inf / ((r_inf-4)(r_inf-2) r_t)).
+    """
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        grads = decay_weights(group, params, grads)
+        update_moments(group["betas"], grads, m, v)
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"] / (1.0 - beta1**step)
+        correction = 1.0 - beta2**step
+        r_inf = 2.0 / (1.0 - beta2) - 1.0
+        r_t = r_inf - 2.0 * step * beta2**step / correction
+        if r_t <= 5.0:
+            torch._foreach_add_(params, m, alpha=-step_size)
+        else:
+            rect = math.sqrt((r_t - 4.0) * (r_t - 2.0) * r_inf / ((r_inf - 4.0) * (r_inf - 2.0) * r_t))
+            adam_step(params, m, v, step_size * rect * math.sqrt(correction), group["eps"])
+
+
+class SGD(ForeachOptimizer):
+    """Stochastic gradient descent with Nesterov momentum, the numbers of torch.optim.SGD(nesterov=True).
+
+    g += weight_decay th;  b = momentum b + g;  th -= lr (g + momentum b).
+    """
+
+    states = ("momentum_buffer",)
+
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decoupled": False})
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, b: Tensors) -> None:
+        grads = decay_weights(group, params, grads)
+        torch._foreach_mul_(b, group["momentum"])
+        torch._foreach_add_(b, grads)
+        torch._foreach_add_(params, grads, alpha=-group["lr"])
+        torch._foreach_add_(params, b, alpha=-group["lr"] * group["momentum"])
+
+
+class SparseAdam(ForeachOptimizer):
+    """Adam on the rows that a sparse gradient names, the numbers of torch.optim.SparseAdam.
+
+    Moments and weights of all other rows stay as they are, so there is no weight decay: it would touch every row.
+    `step` raises UserError on a dense gradient.
+    """
+
+    states = ("exp_avg", "exp_avg_sq")
+    layout = torch.sparse_coo
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"] * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
+        for param, grad, param_m, param_v in zip(params, grads, m, v, strict=True):
+            grad = grad.coalesce()  # the formula is not linear in g: each row once, with its sum
+            at = tuple(grad.indices())  # one [N] per sparse dimension; the values are [N, H]
+            rows, m_rows, v_rows = [param[at]], [param_m[at]], [param_v[at]]
+            update_moments(group["betas"], [grad.values()], m_rows, v_rows)
+            adam_step(rows, m_rows, v_rows, step_size, group["eps"])
+            param[at], param_m[at], param_v[at] = rows[0], m_rows[0], v_rows[0]
+
+    def _wrong_layout(self, grad: Tensor) -> str:
+        return (
+            f"SparseAdam got a dense gradient of shape {tuple(grad.shape)}; use Adam or Adamax, "
+            "or give it only embeddings made with sparse=True"
+        )
+
+
+OPTIMIZERS: dict[str, type] = {
+    "AdamW": AdamW,
+    "Adam": Adam,
+    "Adamax": Adamax,
+    "RAdam": RAdam,
+    "SGD": SGD,
+    "SparseAdam": SparseAdam,
+}
+
+CYCLE_EPOCHS = 2  # of `triangular` and `cyclic`
+CYCLE_FALL = 8.0  # how many times smaller a `cyclic` rate is at the end of its cycle (R0, appendix E)
+TRIANGLE_PEAK = 2.0  # top of `triangular` as a multiple of its base: 1e-4 to 2e-4 (R0, appendix G)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning rate as a pure function of the position in training.
+
+    constant    base
+    lambda      base gamma^epoch, one value per epoch
+    cosine      half a cosine from base to floor * base
+    linear      from 0 up to base over the first `warmup` of all steps, then straight down to 0 at the end
+    triangular  from base up to 2 base in one epoch and back in the next (torch's CyclicLR)
+    cyclic      8 times down within each two epochs (R0, appendix E.2): geometric, because only then do the cycles join
+                without a kink when they accumulate; each starts again at base (`restart`), or where the last one ended
+
+    Raises UserError for an unknown name or a value out of its bounds.
+    """
+
+    name: str
+    base: float  # learning rate times the task's multiplier
+    epochs: int
+    gamma: float = 0.5  # lambda: factor per epoch
+    floor: float = 0.2  # cosine: last value as a fraction of base, so that multipliers act on it too
+    warmup: float = 0.0  # linear: fraction of all steps, 0 to 1
+    restart: bool = True  # cyclic
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise UserError(f"learning rate schedule {self.name!r} is unknown; choose from {', '.join(SCHEDULES)}")
+        if self.epochs < 1:
+            raise UserError(f"learning rate schedule: epochs is {self.epochs}; it must be at least 1")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise UserError(f"learning rate schedule: warmup is {self.warmup}; it must be in [0, 1]")
+
+    def at(self, position: float) -> float:
+        """The learning rate after `position` epochs (a fraction inside an epoch); past `epochs` the end value stays."""
+        return self.base * SCHEDULES[self.name](self, min(position, self.epochs))
+
+
+def _lambda(schedule: Schedule, position: float) -> float:
+    return schedule.gamma ** math.floor(position)
+
+
+def _cosine(schedule: Schedule, position: float) -> float:
+    return schedule.floor + (1.0 - schedule.floor) * (1.0 + math.cos(math.pi * position / schedule.epochs)) / 2.0
+
+
+def _linear(schedule: Schedule, position: float) -> float:
+    done = position / schedule.epochs
+    if schedule.warmup > 0.0 and done <= schedule.warmup:
+        return done / schedule.warmup
+    return (1.0 - done) / (1.0 - schedule.warmup)
+
+
+def _triangular(schedule: Schedule, position: float) -> float:
+    half = CYCLE_EPOCHS / 2
+    rise = 1.0 - abs(position % CYCLE_EPOCHS - half) / half  # 0 to 1 and back
+    return 1.0 + (TRIANGLE_PEAK - 1.0) * rise
+
+
+def _cyclic(schedule: Schedule, position: float) -> float:
+    cycles = (position % CYCLE_EPOCHS if schedule.restart else position) / CYCLE_EPOCHS
+    return CYCLE_FALL**-cycles
+
+
+# The factor on the base rate, by the schedule's name.
+SCHEDULES: dict[str, Callable[[Schedule, float], float]] = {
+    "constant": lambda schedule, position: 1.0,
+    "lambda": _lambda,
+    "cosine": _cosine,
+    "linear": _linear,
+    "triangular": _triangular,
+    "cyclic": _cyclic,
+}

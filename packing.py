@@ -1,0 +1,221 @@
+"""Packed batches: all sequences of a batch laid end to end, without padding.
+
+Everything in a BERT but attention works token by token, so it needs no padding at all. `pack` lays the sequences down
+in order of length and computes, once per batch, what attention needs to see them as a few nearly full rectangles.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GROUPS = 8  # rectangles per batch: more waste less padding, but each costs a few kernel calls per layer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring sequences of similar length, padded to the longest of them."""
+
+    first: int  # first row of the padded buffer
+    sequences: int  # n
+    length: int  # L
+    key_mask: Tensor | None  # [n, 1, 1, L] bool, False at padding; None where nothing is padded
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How packed rows [T] map to the padded rows [P] of all groups, and back."""
+
+    groups: tuple[Group, ...]
+    padded_rows: Tensor  # [P] packed row that fills each padded row (a repeated one at padding)
+    packed_rows: Tensor  # [T] padded row of each packed row
+    first_rows: Tensor  # [S] padded row of each sequence's first token
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences with T tokens in all, stored by rising length.
+
+    `order` holds, for each stored sequence, its index in the batch as the caller gave it; `restore` is its inverse.
+    """
+
+    input_ids: Tensor  # [T] int64
+    token_type_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T
+    max_seqlen: int
+    order: Tensor  # [S] int64
+    restore: Tensor  # [S] int64
+    grouping: Grouping
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.order)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[S] int64, in stored order."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """[T] int64, the stored sequence that each row belongs to."""
+        return torch.repeat_interleave(self.lengths, output_size=self.num_tokens)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on another device."""
+        if self.input_ids.device == device:
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        groups = tuple(
+            replace(group, key_mask=None if group.key_mask is None else move(group.key_mask))
+            for group in self.grouping.groups
+        )
+        grouping = Grouping(
+            groups,
+            move(self.grouping.padded_rows),
+            move(self.grouping.packed_rows),
+            move(self.grouping.first_rows),
+        )
+        return PackedBatch(
+            *(move(t) for t in (self.input_ids, self.token_type_ids, self.position_ids, self.cu_seqlens)),
+            self.max_seqlen,
+            move(self.order),
+            move(self.restore),
+            grouping,
+        )
+
+
+def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Rows start, start+1, .. of every sequence, end to end: [sum(lengths)] int64."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _cut(lengths: np.ndarray, groups: int) -> list[int]:
+    """Boundaries that cut sorted `lengths` [S] into at most `groups` runs with the least padding.
+
+    Only places where the length changes can be boundaries; dynamic programming over them finds the optimum.
+    """
+    places = np.flatnonzero(np.diff(lengths, prepend=-1))  # first sequence of each distinct length
+    ends = np.append(places[1:], len(lengths))
+    tallest = lengths[places]
+    # area[i, j]: rows of one rectangle over the distinct lengths i..j
+    area = (ends[None, :] - places[:, None]) * tallest[None, :].astype(np.float64)
+    area[np.tril_indices(len(places), -1)] = np.inf
+    best, choices = area[0], []
+    for _ in range(min(groups, len(places)) - 1):
+        total = np.concatenate([[0.0], best[:-1]])[:, None] + area  # [i, j]: the last rectangle begins at i
+        total[0] = best
+        choices.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    cuts, j = [len(lengths)], len(places) - 1
+    for choice in reversed(choices):
+        i = int(choice[j])
+        if i == 0:
+            continue
+        cuts.append(int(places[i]))
+        j = i - 1
+    return [0, *reversed(cuts)]
+
+
+def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
+    """The grouping of packed sequences whose `lengths` [S] rise."""
+    cuts = _cut(lengths, groups)
+    starts = np.cumsum(lengths) - lengths
+    padded_rows, packed_rows, first_rows, made = [], [], [], []
+    first = 0
+    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        own, tallest = lengths[begin:end], int(lengths[end - 1])
+        column = np.arange(tallest)
+        real = column < own[:, None]  # [n, L]
+        padded_rows.append((starts[begin:end, None] + np.minimum(column, own[:, None] - 1)).ravel())
+        packed_rows.append(first + np.flatnonzero(real))
+        first_rows.append(first + np.arange(end - begin) * tallest)
+        mask = None if real.all() else torch.from_numpy(real)[:, None, None, :]
+        made.append(Group(first, end - begin, tallest, mask))
+        first += real.size
+    joined = (torch.from_numpy(np.concatenate(rows)) for rows in (padded_rows, packed_rows, first_rows))
+    return Grouping(tuple(made), *joined)
+
+
+def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -> PackedBatch:
+    """A PackedBatch of sequences given end to end.
+
+    `input_ids` [T] holds the tokens, `lengths` [S] the sequences' lengths (each at least 1), `second_start` [S] the
+    position where token type 1 begins (the length itself where there is one text only).
+    """
+    order = np.argsort(lengths, kind="stable")
+    starts = (np.cumsum(lengths) - lengths)[order]
+    sorted_lengths = lengths[order].astype(np.int64)
+    rows = ragged_rows(starts, sorted_lengths)
+    positions = ragged_rows(np.zeros_like(sorted_lengths), sorted_lengths)
+    types = positions >= np.repeat(second_start[order], sorted_lengths)
+    restore = np.empty_like(order)
+    restore[order] = np.arange(len(order))
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids[rows].astype(np.int64)),
+        token_type_ids=torch.from_numpy(types.astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(sorted_lengths)).astype(np.int32)),
+        max_seqlen=int(sorted_lengths[-1]),
+        order=torch.from_numpy(order),
+        restore=torch.from_numpy(restore),
+        grouping=group(sorted_lengths),
+    )
+
+
+def pack_padded(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PackedBatch:
+    """A PackedBatch of ordinary padded tensors [S, L]; every row needs at least one real token, padding at its end."""
+    mask = attention_mask.bool().cpu().numpy()
+    lengths = mask.sum(axis=1)
+    if not (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all() or not lengths.all():
+        raise ValueError("attention_mask: each row must be ones followed by zeros, with at least one one")
+    second_start = lengths.copy()
+    if token_type_ids is not None:
+        types = token_type_ids.cpu().numpy().astype(bool) & mask
+        second_start = np.where(types.any(axis=1), types.argmax(axis=1), lengths)
+        if not (types == ((np.arange(mask.shape[1]) >= second_start[:, None]) & mask)).all():
+            raise ValueError("token_type_ids: each row must be zeros followed by ones")
+    ids = input_ids.cpu().numpy()[mask]
+    return pack(ids, lengths, second_start).to(input_ids.device)
+
+
+def unpack(rows: Tensor, batch: PackedBatch, length: int | None = None) -> Tensor:
+    """Packed rows [T, ...] as a padded tensor [S, L, ...] in the caller's order, zero at padding."""
+    out = rows.new_zeros((batch.num_sequences, length or batch.max_seqlen, *rows.shape[1:]))
+    out[batch.order[batch.sequence_ids], batch.position_ids] = rows
+    return out
+
+
+def stack_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor) -> PackedBatch:
+    """2B sequences for a siamese pass: all first texts [B, L1], then all second texts [B, L2]."""
+    length = max(ids_1.shape[1], ids_2.shape[1])
+
+    def widen(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, length - x.shape[1]))
+
+    return pack_padded(torch.cat([widen(ids_1), widen(ids_2)]), torch.cat([widen(mask_1), widen(mask_2)]))
+
+
+def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor) -> PackedBatch:
+    """B sequences [CLS] a [SEP] b [SEP] with token types 0 and 1; the second text's own [CLS] is dropped."""
+    ids, lengths, second_start = [], [], []
+    rows = zip(ids_1.cpu(), mask_1.cpu().bool(), ids_2.cpu(), mask_2.cpu().bool(), strict=True)
+    for first, keep_1, second, keep_2 in rows:
+        a, b = first[keep_1].numpy(), second[keep_2].numpy()[1:]
+        ids += [a, b]
+        lengths.append(len(a) + len(b))
+        second_start.append(len(a))
+    return pack(np.concatenate(ids), np.array(lengths), np.array(second_start)).to(ids_1.device)

@@ -1,0 +1,104 @@
+"""The task table: everything that the package knows about a task stands in one row.
+
+A further task is one more row in `TASKS`. The command line (`--train_NAME`, `--NAME_lr_multiplier`, ...), the reading of
+the files, the head, the loss, the metrics, the routines and the prediction files all follow from it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["classes", "binary", "similarity"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the task table.
+
+    `kind` decides how a label is read and scored: `classes` (an integer class, accuracy), `binary` (0 or 1, accuracy)
+    or `similarity` (a real number, Pearson correlation). `backbone` names the backbone that serves the task where an
+    architecture has one for sentiment and one for similarity. `lr_multiplier`, `weight_decay` and `lr_floor` (the end
+    of the cosine schedule as a fraction of its start) are the defaults of R0, appendix I and section M.4.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    label_column: str
+    label_range: tuple[float, float]
+    text_columns: tuple[str, ...]
+    files: dict[str, str]  # split -> file name inside --data_dir
+    prediction_column: str
+    backbone: str
+    losses: tuple[str, ...]  # the first is the default
+    lr_multiplier: float
+    weight_decay: float
+    lr_floor: float
+    aliases: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    by_default: bool = True  # trained when no --train_NAME flag is given
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether an example has two texts."""
+        return len(self.text_columns) == 2
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the head's output: one logit a class, or a single number."""
+        return int(self.label_range[1]) + 1 if self.kind == "classes" else 1
+
+
+SENTENCE_PAIR = ("sentence1", "sentence2")
+
+SST = Task(
+    name="sst",
+    title="SST sentiment",
+    kind="classes",
+    label_column="sentiment",
+    label_range=(0, 4),
+    text_columns=("sentence",),
+    files={"train": "ids-sst-train.csv", "dev": "ids-sst-dev.csv", "test": "ids-sst-test-student.csv"},
+    prediction_column="Predicted_Sentiment",
+    backbone="sentiment",
+    losses=("ce", "bce"),
+    lr_multiplier=4.0,
+    weight_decay=9e-3,
+    lr_floor=1 / 5,
+    label_names=("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
+)
+
+PARA = Task(
+    name="para",
+    title="Quora paraphrase",
+    kind="binary",
+    label_column="is_duplicate",
+    label_range=(0, 1),
+    text_columns=SENTENCE_PAIR,
+    files={"train": "quora-train.csv", "dev": "quora-dev.csv", "test": "quora-test-student.csv"},
+    prediction_column="Predicted_Is_Paraphrase",
+    backbone="similarity",
+    losses=("bce",),
+    lr_multiplier=5.0,
+    weight_decay=1e-5,
+    lr_floor=1 / 4,
+    aliases=("quora",),
+    label_names=("different", "paraphrase"),
+)
+
+STS = Task(
+    name="sts",
+    title="STS similarity",
+    kind="similarity",
+    label_column="similarity",
+    label_range=(0, 5),
+    text_columns=SENTENCE_PAIR,
+    files={"train": "sts-train.csv", "dev": "sts-dev.csv", "test": "sts-test-student.csv"},
+    prediction_column="Predicted_Similiary",  # spelled so in the course's format
+    backbone="similarity",
+    losses=("pearson", "mse"),
+    lr_multiplier=3.0,
+    weight_decay=1e-2,
+    lr_floor=1 / 4,
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in (SST, PARA, STS)}

@@ -1,0 +1,123 @@
+"""The synthetic sample: reproducible bytes, the format of the course's files, balanced labels, no leakage."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[1] / "data"
+SAMPLE = DATA / "sample"
+ROWS = {"train": 600, "dev": 150, "test-student": 150}
+COLUMNS = {
+    "ids-sst": ["", "id", "sentence", "sentiment"],
+    "quora": ["", "id", "sentence1", "sentence2", "is_duplicate"],
+    "sts": ["", "id", "sentence1", "sentence2", "similarity"],
+}
+FILES = [f"{task}-{split}.csv" for task in COLUMNS for split in ROWS]
+
+
+def make(folder: Path, *flags: str) -> dict[str, bytes]:
+    subprocess.run([sys.executable, DATA / "make_sample.py", "--out", folder, *flags], check=True)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read(task: str, split: str) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a committed file, cut at tabs and nothing else."""
+    text = (SAMPLE / f"{task}-{split}.csv").read_bytes().decode("utf-8")
+    assert text.endswith("\n") and "\r" not in text and '"' not in text
+    header, *rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+    return header, rows
+
+
+def texts(task: str, split: str) -> list[frozenset[str]]:
+    """Return the sentence or the pair of each row, a pair without its order."""
+    header, rows = read(task, split)
+    first = header.index("id") + 1
+    return [frozenset(row[first : first + (1 if task == "ids-sst" else 2)]) for row in rows]
+
+
+def labels(task: str, split: str) -> list[str]:
+    return [row[-1] for row in read(task, split)[1]]
+
+
+def test_the_same_seed_gives_the_committed_bytes(tmp_path: Path) -> None:
+    made = make(tmp_path / "new" / "folder")
+    assert sorted(made) == sorted(FILES)
+    assert made == {path.name: path.read_bytes() for path in SAMPLE.iterdir()}
+
+
+def test_another_seed_gives_other_files(tmp_path: Path) -> None:
+    made = make(tmp_path, "--seed", "1")
+    assert sorted(made) == sorted(FILES)
+    for name in FILES:
+        same = set(made[name].splitlines()[1:]) & set((SAMPLE / name).read_bytes().splitlines()[1:])
+        assert not same, name
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+@pytest.mark.parametrize("split", ROWS)
+def test_every_row_parses(task: str, split: str) -> None:
+    header, rows = read(task, split)
+    expected = COLUMNS[task] if split != "test-student" else COLUMNS[task][:-1]
+    if (task, split) == ("ids-sst", "test-student"):
+        expected = ["0", *expected]
+        assert [row[:2] for row in rows] == [[str(i + 1), f"{i}.0"] for i in range(len(rows))]
+    assert header == expected
+    assert len(rows) == ROWS[split]
+    first = header.index("id") + 1
+    for row in rows:
+        assert len(row) == len(header)
+        assert row[0].isdecimal()
+        assert re.fullmatch("[0-9a-f]{25}", row[first - 1])
+        if task == "ids-sst":
+            assert re.fullmatch(r" [A-Z].* \.", row[first])
+        else:
+            assert all(re.fullmatch(r"[A-Z].*\w[.?]", text) for text in row[first : first + 2])
+        assert not re.search(r"[{}|/;]|\b[Aa] [aeiou]|  ", "\t".join(row)), row  # what the grammar must not leave
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_sst_labels_are_balanced(split: str) -> None:
+    counts = Counter(labels("ids-sst", split))
+    assert sorted(counts) == ["0", "1", "2", "3", "4"]
+    assert all(0.15 <= count / ROWS[split] <= 0.25 for count in counts.values())
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_quora_labels_are_balanced(split: str) -> None:
+    assert Counter(labels("quora", split)) == {"0.0": 0.6 * ROWS[split], "1.0": 0.4 * ROWS[split]}
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_sts_labels_cover_the_range(split: str) -> None:
+    scores = labels("sts", split)
+    assert all(re.fullmatch(r"[0-4]\.[02468]|5\.0", score) for score in scores)
+    assert {"0.0", "5.0"} <= set(scores)
+    bins = Counter(min(int(float(score)), 4) for score in scores)
+    assert bins == {i: 0.2 * ROWS[split] for i in range(5)}
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_no_text_or_id_is_used_twice(task: str) -> None:
+    every_text = [text for split in ROWS for text in texts(task, split)]
+    assert len(set(every_text)) == len(every_text) == sum(ROWS.values())
+    every_id = [row[read(task, split)[0].index("id")] for split in ROWS for row in read(task, split)[1]]
+    assert len(set(every_id)) == len(every_id)
+
+
+@pytest.mark.parametrize("task", ["quora", "sts"])
+def test_no_pair_repeats_one_sentence(task: str) -> None:
+    assert all(len(pair) == 2 for split in ROWS for pair in texts(task, split))
+
+
+def test_word_overlap_does_not_decide_duplicates() -> None:
+    """No threshold on the Jaccard overlap of the two questions' words gets more than 70 % of the pairs right."""
+    overlaps = []
+    for row in read("quora", "train")[1]:
+        one, two = (set(re.findall(r"\w+", text.lower())) for text in row[2:4])
+        overlaps.append((len(one & two) / len(one | two), row[-1] == "1.0"))
+    best = max(sum((overlap >= cut) == label for overlap, label in overlaps) for cut, _ in overlaps)
+    assert best / len(overlaps) < 0.7

@@ -1,0 +1,183 @@
+"""The tokenizer against transformers' BertTokenizerFast, token by token."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from config import UserError
+from tokenizer import TokenArrays, load_tokenizer
+
+WORDS = "the film was not good bad cafe café Film The un ##aff ##able ##s , . ! ' - 电 影 n ##t été 1 ##2 🙂"
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *"abcdefgilmnopqrst", "##a", "##b", "##o"]
+TEXTS = [
+    "The film was not good.",
+    "",
+    "   \t\n ",
+    "CAFÉ été cafe\u0301s, unaffables!",
+    "电影 film\u200b\u0000 12 🙂🙂 Ω",
+    "a [SEP] b [MASK] [PAD]",
+    "isn't un-good",
+    "the film " * 30,
+    "a" * 150,
+]
+
+
+def write_vocabulary(folder: Path, lower: bool = True) -> Path:
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": lower, "tokenizer_class": "BertTokenizer"})
+    )
+    return folder
+
+
+def write_full(folder: Path, lower: bool = True) -> Path:
+    """The same as a tokenizer.json that pads and truncates on its own."""
+    full = oracle(write_vocabulary(folder, lower)).backend_tokenizer
+    full.enable_padding(length=16)
+    full.enable_truncation(16)
+    full.save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").unlink()
+    return folder
+
+
+def oracle(folder: Path) -> Any:
+    return transformers.BertTokenizerFast.from_pretrained(folder)
+
+
+def assert_same(
+    found: TokenArrays, reference: Any, texts: Sequence[str], pairs: Sequence[str] | None, top: int
+) -> None:
+    """Compare every id, token type and length, and the count of truncated sequences."""
+    arguments = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    wanted = reference(*arguments, truncation="longest_first", max_length=top)
+    full = reference(*arguments, truncation=False)
+    assert len(found) == len(texts) == len(found.offsets) - 1
+    assert (found.input_ids.dtype, found.offsets.dtype, found.second_start.dtype) == (np.int32, np.int64, np.int32)
+    assert found.offsets[0] == 0 and found.offsets[-1] == len(found.input_ids)
+    for i in range(len(texts)):
+        ids = found.input_ids[found.offsets[i] : found.offsets[i + 1]]
+        types = (np.arange(len(ids)) >= found.second_start[i]).astype(int)
+        assert ids.tolist() == wanted["input_ids"][i]
+        assert types.tolist() == wanted["token_type_ids"][i]
+        assert len(ids) <= top
+    assert found.truncated == sum(len(ids) > top for ids in full["input_ids"])
+
+
+@pytest.mark.parametrize("top", [4, 5, 8, 512])
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("write", [write_vocabulary, write_full])
+def test_equals_transformers(tmp_path: Path, write: Any, lower: bool, top: int) -> None:
+    folder = write(tmp_path, lower)
+    reference, ours = oracle(folder), load_tokenizer(folder, top)
+    assert_same(ours.encode(TEXTS), reference, TEXTS, None, top)
+    pairs = [(a, b) for a in TEXTS for b in TEXTS]
+    firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
+    assert_same(ours.encode(firsts, seconds), reference, firsts, seconds, top)
+
+
+def test_ids_by_hand(tmp_path: Path) -> None:
+    ours = load_tokenizer(write_vocabulary(tmp_path), 9)
+    found = ours.encode(["The FILM was unaffable", "", "café zzz"], ["good", "bad film", "the film was not good"])
+    words = [
+        "[CLS] the film was un ##aff [SEP] good [SEP]",  # ##able was cut from the longer text
+        "[CLS] [SEP] bad film [SEP]",
+        "[CLS] cafe [UNK] [SEP] the film was not [SEP]",
+    ]
+    wanted = [[VOCABULARY.index(word) for word in line.split()] for line in words]
+    assert found.input_ids.tolist() == [id for line in wanted for id in line]
+    assert found.offsets.tolist() == [0, 9, 14, 23]
+    assert found.second_start.tolist() == [7, 2, 4]
+    assert found.truncated == 2
+    assert ours.encode(["good"]).second_start.tolist() == [3]
+
+
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_vocabulary(tmp_path)
+    ours, reference = load_tokenizer(folder, 6), oracle(folder)
+    texts = [" ".join(["good"] * (i % 9)) for i in range(tokenizer.BLOCK + 3)]
+    assert_same(ours.encode(texts), reference, texts, None, 6)
+    for block in (1, 4, 10):
+        monkeypatch.setattr(tokenizer, "BLOCK", block)
+        assert_same(ours.encode(texts[:10], texts[5:15]), reference, texts[:10], texts[5:15], 6)
+
+
+def test_no_texts(tmp_path: Path) -> None:
+    found = load_tokenizer(write_vocabulary(tmp_path), 8).encode([], [])
+    assert (len(found), found.input_ids.size, found.offsets.tolist(), found.truncated) == (0, 0, [0], 0)
+
+
+def test_uneven_pairs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="differs"):
+        load_tokenizer(write_vocabulary(tmp_path), 8).encode(["a", "b"], ["a"])
+
+
+def test_properties(tmp_path: Path) -> None:
+    ours = load_tokenizer(write_vocabulary(tmp_path), 8)
+    assert (ours.pad_id, ours.mask_id, ours.vocab_size, ours.max_length) == (0, 4, len(VOCABULARY), 8)
+
+
+def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
+    folder = write_vocabulary(tmp_path)
+    first = load_tokenizer(folder, 8).sha256
+    assert len(first) == 64 and first == load_tokenizer(folder, 8).sha256
+    assert first == load_tokenizer(folder, 64).sha256
+    cased = load_tokenizer(write_vocabulary(folder, lower=False), 8).sha256
+    write_vocabulary(folder)
+    (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]))
+    assert len({first, cased, load_tokenizer(folder, 8).sha256}) == 3
+
+
+def test_a_folder_without_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: has no vocabulary; .*tokenizer.json or vocab.txt"):
+        load_tokenizer(tmp_path, 8)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_damaged_settings_are_refused(tmp_path: Path) -> None:
+    (write_vocabulary(tmp_path) / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_a_vocabulary_without_special_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nfilm\n")
+    with pytest.raises(UserError, match=r"vocab\.txt: the vocabulary has no \[SEP\], \[MASK\]"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="holds no WordPiece model"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_minilm_equals_transformers(minilm: Path) -> None:
+    """The stored padding and truncation to 128 must be gone, and any text must agree."""
+    reference, ours = oracle(minilm), load_tokenizer(minilm, 200)
+    assert_same(ours.encode(TEXTS, TEXTS[::-1]), reference, TEXTS, TEXTS[::-1], 200)
+    assert (ours.vocab_size, ours.pad_id, ours.mask_id) == (30522, 0, 103)
+    text = st.text(st.characters(codec="utf-8"), max_size=60)
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.lists(st.tuples(text, text), min_size=1, max_size=4))
+    def any_texts(pairs: list[tuple[str, str]]) -> None:
+        short = load_short.encode([a for a, _ in pairs], [b for _, b in pairs])
+        assert_same(short, reference, [a for a, _ in pairs], [b for _, b in pairs], 12)
+
+    load_short = load_tokenizer(minilm, 12)
+    any_texts()

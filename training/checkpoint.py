@@ -1,0 +1,257 @@
+"""Checkpoints and run directories: files that are always whole, and a folder that is never mixed up with another.
+
+A checkpoint is a torch.save file of tensors and plain containers; it is read with weights_only=True and never
+otherwise, so a foreign file cannot run code.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import BertConfig, Config, UserError
+from multitask_bert import MultitaskBERT
+from tasks import TASKS, Task
+from tokenizer import Tokenizer
+
+FORMAT = 1
+OWN_FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt")
+OWN_FOLDERS = ("predictions", "tensorboard")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it and rename it: `path` is never half a file.
+
+    Raises UserError where the folder cannot be written or the disk is full; the old file then stands unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written ({_cause(error, path.parent)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """The reason of a failed write. torch's file writer hides a full disk behind a RuntimeError of its own."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
+        return "no space left on the disk; free some, or choose another --run_dir"
+    return str(error).splitlines()[0]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Save tensors and plain containers atomically."""
+    write_atomically(path, lambda temporary: torch.save(dict(content), temporary))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote. Raises UserError for a file that is missing, damaged, or not one of ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; check the path") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint, damaged or of another program ({str(error).splitlines()[0]:.120})"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
+    return content
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file atomically."""
+    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with + appended where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()
+
+
+def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]) -> dict:
+    """The content of a checkpoint: all that evaluation needs, the tokenizer included."""
+    return {
+        "format": FORMAT,
+        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "config": config.to_dict(),
+        "bert_config": model.bert_config.to_dict(),
+        "tasks": list(model.tasks),
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "scores": dict(scores),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "seed": config.train.seed,
+    }
+
+
+def load_weights_into(model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same arch.
+
+    Raises UserError that lists missing, extra and misshapen tensors; the model is then left as it was.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {shown}")
+    model.load_state_dict(dict(weights))
+
+
+def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
+    """The model, tokenizer and configuration of a checkpoint file (already read as `content`, if given).
+
+    Raises UserError where the file is damaged or its parts do not fit together.
+    """
+    content = content or load(path)
+    try:
+        config = Config.from_dict(content["config"])
+        tasks: dict[str, Task] = {name: TASKS[name] for name in content["tasks"]}
+        model = MultitaskBERT(config.model, BertConfig.from_dict(content["bert_config"], str(path)), tasks)
+        tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
+        weights = content["weights"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew") from error
+    load_weights_into(model, weights, path)
+    return model, tokenizer, config
+
+
+class RunDirectory:
+    """The folder of one run: best.pt, resume.pt, config.json, metrics.jsonl, scores.json, predictions/, tensorboard/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best.pt"
+        self.resume = path / "resume.pt"
+        self.predictions = path / "predictions"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def named(cls, run_dir: str | None, name: str) -> "RunDirectory":
+        """--run_dir, or runs/NAME; a name that is not given is made from the arch and the time and never collides."""
+        return cls(Path(run_dir) if run_dir else Path("runs") / name)
+
+    @classmethod
+    def fresh_name(cls, arch: str) -> str:
+        """A name under runs/ that no run has."""
+        stem = f"{arch}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name, number = stem, 1
+        while (Path("runs") / name).exists():
+            number += 1
+            name = f"{stem}-{number}"
+        return name
+
+    def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
+        """Make the folder ready for a run that will save about `needed` bytes.
+
+        Raises UserError where a run stands here already, nothing is there to resume, or the disk is too small.
+        """
+        finished, started = (self.path / "scores.json").exists(), (self.path / "config.json").exists()
+        if resume and finished:
+            raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
+        if resume and not self.resume.exists():
+            raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
+        if started and not overwrite and not resume:
+            state = "a finished run" if finished else "an unfinished run (--resume goes on with it)"
+            raise UserError(f"--run_dir {self.path}: holds {state}; choose another folder or --overwrite it")
+        if overwrite:
+            self.clear()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.write_text("x", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--run_dir {self.path}: cannot be written ({_cause(error, self.path.parent)})") from error
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"--run_dir {self.path}: the checkpoints need about {needed / 1e6:,.0f} MB but no space is left for them "
+                f"({free / 1e6:,.0f} MB free); free some, or choose another folder"
+            )
+
+    def begin(self, config: Config) -> None:
+        """Write config.json, or see that a resumed run has the options it began with.
+
+        Raises UserError that lists the options that changed.
+        """
+        path = self.path / "config.json"
+        if not config.run.resume:
+            self.write_json("config.json", config.to_dict())
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.to_dict()))
+        changed = [f"{group}.{name}" for group in now if group != "run" for name in now[group]
+                   if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
+        if changed:
+            raise UserError(f"--resume {self.path}: the run began with another {', '.join(changed)}; repeat its flags")
+
+    def clear(self) -> None:
+        """Remove a former run's files, and nothing else."""
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a json file of the run atomically."""
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def keep_epochs(self, count: int) -> None:
+        """Drop jsonl lines of epochs after `count`: they were written, but what they led to was not saved."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            path = self.path / name
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if json.loads(line)["epoch"] <= count]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+    def append_json(self, name: str, content: Any) -> None:
+        """Append one line to a jsonl file of the run."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")

@@ -1,0 +1,62 @@
+"""Where a run computes, and in what precision."""
+
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of a run; `amp` is autocast's type or None, `scaled` whether fp16 gradients need a scaler."""
+
+    device: torch.device
+    amp: torch.dtype | None = None
+    scaled: bool = False
+
+    @property
+    def name(self) -> str:
+        """The device's own name, for tables and checkpoints."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it; needed before reading a clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that tensors have taken on a GPU, or that the process has taken on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 by its own instructions; emulated, bf16 is slower than fp32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_device(use_gpu: bool, amp: bool, say: Callable[[str], None]) -> Device:
+    """The device that --use_gpu and --amp ask for, as far as this machine has it; `say` gets a line for each lack."""
+    kind = "cpu"
+    if use_gpu:
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if kind == "cpu":
+            say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
+    device = torch.device(kind)
+    if not amp:
+        return Device(device)
+    if kind == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device(device, torch.bfloat16 if bf16 else torch.float16, scaled=not bf16)
+    if kind == "cpu" and cpu_has_bf16():
+        return Device(device, torch.bfloat16)
+    say(f"--amp: this {kind} has no fast half precision; mixed precision is off")
+    return Device(device)

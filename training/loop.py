@@ -1,0 +1,275 @@
+"""The one training loop: every task, routine and method goes through `Trainer.train_step`."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, UserError
+from datasets import TaskData
+from evaluation import Scores, overall, predict, probabilities, score_task
+from multitask_bert import MultitaskBERT, freezing_command
+from optimizer import OPTIMIZERS, Schedule
+from tasks import Task
+from tokenizer import Tokenizer
+from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
+from training.device import Device
+from training.losses import LOSSES
+from training.routines import ROUTINES, Plan, Step
+from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table
+
+LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
+
+
+class TaskMeter:
+    """Collects one task's training figures over an epoch, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.seconds = 0.0
+
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, seconds: float) -> None:
+        """Take one step's results; nothing is copied to the host yet."""
+        self.losses.append(loss.detach())
+        self.outputs.append(outputs.detach())
+        self.labels.append(labels)
+        self.seconds += seconds
+
+    def result(self, task: Task, lr: float) -> TaskEpoch:
+        """The epoch's figures. Scores are those of the training passes themselves, dropout on, and so cost nothing.
+
+        Raises UserError where a loss is not finite.
+        """
+        losses = torch.stack(self.losses).double()
+        if not losses.isfinite().all():
+            raise UserError(
+                f"{task.title}: the loss became {losses[~losses.isfinite()][0].item()}; "
+                "lower --lr or set --clip (a best.pt of an earlier epoch stands unharmed)"
+            )
+        values = probabilities(task, torch.cat(self.outputs).float().cpu().numpy())
+        labels = torch.cat(self.labels).cpu().numpy()
+        sizes = torch.tensor([len(outputs) for outputs in self.outputs], dtype=torch.float64, device=losses.device)
+        return TaskEpoch(
+            steps=len(self.losses),
+            examples=len(labels),
+            loss=float((losses * sizes).sum() / sizes.sum()),
+            lr=lr,
+            seconds=self.seconds,
+            train=score_task(task, values, labels),
+        )
+
+
+class Trainer:
+    """Trains a model as a configuration says and keeps its run directory up to date."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskBERT,
+        tokenizer: Tokenizer,
+        train: Mapping[str, TaskData],
+        dev: Mapping[str, TaskData],
+        device: Device,
+        run: RunDirectory,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model.to(device.device), tokenizer
+        self.train_data, self.dev_data = train, dev
+        self.device, self.run, self.say = device, run, say
+        self.tasks = model.tasks
+        options = config.train
+        self.plan = Plan(
+            options.seed,
+            options.batch_size,
+            {name: len(data) for name, data in train.items()},
+            {name: own.num_trains for name, own in config.tasks.items()},
+        )
+        decoupled = {"decoupled": True} if options.decoupled else {}
+        self.optimizers = {
+            name: OPTIMIZERS[options.optim](
+                model.task_parameters(name),
+                lr=options.lr,
+                weight_decay=config.tasks[name].weight_decay,
+                **decoupled,
+            )
+            for name in self.tasks
+        }
+        self.schedules = {
+            name: Schedule(
+                options.lr_schedule,
+                options.lr * config.tasks[name].lr_multiplier,
+                options.epochs,
+                gamma=options.lr_lambda,
+                floor=task.lr_floor,
+                warmup=options.warmup,
+            )
+            for name, task in self.tasks.items()
+        }
+        self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
+        self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
+
+    def fit(self) -> Scores:
+        """Train to the end, or until --patience runs out; returns the best dev scores."""
+        torch.manual_seed(self.config.train.seed)
+        if self.config.run.resume:
+            self.restore()
+        self.telemetry = Telemetry(self.run, self.config, self.tasks, self.step)
+        best: Scores = {}
+        while self.epoch < self.config.train.epochs and not self.out_of_patience():
+            record = self.train_epoch()
+            if record.dev and record.is_best:
+                best = record.dev
+            self.say(epoch_table(self.tasks, record, self.config.train.epochs))
+            self.save_resume()
+        best = best or load(self.run.best)["scores"]
+        self.telemetry.close(best)
+        return best
+
+    def out_of_patience(self) -> bool:
+        """Whether --patience evaluations have passed without a better score."""
+        return self.config.train.patience is not None and self.stale >= self.config.train.patience
+
+    def train_epoch(self) -> Epoch:
+        """One epoch of training, its evaluation if due, and its records."""
+        started = time.perf_counter()
+        mode = self.config.train.fine_tune_mode
+        command = freezing_command(mode, self.epoch, self.model.bert_config.num_hidden_layers)
+        self.model.manage_freezing(command)
+        meters = self.run_steps()
+        position = self.epoch  # the table shows the rate that the epoch began with
+        self.epoch += 1
+        figures = {
+            name: meter.result(self.tasks[name], self.schedules[name].at(position)) for name, meter in meters.items()
+        }
+        record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
+        dev: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if self.epoch % self.config.train.eval_every == 0 or self.epoch == self.config.train.epochs:
+            dev = self.evaluate()
+            record.dev = overall(self.tasks, {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()})
+            record.is_best = record.dev["score"] > self.best
+            self.stale = 0 if record.is_best else self.stale + 1
+            if record.is_best:
+                self.best = record.dev["score"]
+                self.save_best(record.dev)
+        record.seconds = time.perf_counter() - started
+        record.peak_memory = self.device.peak_memory()
+        self.telemetry.epoch(record, dev)
+        return record
+
+    def run_steps(self) -> dict[str, TaskMeter]:
+        """All optimizer steps of the current epoch."""
+        self.model.train()
+        steps = ROUTINES[self.config.train.routine](self.plan, self.epoch)
+        meters = {name: TaskMeter() for name in self.tasks if any(step.task == name for step in steps)}
+        bar = tqdm(steps, desc=f"epoch {self.epoch + 1}/{self.config.train.epochs}", unit="step", dynamic_ncols=True)
+        for number, step in enumerate(bar):
+            started = time.perf_counter()
+            lr = self.schedules[step.task].at(self.epoch + number / len(steps))
+            log = self.step % LOG_EVERY == 0
+            loss, outputs, labels, norm = self.train_step(step, lr, log)
+            meters[step.task].add(loss, outputs, labels, time.perf_counter() - started)
+            if log:
+                bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
+                self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
+            self.step += 1
+        started = time.perf_counter()
+        self.device.synchronize()
+        meters[steps[-1].task].seconds += time.perf_counter() - started
+        return meters
+
+    def train_step(self, step: Step, lr: float, measure: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One optimizer step: returns loss, outputs, labels and the gradient's norm (NaN unless asked for)."""
+        optimizer, data, device = self.optimizers[step.task], self.train_data[step.task], self.device.device
+        batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
+        amp = self.device.amp
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            outputs = self.model(step.task, batch)
+        loss = LOSSES[self.config.tasks[step.task].loss](outputs, labels)
+        norm = torch.tensor(math.nan)
+        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            self.scaler.scale(loss).backward()
+            norm = self.bound_gradient(step.task, measure)
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            self.model.zero_grad(set_to_none=True)
+        return loss, outputs, labels, norm
+
+    def bound_gradient(self, task: str, measure: bool) -> Tensor:
+        """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
+        clip = self.config.train.clip
+        if clip is None and not measure:
+            return torch.tensor(math.nan)
+        self.scaler.unscale_(self.optimizers[task])
+        parameters = [p for group in self.optimizers[task].param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return norm
+
+    def evaluate(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Values (probabilities or similarities) and labels of every dev set."""
+        out = {}
+        for name, data in self.dev_data.items():
+            size = self.config.run.eval_batch_size
+            outputs = predict(self.model, data, self.device.device, size, self.device.amp)
+            assert data.examples.labels is not None
+            out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
+        return out
+
+    def save_best(self, scores: Scores) -> None:
+        """Write best.pt, and --filepath as well."""
+        content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
+        save(self.run.best, {**content, "epoch": self.epoch, "step": self.step})
+        if self.config.run.filepath:
+            copy(self.run.best, Path(self.config.run.filepath))
+
+    def save_resume(self) -> None:
+        """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device.device)
+        content = {
+            "format": FORMAT,
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "stale": self.stale,
+            "weights": self.model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "generators": generators,
+        }
+        save(self.run.resume, content)
+
+    def restore(self) -> None:
+        """Go back to the state that `save_resume` wrote."""
+        content = load(self.run.resume)
+        load_weights_into(self.model, content["weights"], self.run.resume)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][name])
+        self.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["generators"]["cpu"])
+        if "cuda" in content["generators"] and self.device.device.type == "cuda":
+            torch.cuda.set_rng_state(content["generators"]["cuda"], self.device.device)
+        self.epoch, self.step = content["epoch"], content["step"]
+        self.best, self.stale = content["best"], content["stale"]
+        self.run.keep_epochs(self.epoch)
+
+
+def describe_freezing(command: str) -> str:
+    """What a freezing command lets train, in words."""
+    if command == "freezeall":
+        return "the heads train"
+    if command == "unfreezeall":
+        return "everything trains"
+    count = int(command.removeprefix("unfreezetop"))
+    return f"the heads, the pooler and the top {count} layer{'s' * (count > 1)} train"

@@ -1,0 +1,82 @@
+"""What a run will do, before it does it: parameters by part, steps per epoch, memory and disk."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from config import Config
+from datasets import TaskData
+from multitask_bert import MultitaskBERT, freezing_command
+from training.loop import describe_freezing
+from training.routines import ROUTINES, Plan
+from training.telemetry import format_table
+
+OPTIMIZER_STATES = {"SGD": 1, "SparseAdam": 2}  # tensors of a parameter's size; the others keep two
+ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
+
+
+def parameter_table(model: MultitaskBERT) -> str:
+    """Total and trainable parameters of each part, as the model stands now."""
+    rows = []
+    for name, parameters in model.parts():
+        total = sum(p.numel() for p in parameters)
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        rows.append((name, total, trainable))
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    text = [[name, f"{total:,}", f"{own:,}", f"{own / total:.1%}" if total else "-"] for name, total, own in rows]
+    return format_table(["part", "parameters", "trainable", "share"], text)
+
+
+def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
+    """About what best.pt and resume.pt take on disk together."""
+    weights = sum(p.numel() for p in model.parameters())
+    states = OPTIMIZER_STATES.get(config.train.optim, 2)
+    optimizers = sum(states * sum(p.numel() for p in model.task_parameters(name)) for name in model.tasks)
+    return 4 * (2 * weights + optimizers)
+
+
+def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:
+    """About the memory of training: weights, gradients, optimizer states and the largest batch's activations."""
+    shape = model.bert_config
+    tokens = max(config.train.batch_size * float(np.mean(own.lengths)) for own in data.values())
+    per_token = ACTIVATIONS_PER_LAYER * shape.hidden_size * shape.num_hidden_layers
+    # weights, gradients and optimizer states take what the two checkpoints do
+    return int(checkpoint_bytes(model, config) + 4 * tokens * per_token)
+
+
+def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData]) -> str:
+    """The text of --dry_run."""
+    options = config.train
+    sizes = {name: len(own) for name, own in data.items()}
+    rounds = {name: own.num_trains for name, own in config.tasks.items()}
+    steps = ROUTINES[options.routine](Plan(options.seed, options.batch_size, sizes, rounds), 0)
+    rows = []
+    for name, own in data.items():
+        count = sum(step.task == name for step in steps)
+        rate = options.lr * config.tasks[name].lr_multiplier
+        rows.append(
+            [model.tasks[name].title, f"{sizes[name]:,}", str(rounds[name]), f"{count:,}", f"{own.lengths.mean():.1f}"]
+            + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}", config.tasks[name].loss]
+        )
+    header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
+    depth = model.bert_config.num_hidden_layers
+    commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
+    changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
+    freezing = "; ".join(f"from epoch {i + 1} {describe_freezing(commands[i])}" for i in changes)
+    model.manage_freezing(commands[-1])
+    return "\n".join(
+        [
+            f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
+            f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
+            "",
+            format_table(header, rows),
+            f"{options.epochs} epochs of {len(steps):,} steps, routine {options.routine}, batch size "
+            f"{options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
+            "",
+            f"{options.fine_tune_mode}: {freezing}. In the last epoch:",
+            parameter_table(model),
+            "",
+            f"estimated memory {memory_bytes(model, config, data) / 1e9:.2f} GB, "
+            f"checkpoints on disk {checkpoint_bytes(model, config) / 1e9:.2f} GB",
+        ]
+    )

@@ -1,0 +1,230 @@
+"""What people look at while a run goes on and after it: the epoch table, metrics.jsonl and TensorBoard.
+
+metrics.jsonl holds figures that depend on the seed alone, so that two runs can be compared to the letter; clocks and
+memory go to timing.jsonl.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import Config
+from evaluation import Scores, decide, primary
+from tasks import Task
+from training.checkpoint import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class TaskEpoch:
+    """What one epoch did for one task."""
+
+    steps: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    lr: float = 0.0
+    seconds: float = 0.0
+    train: Scores = field(default_factory=dict)
+
+
+@dataclass
+class Epoch:
+    """One epoch's figures; `number` counts from 1. `dev` is empty where the epoch was not evaluated."""
+
+    number: int
+    trains: str
+    step: int
+    tasks: dict[str, TaskEpoch]
+    dev: Scores = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: int = 0
+    is_best: bool = False
+
+    @property
+    def examples_per_second(self) -> float:
+        """Training examples per second of training, evaluation left out."""
+        seconds = sum(task.seconds for task in self.tasks.values())
+        return sum(task.examples for task in self.tasks.values()) / max(seconds, 1e-9)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table: first column left, the others right aligned."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _figure(scores: Scores, name: str) -> str:
+    return f"{scores[name]:.3f}" if name in scores else "-"
+
+
+def score_cells(task: Task, scores: Scores) -> list[str]:
+    """The two metrics of a task as text."""
+    names = ("pearson", "spearman") if task.kind == "similarity" else ("accuracy", "f1")
+    return [f"{names[0]} {_figure(scores, names[0])}", f"{names[1]} {_figure(scores, names[1])}"]
+
+
+def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
+    """The table printed after each epoch."""
+    title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
+    rows = []
+    for name, done in epoch.tasks.items():
+        task = tasks[name]
+        train = f"{primary(task, done.train):.3f}" if done.train else "-"
+        dev = score_cells(task, epoch.dev[name]) if epoch.dev else ["-", "-"]
+        rows.append([task.title, str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}", train, *dev])
+    table = format_table(["task", "steps", "lr", "loss", "train", "dev", ""], rows)
+    footer = (
+        f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
+    )
+    if epoch.dev:
+        best = "  <- best so far, saved" if epoch.is_best else ""
+        footer = f"dev score {epoch.dev['score']:.4f}{best}   ({footer})"
+    return f"\n{title}\n{table}\n{footer}"
+
+
+def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores]) -> str:
+    """A table of scores, a row for each name in `rows` and a column for each task."""
+    header = ["", *(task.title for task in tasks.values()), "score", "with r itself"]
+    body = [
+        [name, *(f"{primary(task, scores[key]):.3f}" for key, task in tasks.items())]
+        + [f"{scores['score']:.4f}", f"{scores['score_raw_r']:.4f}"]
+        for name, scores in rows.items()
+    ]
+    return format_table(header, body)
+
+
+def metrics_line(epoch: Epoch) -> dict[str, Any]:
+    """The line of metrics.jsonl: everything that the seed decides, nothing that the clock does."""
+    train = {
+        name: {"loss": done.loss, "lr": done.lr, "steps": done.steps, **done.train}
+        for name, done in epoch.tasks.items()
+    }
+    return {"epoch": epoch.number, "step": epoch.step, "trains": epoch.trains, "train": train, "dev": epoch.dev}
+
+
+def timing_line(epoch: Epoch) -> dict[str, Any]:
+    """The line of timing.jsonl: seconds, examples per second and bytes."""
+    seconds = {name: round(done.seconds, 3) for name, done in epoch.tasks.items()}
+    return {
+        "epoch": epoch.number,
+        "seconds": round(epoch.seconds, 3),
+        "train_seconds": seconds,
+        "examples_per_second": round(epoch.examples_per_second, 2),
+        "peak_memory_bytes": epoch.peak_memory,
+    }
+
+
+def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
+    """Confusion matrix of dev predictions, each row in percent of the true label."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import confusion_matrix
+
+    names = task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
+    counts = confusion_matrix(labels, decide(task, values), labels=range(len(names)))
+    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    size = 2.6 + 0.75 * len(names)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(*counts.shape):
+        colour = "white" if share[i, j] > 0.6 else "black"
+        axes.text(j, i, f"{share[i, j]:.0%}\n{counts[i, j]}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="true")
+    axes.set_xticklabels(names, rotation=30, ha="right")
+    axes.set_yticklabels(names)
+    axes.set_title(f"{task.title}, dev: share of each true label")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def residual_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
+    """Residuals of dev predictions over true similarity, after the best linear fit.
+
+    A head trained with the Pearson loss has no scale of its own, so predictions are first mapped to labels by least
+    squares; what remains is the error that correlation sees.
+    """
+    from matplotlib.figure import Figure
+
+    design = np.stack([values, np.ones_like(values)], axis=1).astype(np.float64)
+    slope, intercept = np.linalg.lstsq(design, labels.astype(np.float64), rcond=None)[0]
+    residuals = slope * values + intercept - labels
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.scatter(labels, residuals, s=12, alpha=0.5, color="#0072B2", edgecolors="none")
+    axes.set(xlabel="true similarity", ylabel="fitted prediction - true similarity")
+    axes.set_title(f"{task.title}, dev: residuals (standard deviation {residuals.std():.2f})")
+    return figure
+
+
+class Telemetry:
+    """Writes a run's curves: metrics.jsonl and timing.jsonl always, TensorBoard unless it is switched off."""
+
+    def __init__(self, run: RunDirectory, config: Config, tasks: Mapping[str, Task], first_step: int = 0) -> None:
+        self.run, self.config, self.tasks = run, config, tasks
+        self.writer = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
+            if not first_step:
+                self.writer.add_text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+
+    def step(self, number: int, task: str, loss: float, lr: float, grad_norm: float) -> None:
+        """Curves within an epoch."""
+        if self.writer is not None:
+            self.writer.add_scalar(f"{task}/loss", loss, number)
+            self.writer.add_scalar(f"{task}/lr", lr, number)
+            self.writer.add_scalar(f"{task}/gradient_norm", grad_norm, number)
+
+    def epoch(self, epoch: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Record an epoch. `dev` maps tasks to values and labels on dev, for the figures."""
+        self.run.append_json("metrics.jsonl", metrics_line(epoch))
+        self.run.append_json("timing.jsonl", timing_line(epoch))
+        if self.writer is None:
+            return
+        for name, done in epoch.tasks.items():
+            if done.train:
+                self._scalars(f"{name}/train", done.train, epoch.step)
+        self.writer.add_scalar("speed/examples_per_second", epoch.examples_per_second, epoch.step)
+        self.writer.add_scalar("memory/peak_gigabytes", epoch.peak_memory / 1e9, epoch.step)
+        if epoch.dev:
+            self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
+        for name, (values, labels) in dev.items():
+            self._scalars(f"{name}/dev", epoch.dev[name], epoch.step)
+            similarity = self.tasks[name].kind == "similarity"
+            figure = (residual_figure if similarity else confusion_figure)(self.tasks[name], values, labels)
+            kind = "residuals" if similarity else "confusion"
+            self.writer.add_figure(f"{name}/{kind}", figure, epoch.step)
+        self.writer.flush()
+
+    def _scalars(self, prefix: str, scores: Scores, step: int) -> None:
+        assert self.writer is not None
+        for metric, value in scores.items():
+            self.writer.add_scalar(f"{prefix}_{metric}", value, step)
+
+    def close(self, scores: Scores) -> None:
+        """Record the run's options and best scores for the HParams tab, and close."""
+        if self.writer is None:
+            return
+        options: dict[str, Any] = {}
+        groups = {"model": self.config.model, "train": self.config.train, **self.config.tasks}
+        for group, values in groups.items():
+            for name, value in vars(values).items():
+                if value is not None:
+                    options[f"{group}.{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+        metrics = {f"best/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks}
+        self.writer.add_hparams(options, {**metrics, "best/score": scores["score"]}, run_name=".")
+        self.writer.close()
