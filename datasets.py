@@ -269,6 +269,31 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
     return examples
 
 
+def load_splits(
+    data: DataOptions,
+    options: Mapping[str, TaskOptions],
+    tasks: Mapping[str, Task],
+    names: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Examples]]:
+    """The examples of each split in `names`, by task. `say` hears of skipped rows and of missing test files.
+
+    Raises UserError as `load_split` does.
+    """
+    bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
+    splits: dict[str, dict[str, Examples]] = {split: {} for split in names}
+    for split in names:
+        for name, task in tasks.items():
+            examples = load_split(data, options[name], task, split, bad_rows)
+            if examples is None:
+                say(f"{task.title}: there is no test file {task.files['test']}, so no test predictions")
+            else:
+                splits[split][name] = examples
+    if bad_rows.count:
+        say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {data.max_bad_rows})")
+    return splits
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Token ids and packed batches
 
@@ -312,6 +337,20 @@ class TaskData:
         """The examples' labels [B]: int64 classes and 0/1, or float32 similarities."""
         assert self.examples.labels is not None, f"{self.examples.path} has no labels"
         return torch.from_numpy(self.examples.labels[indices])
+
+
+def tokenise(
+    splits: Mapping[str, Mapping[str, Examples]], tokenizer: Tokenizer, pair_encoding: str, say: Callable[[str], None]
+) -> dict[str, dict[str, TaskData]]:
+    """Token ids for every split; `say` hears of sequences that had to be cut."""
+    data = {
+        split: {name: TaskData(examples, tokenizer, pair_encoding) for name, examples in by_task.items()}
+        for split, by_task in splits.items()
+    }
+    truncated = sum(own.truncated for by_task in data.values() for own in by_task.values())
+    if truncated:
+        say(f"truncated {truncated} sequences to {tokenizer.max_length} tokens (--max_length)")
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------------------

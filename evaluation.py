@@ -1,19 +1,35 @@
 """Predict, score and write predictions: the same code for training, evaluation and ensembles."""
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from datasets import TaskData
+from datasets import Examples, TaskData
 from tasks import Task
 
 Scores = dict[str, Any]
+T = TypeVar("T")
+
+
+def progress(items: Sequence[T], description: str, unit: str, leave: bool = True) -> "tqdm[T]":
+    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=description,
+        unit=unit,
+        leave=leave,
+        dynamic_ncols=True,
+        mininterval=0.1 if watched else 30.0,
+        disable=not watched and not leave,
+    )
 
 
 def predict(
@@ -30,7 +46,7 @@ def predict(
     task = data.examples.task
     blocks = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     with torch.inference_mode(), torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-        for block in tqdm(blocks, desc=f"{task.name} {data.examples.split}", unit="batch", leave=False):
+        for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
             outputs.append(model(task.name, data.batch(block).to(device)).float())
     model.train(training)
     joined = torch.cat(outputs).cpu().numpy()
@@ -65,11 +81,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / norm) if norm > 0 else 0.0
 
 
-def score_task(task: Task, values: np.ndarray, labels: np.ndarray) -> Scores:
-    """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N].
+def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Scores:
+    """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N], which must be there.
 
     classes and binary: accuracy and f1 (macro for classes); similarity: pearson and spearman.
     """
+    assert labels is not None, f"{task.name}: cannot be scored without labels"
     decided = decide(task, values)
     if task.kind == "similarity":
         from scipy.stats import rankdata
@@ -100,6 +117,22 @@ def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
         (1 + value) / 2 if tasks[name].kind == "similarity" else value for name, value in zip(by_task, raw, strict=True)
     ]
     return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}
+
+
+def score_and_write(
+    tasks: Mapping[str, Task],
+    values: Mapping[tuple[str, str], np.ndarray],
+    splits: Mapping[str, Mapping[str, Examples]],
+    folder: Path,
+) -> Scores:
+    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task); returns the dev scores."""
+    scores: dict[str, Scores] = {}
+    for (split, name), own in values.items():
+        examples = splits[split][name]
+        write_predictions(folder / "predictions" / f"{name}-{split}-output.csv", tasks[name], examples.ids, own)
+        if split == "dev":
+            scores[name] = score_task(tasks[name], own, examples.labels)
+    return overall(tasks, scores)
 
 
 def write_predictions(path: Path, task: Task, ids: list[str], values: np.ndarray) -> None:

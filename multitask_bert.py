@@ -194,7 +194,7 @@ class MultitaskBERT(nn.Module):
         return self("sst", pack_padded(input_ids, attention_mask))
 
     def predict_paraphrase(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
-        """Quora logits [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2) [B, L], or a packed batch."""
+        """Quora logits [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2), or a packed batch."""
         return self._predict_pair("para", first, *rest)
 
     def predict_similarity(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:

@@ -9,44 +9,23 @@ echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import Config, UserError, parse, run_script
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
-    from datasets import Examples, TaskData
-    from evaluation import Scores
+    from datasets import TaskData
     from multitask_bert import MultitaskBERT
     from tokenizer import Tokenizer
+    from training.checkpoint import RunDirectory
     from training.device import Device
-
-Splits = dict[str, "Examples"]
-Tokenised = dict[str, "TaskData"]
 
 
 def say(line: str) -> None:
     """Print a line at once, even into a file."""
     print(line, flush=True)
-
-
-def read_splits(config: Config, tasks: dict[str, Task], names: Sequence[str]) -> dict[str, Splits]:
-    """The examples of each named split, by task; tasks without a test file are left out of it, and said so."""
-    from datasets import BadRows, load_split
-
-    bad_rows = BadRows(config.data.max_bad_rows, lambda line: say(f"skipped row {line}"))
-    splits: dict[str, Splits] = {name: {} for name in names}
-    for split in names:
-        for name, task in tasks.items():
-            examples = load_split(config.data, config.tasks[name], task, split, bad_rows)
-            if examples is None:
-                say(f"{task.title}: no test file {task.files['test']}, so no test predictions")
-            else:
-                splits[split][name] = examples
-    if bad_rows.count:
-        say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {config.data.max_bad_rows})")
-    return splits
 
 
 def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT, Tokenizer]":
@@ -75,43 +54,19 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     return model, load_tokenizer(folder, config.data.max_length)
 
 
-def tokenise(splits: dict[str, Splits], tokenizer: "Tokenizer", model: "MultitaskBERT") -> "dict[str, Tokenised]":
-    """Token ids for every split; sequences that had to be cut are counted and said."""
-    from datasets import TaskData
-
-    encoding = str(model.options.pair_encoding)
-    data = {
-        split: {name: TaskData(examples, tokenizer, encoding) for name, examples in by_task.items()}
-        for split, by_task in splits.items()
-    }
-    truncated = sum(own.truncated for by_task in data.values() for own in by_task.values())
-    if truncated:
-        say(f"truncated {truncated} sequences to {tokenizer.max_length} tokens (--max_length)")
-    return data
-
-
-def setup(config: Config) -> "Device":
-    """Threads and device, as the flags ask."""
-    import torch
-
-    from training.device import choose_device
-
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    return choose_device(config.run.use_gpu, config.run.amp, say)
-
-
 def train(config: Config) -> None:
     """Train, then score and predict with the best checkpoint."""
-    tasks = {name: TASKS[name] for name in config.tasks}
-    splits = read_splits(config, tasks, ["train", "dev", "test"])
+    from datasets import load_splits, tokenise
     from training.checkpoint import RunDirectory, load, load_weights_into
+    from training.device import choose_device
     from training.loop import Trainer
     from training.plan import checkpoint_bytes, describe
 
-    device = setup(config)
+    tasks = {name: TASKS[name] for name in config.tasks}
+    splits = load_splits(config.data, config.tasks, tasks, ["train", "dev", "test"], say)
+    device = choose_device(config.compute, say)
     model, tokenizer = build_model(config, tasks)
-    data = tokenise(splits, tokenizer, model)
+    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), say)
     if config.run.dry_run:
         say(describe(config, model, data["train"]))
         return
@@ -119,50 +74,66 @@ def train(config: Config) -> None:
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     run.begin(config)
     say(f"{device.name}; run directory {run.path}")
-    trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say)
-    trainer.fit()
+    Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say).fit()
     best = load(run.best)
     load_weights_into(model, best["weights"], run.best)
-    scores = report(model, data["dev"], data["test"], device, config.run.eval_batch_size, run.predictions)
-    run.write_json("scores.json", {"dev": scores, "epoch": best["epoch"], "checkpoint": run.best.name})
+    report(model, data, device, config, run, {"epoch": best["epoch"], "checkpoint": run.best.name})
     say(f"best checkpoint {run.best}; curves: tensorboard --logdir {run.path.parent}")
 
 
 def report(
-    model: "MultitaskBERT", dev: Tokenised, test: Tokenised, device: "Device", batch_size: int, folder: Path
-) -> "Scores":
-    """Score dev, write the prediction files of dev and test into `folder`, and print the scores."""
-    from evaluation import overall, predict, probabilities, score_task, write_predictions
+    model: "MultitaskBERT",
+    data: "dict[str, dict[str, TaskData]]",
+    device: "Device",
+    config: Config,
+    run: "RunDirectory",
+    about: dict[str, Any],
+) -> None:
+    """Score dev, predict dev and test, print the scores and write all of it into the run directory."""
+    from evaluation import predict, probabilities, score_and_write
     from training.telemetry import score_table
 
-    scores = {}
-    for split, by_task in (("dev", dev), ("test", test)):
-        for name, data in by_task.items():
-            task = model.tasks[name]
-            values = probabilities(task, predict(model, data, device.device, batch_size, device.amp))
-            write_predictions(folder / f"{name}-{split}-output.csv", task, data.examples.ids, values)
-            if split == "dev":
-                scores[name] = score_task(task, values, data.examples.labels)
-    scores = overall(model.tasks, scores)
-    say(score_table(model.tasks, {"dev": scores}))
-    say(f"predictions in {folder}")
-    return scores
+    values = {
+        (split, name): probabilities(
+            model.tasks[name], predict(model, own, device.device, config.compute.eval_batch_size, device.amp)
+        )
+        for split in ("dev", "test")
+        for name, own in data[split].items()
+    }
+    splits = {split: {name: own.examples for name, own in by_task.items()} for split, by_task in data.items()}
+    scores = score_and_write(model.tasks, values, splits, run.path)
+    run.write_json("scores.json", {"dev": scores, **about})
+    say("\n" + score_table(model.tasks, {"dev": scores}))
+    say(f"predictions in {run.predictions}")
 
 
 def evaluate(config: Config) -> None:
     """--evaluate: score dev and predict dev and test with a checkpoint."""
+    from datasets import load_splits, tokenise
     from training.checkpoint import RunDirectory, load_model
+    from training.device import choose_device
 
     path = Path(str(config.run.evaluate))
-    device = setup(config)
+    device = choose_device(config.compute, say)
     model, tokenizer, saved = load_model(path)
     model.to(device.device)
-    config.tasks = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
-    splits = read_splits(config, model.tasks, ["dev", "test"])
-    data = tokenise(splits, tokenizer, model)
-    folder = Path(config.run.run_dir) if config.run.run_dir else path.parent / f"{path.stem}-evaluation"
-    scores = report(model, data["dev"], data["test"], device, config.run.eval_batch_size, folder / "predictions")
-    RunDirectory(folder).write_json("scores.json", {"dev": scores, "checkpoint": str(path)})
+    options = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
+    splits = load_splits(config.data, options, model.tasks, ["dev", "test"], say)
+    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
+    run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
+    report(model, data, device, config, run, {"checkpoint": str(path)})
+
+
+def export(config: Config) -> None:
+    """--export: write each backbone of a checkpoint in the Hugging Face layout, in a folder named after it."""
+    from base_bert import save_pretrained
+    from training.checkpoint import load_model
+
+    model, tokenizer, _ = load_model(Path(str(config.run.evaluate)))
+    for name, backbone in model.backbones.items():
+        folder = Path(str(config.run.export)) / name
+        save_pretrained(folder, model.bert_config, backbone.state_dict(), tokenizer)
+        say(f"backbone {name} in {folder}")
 
 
 def label_sentences(config: Config) -> None:
@@ -170,22 +141,24 @@ def label_sentences(config: Config) -> None:
     from datasets import Examples, TaskData
     from evaluation import decide, predict, probabilities
     from training.checkpoint import load_model
+    from training.device import choose_device
 
     model, tokenizer, _ = load_model(Path(str(config.run.evaluate)))
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     task = names[str(config.run.task)]
     if task.name not in model.tasks:
         raise UserError(
-            f"--task {config.run.task}: {config.run.evaluate} was not trained on it; choose from {', '.join(model.tasks)}"
+            f"--task {config.run.task}: {config.run.evaluate} was not trained on it; "
+            f"choose from {', '.join(model.tasks)}"
         )
-    device = setup(config)
+    device = choose_device(config.compute, say)
     model.to(device.device)
     texts = read_lines(str(config.run.predict), task)
     ids = [str(i) for i in range(len(texts))]
     columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
     examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
     data = TaskData(examples, tokenizer, str(model.options.pair_encoding))
-    values = probabilities(task, predict(model, data, device.device, config.run.eval_batch_size, device.amp))
+    values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
     labels = decide(task, values)
     for row, value, label in zip(texts, values, labels, strict=True):
         if task.kind == "similarity":
@@ -219,6 +192,8 @@ def main(argv: Sequence[str]) -> None:
     config = parse(argv, TASKS, "multitask_classifier.py", str(__doc__).split("\n\n")[0])
     if config.run.predict is not None:
         label_sentences(config)
+    elif config.run.export is not None:
+        export(config)
     elif config.run.evaluate is not None:
         evaluate(config)
     else:

@@ -89,11 +89,14 @@ class PackedBatch:
             move(self.grouping.first_rows),
         )
         return PackedBatch(
-            *(move(t) for t in (self.input_ids, self.token_type_ids, self.position_ids, self.cu_seqlens)),
-            self.max_seqlen,
-            move(self.order),
-            move(self.restore),
-            grouping,
+            input_ids=move(self.input_ids),
+            token_type_ids=move(self.token_type_ids),
+            position_ids=move(self.position_ids),
+            cu_seqlens=move(self.cu_seqlens),
+            max_seqlen=self.max_seqlen,
+            order=move(self.order),
+            restore=move(self.restore),
+            grouping=grouping,
         )
 
 

@@ -1,7 +1,7 @@
 """The task table: everything that the package knows about a task stands in one row.
 
-A further task is one more row in `TASKS`. The command line (`--train_NAME`, `--NAME_lr_multiplier`, ...), the reading of
-the files, the head, the loss, the metrics, the routines and the prediction files all follow from it.
+A further task is one more row in `TASKS`. The command line (`--train_NAME`, `--NAME_lr_multiplier`, ...), the reading
+of the files, the head, the loss, the metrics, the routines and the prediction files all follow from it.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing
 
 from config import UserError
 
@@ -37,20 +35,22 @@ class Tokenizer:
     """[CLS] a [SEP] and [CLS] a [SEP] b [SEP], at most `max_length` (at least 4) tokens long."""
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, source: str) -> None:
-        """Take over `backend`. Raises UserError, naming `source`, where it lacks one of BERT's special tokens."""
+        """Take over `backend`. Raises UserError, naming `source`, where it is not the tokenizer of a BERT."""
+        if not isinstance(backend.model, WordPiece):
+            raise UserError(f"{source}: holds no WordPiece model; use the tokenizer of a BERT")
         ids = {token: id for token in SPECIAL_TOKENS if (id := backend.token_to_id(token)) is not None}
         if lacking := [token for token in SPECIAL_TOKENS if token not in ids]:
             raise UserError(f"{source}: the vocabulary has no {', '.join(lacking)}; use the vocabulary of a BERT")
         # A stored tokenizer may pad and truncate to a length of its own (all-MiniLM-L6-v2: both, to 128).
         backend.no_padding()
         backend.no_truncation()
-        backend.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
         self.pad_id = ids["[PAD]"]
+        self.cls_id = ids["[CLS]"]
+        self.sep_id = ids["[SEP]"]
         self.mask_id = ids["[MASK]"]
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.max_length = max_length
         self._sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        backend.enable_truncation(max_length, strategy="longest_first")
         self._backend = backend
 
     @property
@@ -78,25 +78,46 @@ class Tokenizer:
         """
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)=} differs from {len(pairs)=}")
-        ids = [np.empty(0, np.int32)]
-        lengths, second_start, truncated = [0], [], 0
+        special = 2 if pairs is None else 3
+        blocks = [np.empty(0, np.int32)]
+        offsets, second_start, truncated = [0], [], 0
         for start in range(0, len(texts), BLOCK):
             block = slice(start, start + BLOCK)
-            batch = list(texts[block] if pairs is None else zip(texts[block], pairs[block], strict=True))
-            encodings = self._backend.encode_batch_fast(batch)
-            ids.append(np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32))
-            for encoding in encodings:
-                length = len(encoding)
-                lengths.append(length)
-                # Counted from the end, since the second text's [SEP] is there even where the text is empty.
-                second_start.append(length if pairs is None else length - sum(encoding.type_ids))
-                truncated += length == self.max_length and bool(encoding.overflowing)
+            firsts = self._word_pieces(texts[block])
+            seconds = [[]] * len(firsts) if pairs is None else self._word_pieces(pairs[block])
+            ids: list[int] = []
+            for a, b in zip(firsts, seconds, strict=True):
+                kept_a, kept_b = longest_first(len(a), len(b), self.max_length - special)
+                truncated += kept_a + kept_b < len(a) + len(b)
+                ids += [self.cls_id, *a[:kept_a], self.sep_id]
+                second_start.append(kept_a + 2)
+                if pairs is not None:
+                    ids += [*b[:kept_b], self.sep_id]
+                offsets.append(offsets[-1] + kept_a + kept_b + special)
+            blocks.append(np.array(ids, np.int32))
         return TokenArrays(
-            input_ids=np.concatenate(ids),
-            offsets=np.cumsum(lengths, dtype=np.int64),
+            input_ids=np.concatenate(blocks),
+            offsets=np.array(offsets, np.int64),
             second_start=np.array(second_start, np.int32),
             truncated=truncated,
         )
+
+    def _word_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole texts, without special tokens."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
+    """How many of `a` and `b` tokens stay when tokens go from the longer text's end, until `budget` tokens are left.
+
+    Once both are equally long, the one that was shorter gives way (the first, if neither was). The library's own
+    truncation follows the same rule but also builds what it cuts off, for a pair in every combination: two texts of a
+    thousand tokens take gigabytes.
+    """
+    if a + b <= budget:
+        return a, b
+    shorter = min(a, b, budget // 2)
+    return (shorter, budget - shorter) if a <= b else (budget - shorter, shorter)
 
 
 def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
@@ -130,6 +151,4 @@ def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path)) if full else _from_vocabulary(folder)
     except Exception as error:  # the library raises bare Exception for a bad file
         raise UserError(f"{path}: cannot be read as a tokenizer ({error}); fetch the file again") from error
-    if not isinstance(backend.model, WordPiece):
-        raise UserError(f"{path}: holds no WordPiece model; use the tokenizer of a BERT")
     return Tokenizer(backend, max_length, str(path))

@@ -28,6 +28,7 @@ from base_bert import (
     weights_sha256,
 )
 from config import BertConfig, UserError
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = BertConfig(
@@ -107,21 +108,24 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_init_weights() -> None:
-    module = nn.Sequential(
-        nn.Linear(200, 300), nn.Embedding(400, 100), nn.LayerNorm(50), nn.Linear(9, 9, bias=False), nn.Dropout()
+    linear, embedding, norm, unbiased = (
+        nn.Linear(200, 300),
+        nn.Embedding(400, 100),
+        nn.LayerNorm(50),
+        nn.Linear(9, 9, bias=False),
     )
+    module = nn.Sequential(linear, embedding, norm, unbiased, nn.Dropout())
     for parameter in module.parameters():
         nn.init.constant_(parameter, 7.0)
     torch.manual_seed(1)
     module.apply(lambda m: init_weights(m, std=0.02))
-    for weight in (module[0].weight, module[1].weight):
-        assert isinstance(weight, Tensor)
+    for weight in (linear.weight, embedding.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.03)
         assert abs(weight.mean().item()) < 4 * 0.02 / weight.numel() ** 0.5
-    assert module[3].weight.abs().max() < 0.2
-    assert torch.equal(module[0].bias, torch.zeros(300))
-    assert torch.equal(module[2].weight, torch.ones(50))
-    assert torch.equal(module[2].bias, torch.zeros(50))
+    assert unbiased.weight.abs().max() < 0.2
+    assert torch.equal(linear.bias, torch.zeros(300))
+    assert torch.equal(norm.weight, torch.ones(50))
+    assert torch.equal(norm.bias, torch.zeros(50))
 
 
 # Names and shapes
@@ -251,7 +255,7 @@ def test_a_hostile_pickle_is_not_executed(tmp_path: Path, legacy: bool) -> None:
     state: dict[str, Any] = {**hf_state(hf_model()), "extra": Hostile(trap)}
     file = tmp_path / "pytorch_model.bin"
     if legacy:
-        file.write_bytes(pickle.dumps({"extra": Hostile(trap)}))
+        file.write_bytes(pickle.dumps({"extra": Hostile(trap)}, protocol=2))
     else:
         torch.save(state, file)
     with pytest.raises(UserError, match=r"pytorch_model\.bin: cannot be read as weights"):
@@ -314,17 +318,19 @@ def test_read_config_refuses(tmp_path: Path, text: str | None, message: str) -> 
 def test_save_pretrained_is_read_by_transformers(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source")
     state = load_weights(source, CONFIG)
-    save_pretrained(tmp_path / "out", CONFIG, state, tokenizer_from=source)
+    tokenizer = load_tokenizer(source, 64)
+    save_pretrained(tmp_path / "out", CONFIG, state, tokenizer)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
-        "vocab.txt",
+        "tokenizer.json",
     ]
-    loaded, info = transformers.BertModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    bert: Any = transformers.BertModel
+    loaded, info = bert.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert_same(reference_state(loaded), state)
     assert_same(load_weights(tmp_path / "out", read_config(tmp_path / "out")), state)
-    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (source / "vocab.txt").read_bytes()
+    assert load_tokenizer(tmp_path / "out", 64).sha256 == tokenizer.sha256
 
     ids = torch.randint(0, 97, (3, 11))
     with torch.no_grad():
@@ -335,14 +341,14 @@ def test_save_pretrained_is_read_by_transformers(tmp_path: Path) -> None:
 
 def test_save_pretrained_over_its_own_source(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
-    save_pretrained(folder, CONFIG, load_weights(folder, CONFIG), tokenizer_from=None)
+    save_pretrained(folder, CONFIG, load_weights(folder, CONFIG))
     assert_same(load_weights(folder, CONFIG), reference_state(hf_model()))
 
 
 def test_save_pretrained_takes_views_of_one_buffer(tmp_path: Path) -> None:
     wanted = reference_state(hf_model())
     flat = torch.cat([tensor.flatten() for tensor in wanted.values()])
-    pieces = flat.split([tensor.numel() for tensor in wanted.values()])
+    pieces = torch.split(flat, [tensor.numel() for tensor in wanted.values()])
     views = {name: piece.view_as(wanted[name]) for name, piece in zip(wanted, pieces, strict=True)}
     save_pretrained(tmp_path, CONFIG, views)
     assert_same(load_weights(tmp_path, CONFIG), wanted)

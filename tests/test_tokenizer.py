@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import tokenizer
 from config import UserError
-from tokenizer import TokenArrays, load_tokenizer
+from tokenizer import TokenArrays, Tokenizer, load_tokenizer, longest_first
 
 WORDS = "the film was not good bad cafe café Film The un ##aff ##able ##s , . ! ' - 电 影 n ##t été 1 ##2 🙂"
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *"abcdefgilmnopqrst", "##a", "##b", "##o"]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *"abcdefgilmopqrst", "##a", "##b", "##o"]
+DTYPES = ["int32", "int64", "int32"]
 TEXTS = [
     "The film was not good.",
     "",
@@ -50,7 +51,8 @@ def write_full(folder: Path, lower: bool = True) -> Path:
 
 
 def oracle(folder: Path) -> Any:
-    return transformers.BertTokenizerFast.from_pretrained(folder)
+    fast: Any = transformers.BertTokenizerFast  # type: ignore[attr-defined, unused-ignore]
+    return fast.from_pretrained(folder)
 
 
 def assert_same(
@@ -61,7 +63,7 @@ def assert_same(
     wanted = reference(*arguments, truncation="longest_first", max_length=top)
     full = reference(*arguments, truncation=False)
     assert len(found) == len(texts) == len(found.offsets) - 1
-    assert (found.input_ids.dtype, found.offsets.dtype, found.second_start.dtype) == (np.int32, np.int64, np.int32)
+    assert [str(array.dtype) for array in (found.input_ids, found.offsets, found.second_start)] == DTYPES
     assert found.offsets[0] == 0 and found.offsets[-1] == len(found.input_ids)
     for i in range(len(texts)):
         ids = found.input_ids[found.offsets[i] : found.offsets[i + 1]]
@@ -82,6 +84,26 @@ def test_equals_transformers(tmp_path: Path, write: Any, lower: bool, top: int) 
     pairs = [(a, b) for a in TEXTS for b in TEXTS]
     firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
     assert_same(ours.encode(firsts, seconds), reference, firsts, seconds, top)
+
+
+def test_longest_first_takes_tokens_one_by_one() -> None:
+    for budget in range(1, 9):
+        for a in range(11):
+            for b in range(11):
+                kept = [a, b]
+                while sum(kept) > budget:
+                    gives_way = int(a > b) if kept[0] == kept[1] else int(kept[1] > kept[0])
+                    kept[gives_way] -= 1
+                assert longest_first(a, b, budget) == tuple(kept), (a, b, budget)
+
+
+def test_very_long_texts(tmp_path: Path) -> None:
+    """Two texts of 100,000 tokens: what is cut off must cost nothing."""
+    ours = load_tokenizer(write_vocabulary(tmp_path), 8)
+    found = ours.encode(["film " * 100_000], ["good " * 100_000])
+    film, good = VOCABULARY.index("film"), VOCABULARY.index("good")
+    assert found.input_ids.tolist() == [2, film, film, 3, good, good, good, 3]
+    assert (found.second_start.tolist(), found.truncated) == ([4], 1)
 
 
 def test_ids_by_hand(tmp_path: Path) -> None:
@@ -134,6 +156,16 @@ def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
     write_vocabulary(folder)
     (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]))
     assert len({first, cased, load_tokenizer(folder, 8).sha256}) == 3
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    first = load_tokenizer(write_full(tmp_path), 8)
+    second = Tokenizer.from_json(first.to_json(), 8, "best.pt")
+    assert second.sha256 == first.sha256
+    assert_same(second.encode(TEXTS, TEXTS[::-1]), oracle(tmp_path), TEXTS, TEXTS[::-1], 8)
+    for text in ("", "{}", tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()):
+        with pytest.raises(UserError, match=r"^best\.pt: "):
+            Tokenizer.from_json(text, 8, "best.pt")
 
 
 def test_a_folder_without_vocabulary_is_refused(tmp_path: Path) -> None:

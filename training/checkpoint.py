@@ -164,7 +164,7 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
 
 
 class RunDirectory:
-    """The folder of one run: best.pt, resume.pt, config.json, metrics.jsonl, scores.json, predictions/, tensorboard/."""
+    """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and tensorboard/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,8 +213,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(
-                f"--run_dir {self.path}: the checkpoints need about {needed / 1e6:,.0f} MB but no space is left for them "
-                f"({free / 1e6:,.0f} MB free); free some, or choose another folder"
+                f"--run_dir {self.path}: the checkpoints need about {needed / 1e6:,.0f} MB but no space is left for "
+                f"them ({free / 1e6:,.0f} MB free); free some, or choose another folder"
             )
 
     def begin(self, config: Config) -> None:
@@ -227,7 +227,7 @@ class RunDirectory:
             self.write_json("config.json", config.to_dict())
             return
         before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.to_dict()))
-        changed = [f"{group}.{name}" for group in now if group != "run" for name in now[group]
+        changed = [f"{group}.{name}" for group in now if group not in ("run", "compute") for name in now[group]
                    if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
         if changed:
             raise UserError(f"--resume {self.path}: the run began with another {', '.join(changed)}; repeat its flags")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from config import ComputeOptions
+
 
 @dataclass(frozen=True)
 class Device:
@@ -43,15 +45,17 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def choose_device(use_gpu: bool, amp: bool, say: Callable[[str], None]) -> Device:
-    """The device that --use_gpu and --amp ask for, as far as this machine has it; `say` gets a line for each lack."""
+def choose_device(options: ComputeOptions, say: Callable[[str], None]) -> Device:
+    """What --use_gpu, --amp and --threads ask for, as far as this machine has it; `say` gets a line for each lack."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     kind = "cpu"
-    if use_gpu:
+    if options.use_gpu:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if kind == "cpu":
             say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
     device = torch.device(kind)
-    if not amp:
+    if not options.amp:
         return Device(device)
     if kind == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

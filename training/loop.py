@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config, UserError
 from datasets import TaskData
-from evaluation import Scores, overall, predict, probabilities, score_task
+from evaluation import Scores, overall, predict, probabilities, progress, score_task
 from multitask_bert import MultitaskBERT, freezing_command
 from optimizer import OPTIMIZERS, Schedule
 from tasks import Task
@@ -34,15 +33,17 @@ class TaskMeter:
         self.outputs: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.seconds = 0.0
+        self.lr = 0.0
 
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, seconds: float) -> None:
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, seconds: float, lr: float) -> None:
         """Take one step's results; nothing is copied to the host yet."""
         self.losses.append(loss.detach())
         self.outputs.append(outputs.detach())
         self.labels.append(labels)
         self.seconds += seconds
+        self.lr = lr
 
-    def result(self, task: Task, lr: float) -> TaskEpoch:
+    def result(self, task: Task) -> TaskEpoch:
         """The epoch's figures. Scores are those of the training passes themselves, dropout on, and so cost nothing.
 
         Raises UserError where a loss is not finite.
@@ -60,7 +61,7 @@ class TaskMeter:
             steps=len(self.losses),
             examples=len(labels),
             loss=float((losses * sizes).sum() / sizes.sum()),
-            lr=lr,
+            lr=self.lr,
             seconds=self.seconds,
             train=score_task(task, values, labels),
         )
@@ -143,11 +144,8 @@ class Trainer:
         command = freezing_command(mode, self.epoch, self.model.bert_config.num_hidden_layers)
         self.model.manage_freezing(command)
         meters = self.run_steps()
-        position = self.epoch  # the table shows the rate that the epoch began with
         self.epoch += 1
-        figures = {
-            name: meter.result(self.tasks[name], self.schedules[name].at(position)) for name, meter in meters.items()
-        }
+        figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
         dev: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if self.epoch % self.config.train.eval_every == 0 or self.epoch == self.config.train.epochs:
@@ -168,13 +166,13 @@ class Trainer:
         self.model.train()
         steps = ROUTINES[self.config.train.routine](self.plan, self.epoch)
         meters = {name: TaskMeter() for name in self.tasks if any(step.task == name for step in steps)}
-        bar = tqdm(steps, desc=f"epoch {self.epoch + 1}/{self.config.train.epochs}", unit="step", dynamic_ncols=True)
+        bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for number, step in enumerate(bar):
             started = time.perf_counter()
             lr = self.schedules[step.task].at(self.epoch + number / len(steps))
             log = self.step % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, lr, log)
-            meters[step.task].add(loss, outputs, labels, time.perf_counter() - started)
+            meters[step.task].add(loss, outputs, labels, time.perf_counter() - started, lr)
             if log:
                 bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
                 self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
@@ -219,7 +217,7 @@ class Trainer:
         """Values (probabilities or similarities) and labels of every dev set."""
         out = {}
         for name, data in self.dev_data.items():
-            size = self.config.run.eval_batch_size
+            size = self.config.compute.eval_batch_size
             outputs = predict(self.model, data, self.device.device, size, self.device.amp)
             assert data.examples.labels is not None
             out[name] = probabilities(self.tasks[name], outputs), data.examples.labels

@@ -84,7 +84,7 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
         train = f"{primary(task, done.train):.3f}" if done.train else "-"
         dev = score_cells(task, epoch.dev[name]) if epoch.dev else ["-", "-"]
         rows.append([task.title, str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}", train, *dev])
-    table = format_table(["task", "steps", "lr", "loss", "train", "dev", ""], rows)
+    table = format_table(["task", "steps", "last lr", "loss", "train", "dev", ""], rows)
     footer = (
         f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
     )

@@ -1,0 +1,47 @@
+# make demo   train two members on the sample data, ensemble them, show the scores
+# make test   lint, types and the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
+
+.PHONY: help demo test test-all lint clean
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev.done: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/run.done
+
+demo: $(VENV)/run.done
+	$(BIN)/python multitask_classifier.py @recipes/demo-siamese.args $(SAMPLE) --run_dir $(DEMO)/siamese
+	$(BIN)/python multitask_classifier.py @recipes/demo-cross.args $(SAMPLE) --run_dir $(DEMO)/cross
+	$(BIN)/python ensemble.py $(DEMO)/siamese/best.pt $(DEMO)/cross/best.pt --data_dir data/sample --run_dir $(DEMO)/ensemble
+	@echo
+	@echo "Curves, confusion matrices and options of both members:"
+	@echo "    $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q --durations=10
+
+# make test-all   the same with the long checks
+test-all: lint
+	$(BIN)/python -m pytest -q --durations=20 -m "long or not long"
+
+clean:
+	rm -rf $(VENV) runs

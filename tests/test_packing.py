@@ -1,0 +1,297 @@
+"""Packed batches against straightforward reference code: the round trip, the grouping, the masks, the pairs."""
+
+import itertools
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packing import (
+    GROUPS,
+    PackedBatch,
+    group,
+    join_padded_pairs,
+    pack,
+    pack_padded,
+    ragged_rows,
+    stack_padded_pairs,
+    unpack,
+)
+
+lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+QUICK = settings(max_examples=60, deadline=None)
+
+
+def ragged_ids(lengths: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """One array of random non-zero ids for each length."""
+    return [rng.integers(1, 1000, n) for n in lengths]
+
+
+def padded(rows: list[np.ndarray], width: int, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [S, width], written row by row."""
+    ids, mask = np.full((len(rows), width), fill), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def packed(rows: list[np.ndarray], second_start: list[int] | None = None) -> PackedBatch:
+    lengths = [len(row) for row in rows]
+    return pack(np.concatenate(rows), np.array(lengths), np.array(second_start or lengths))
+
+
+def assert_same(a: PackedBatch, b: PackedBatch) -> None:
+    """Every tensor and number of two batches is the same, and of the same dtype."""
+    for field in fields(PackedBatch):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, Tensor):
+            assert x.dtype == y.dtype, field.name
+            assert torch.equal(x, y), field.name
+    assert a.max_seqlen == b.max_seqlen
+    for name in ("padded_rows", "packed_rows", "first_rows"):
+        assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
+    for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
+        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
+        assert (g.key_mask is None) == (h.key_mask is None)
+        if g.key_mask is not None and h.key_mask is not None:
+            assert torch.equal(g.key_mask, h.key_mask)
+
+
+# ------------------------------------------------------------------------------------------------ the round trip
+
+
+@QUICK
+@given(lengths_lists, st.integers(0, 2**32 - 1))
+def test_pack_lays_the_sequences_down_by_rising_length(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = ragged_ids(lengths, rng)
+    seconds = [int(rng.integers(0, n + 1)) for n in lengths]
+    batch = packed(rows, seconds)
+
+    stored = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # sorted() is stable, as the order must be
+    assert batch.order.tolist() == stored
+    assert batch.restore[batch.order].tolist() == batch.order[batch.restore].tolist() == list(range(len(rows)))
+    assert batch.input_ids.tolist() == [int(t) for i in stored for t in rows[i]]
+    assert batch.position_ids.tolist() == [t for i in stored for t in range(len(rows[i]))]
+    assert batch.token_type_ids.tolist() == [int(t >= seconds[i]) for i in stored for t in range(len(rows[i]))]
+    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(len(rows[i]) for i in stored)]
+    assert batch.lengths.tolist() == [len(rows[i]) for i in stored]
+    assert batch.sequence_ids.tolist() == [s for s, i in enumerate(stored) for _ in rows[i]]
+    assert (batch.num_sequences, batch.num_tokens, batch.max_seqlen) == (len(rows), sum(lengths), max(lengths))
+    assert batch.cu_seqlens.dtype == torch.int32
+    for tensor in (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.order, batch.restore):
+        assert tensor.dtype == torch.int64
+
+
+@QUICK
+@given(lengths_lists, st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_pack_padded_and_unpack_are_inverse(lengths: list[int], extra: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = ragged_ids(lengths, rng)
+    width = max(lengths) + extra
+    seconds = [int(rng.integers(0, n + 1)) for n in lengths]
+    ids, mask = padded(rows, width, fill=-7)  # whatever stands at padding is never read
+    types = (torch.arange(width) >= torch.tensor(seconds)[:, None]).long()
+
+    batch = pack_padded(ids, mask, types)
+    assert_same(batch, packed(rows, seconds))
+    assert_same(pack_padded(ids, mask.bool()), packed(rows))
+    assert torch.equal(unpack(batch.input_ids, batch, width), ids * mask)
+    assert torch.equal(unpack(batch.token_type_ids, batch, width), types * mask)
+    assert unpack(batch.input_ids, batch).shape == (len(rows), max(lengths))
+    features = torch.randn(batch.num_tokens, 2, 3)
+    spread = unpack(features, batch)  # [S, L, 2, 3]
+    assert spread.shape == (len(rows), max(lengths), 2, 3)
+    kept = spread[mask[:, : max(lengths)].bool()]  # in the caller's order, end to end
+    assert torch.equal(kept, features[torch.argsort(batch.order[batch.sequence_ids], stable=True)])
+    assert spread[~mask[:, : max(lengths)].bool()].abs().sum() == 0
+
+
+def test_ragged_rows_count_up_from_each_start() -> None:
+    rows = ragged_rows(np.array([5, 0, 9]), np.array([2, 3, 1]))
+    assert rows.tolist() == [5, 6, 0, 1, 2, 9]
+    assert ragged_rows(np.array([], int), np.array([], int)).tolist() == []
+
+
+def test_pack_accepts_the_int32_arrays_of_the_tokenizer() -> None:
+    rows = [np.array([4, 5, 6], np.int32), np.array([7], np.int32)]
+    batch = pack(np.concatenate(rows), np.array([3, 1], np.int32), np.array([2, 1], np.int32))
+    assert_same(batch, packed(rows, [2, 1]))
+
+
+# -------------------------------------------------------------------------------------------------- the grouping
+
+
+def assert_grouping_is_exact(lengths: np.ndarray, groups: int) -> None:
+    """Each packed row has one padded row, the masks mark just those, and padding repeats its own sequence."""
+    grouping = group(lengths, groups)
+    owners = np.repeat(np.arange(len(lengths)), lengths)  # [T] sequence of each packed row
+    sequence, next_row, real_rows = 0, 0, []
+    assert 1 <= len(grouping.groups) <= groups
+    for made in grouping.groups:
+        assert made.first == next_row
+        own = lengths[sequence : sequence + made.sequences]
+        assert made.length == own.max()
+        real = np.arange(made.length) < own[:, None]
+        if made.key_mask is None:
+            assert real.all()
+        else:
+            assert made.key_mask.dtype == torch.bool
+            assert made.key_mask.shape == (made.sequences, 1, 1, made.length)
+            assert (made.key_mask[:, 0, 0].numpy() == real).all()
+            assert not real.all()
+        block = grouping.padded_rows[next_row : next_row + real.size].numpy().reshape(real.shape)
+        assert (owners[block] == sequence + np.arange(made.sequences)[:, None]).all()
+        real_rows += block[real].tolist()
+        starts = next_row + np.arange(made.sequences) * made.length
+        assert grouping.first_rows[sequence : sequence + made.sequences].tolist() == starts.tolist()
+        sequence, next_row = sequence + made.sequences, next_row + real.size
+    assert sequence == len(lengths)
+    assert real_rows == list(range(lengths.sum()))
+    assert len(grouping.padded_rows) == next_row
+    assert len(grouping.packed_rows) == lengths.sum()
+    assert grouping.padded_rows[grouping.packed_rows].tolist() == list(range(lengths.sum()))
+
+
+@QUICK
+@given(lengths_lists, st.integers(1, GROUPS))
+def test_grouping_covers_every_row_once(lengths: list[int], groups: int) -> None:
+    assert_grouping_is_exact(np.array(sorted(lengths)), groups)
+
+
+def least_padded_rows(lengths: list[int], groups: int) -> int:
+    """Minimum over all ways to cut sorted lengths into at most `groups` runs, by trying them all."""
+    best = len(lengths) * lengths[-1]
+    for count in range(1, min(groups, len(lengths))):
+        for inner in itertools.combinations(range(1, len(lengths)), count):
+            cuts = [0, *inner, len(lengths)]
+            best = min(best, sum((e - b) * lengths[e - 1] for b, e in itertools.pairwise(cuts)))
+    return best
+
+
+@QUICK
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=10), st.integers(1, GROUPS))
+def test_grouping_pads_as_little_as_any_cut(lengths: list[int], groups: int) -> None:
+    lengths = sorted(lengths)
+    assert len(group(np.array(lengths), groups).padded_rows) == least_padded_rows(lengths, groups)
+
+
+def test_default_number_of_groups_is_optimal_for_eleven_distinct_lengths() -> None:
+    lengths = [1, 2, 4, 5, 9, 11, 12, 20, 21, 40, 41]
+    grouping = group(np.array(lengths))
+    assert len(grouping.groups) == GROUPS == 8
+    assert len(grouping.padded_rows) == least_padded_rows(lengths, GROUPS)
+
+
+def test_grouping_of_many_sequences() -> None:
+    lengths = np.sort(np.random.default_rng(0).integers(1, 120, 300))
+    assert_grouping_is_exact(lengths, GROUPS)
+    eighths = sum(part.max() * len(part) for part in np.array_split(lengths, GROUPS))
+    assert lengths.sum() < len(group(lengths).padded_rows) < eighths
+
+
+@pytest.mark.parametrize("lengths", [[1], [17], [6] * 20, [1] * 9, [3, 3, 5, 5, 5, 9]])
+def test_no_masks_where_nothing_is_padded(lengths: list[int]) -> None:
+    grouping = group(np.array(lengths))
+    assert [made.key_mask for made in grouping.groups] == [None] * len(set(lengths))
+    assert grouping.padded_rows.tolist() == grouping.packed_rows.tolist() == list(range(sum(lengths)))
+
+
+@pytest.mark.parametrize("lengths", [[1], [9], [1, 1, 1], [1, 40], [4] * 12])
+def test_round_trip_of_edge_cases(lengths: list[int]) -> None:
+    rows = ragged_ids(lengths, np.random.default_rng(3))
+    ids, mask = padded(rows, max(lengths))
+    batch = pack_padded(ids, mask)
+    assert torch.equal(unpack(batch.input_ids, batch), ids)
+    assert not batch.token_type_ids.any()
+
+
+# ------------------------------------------------------------------------------------------------ invalid tensors
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[1, 0, 1], [1, 1, 1]], [[0, 1, 1], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]],
+    ids=["hole in the middle", "padding in front", "empty row"],
+)
+def test_invalid_attention_masks_raise(mask: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="attention_mask"):
+        pack_padded(torch.ones(2, 3, dtype=torch.int64), torch.tensor(mask))
+
+
+@pytest.mark.parametrize("types", [[[0, 1, 0]], [[1, 0, 1]], [[1, 1, 0]]])
+def test_token_types_that_fall_raise(types: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="token_type_ids"):
+        pack_padded(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3), torch.tensor(types))
+
+
+def test_token_types_at_padding_are_ignored() -> None:
+    ids, mask = padded([np.array([5, 6, 7])], 5)
+    garbage = pack_padded(ids, mask, torch.tensor([[0, 0, 1, 0, 1]]))
+    assert_same(garbage, packed([np.array([5, 6, 7])], [2]))
+
+
+# --------------------------------------------------------------------------------------------------------- pairs
+
+
+def random_pairs(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pairs of [CLS] .. [SEP] sequences (ids 101, 102), the shortest with nothing between."""
+    rng = np.random.default_rng(seed)
+
+    def texts(longest: int) -> list[np.ndarray]:
+        return [np.array([101, *rng.integers(1000, 2000, n), 102]) for n in (*rng.integers(0, longest, 8), 0)]
+
+    return texts(9), texts(14)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stack_padded_pairs_puts_all_first_texts_before_all_second_ones(seed: int) -> None:
+    first, second = random_pairs(seed)
+    one, two = padded(first, 12), padded(second, 17)
+    assert_same(stack_padded_pairs(*one, *two), packed(first + second))
+    assert_same(stack_padded_pairs(*two, *one), packed(second + first))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_join_padded_pairs_drops_the_second_cls_and_sets_token_types(seed: int) -> None:
+    first, second = random_pairs(seed)
+    joined = [np.concatenate([a, b[1:]]) for a, b in zip(first, second, strict=True)]
+    batch = join_padded_pairs(*padded(first, 12), *padded(second, 17))
+    assert_same(batch, packed(joined, [len(a) for a in first]))
+    types = unpack(batch.token_type_ids, batch)
+    for row, a, b in zip(types.tolist(), first, second, strict=True):
+        assert row[: len(a) + len(b) - 1] == [0] * len(a) + [1] * (len(b) - 1)
+
+
+# ----------------------------------------------------------------------------------------------------- to a device
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
+    batch = packed(ragged_ids([5, 1, 3, 3, 9, 2, 2, 7, 8, 4, 6, 10, 11], np.random.default_rng(1)))
+    assert batch.to(torch.device("cpu")) is batch
+    meta = batch.to(torch.device("meta"))
+    assert any(g.key_mask is not None for g in batch.grouping.groups)
+    moved = [getattr(meta, f.name) for f in fields(PackedBatch)] + [g.key_mask for g in meta.grouping.groups]
+    moved += [meta.grouping.padded_rows, meta.grouping.packed_rows, meta.grouping.first_rows]
+    tensors = [x for x in moved if isinstance(x, Tensor)]
+    assert len(tensors) == 6 + 3 + sum(g.key_mask is not None for g in batch.grouping.groups)
+    assert all(x.device.type == "meta" for x in tensors)
+    for field in fields(PackedBatch):
+        x, y = getattr(batch, field.name), getattr(meta, field.name)
+        if isinstance(x, Tensor):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype), field.name
+    for g, h in zip(batch.grouping.groups, meta.grouping.groups, strict=True):
+        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
+    assert (meta.max_seqlen, meta.num_sequences, meta.num_tokens) == (11, 13, batch.num_tokens)
+
+
+def test_to_keeps_all_values() -> None:
+    batch = packed(ragged_ids([5, 1, 3, 3, 9, 2, 2, 7, 8, 4, 6, 10, 11], np.random.default_rng(1)), [2] + [1] * 12)
+    moved = batch.to(torch.device("cpu", 0))  # another device by name, the same by memory
+    assert moved is not batch
+    assert_same(moved, batch)
