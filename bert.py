@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from base_bert import init_weights
 from config import BertConfig
@@ -87,7 +88,7 @@ class _GroupedAttention(torch.autograd.Function):
                 _split_heads(x[rows], group.sequences, heads)
                 for x, rows in zip((queries, keys, values, out), slices, strict=True)
             )
-            scores = (q @ k.transpose(2, 3)).mul_(scale)  # [n, heads, L or 1, L]
+            scores = (q * scale) @ k.transpose(2, 3)  # [n, heads, L or 1, L]; scaled first, lest fp16 overflows
             if group.key_mask is not None:
                 scores.masked_fill_(~group.key_mask, -torch.inf)
             weights = scores.softmax(dim=-1).to(v.dtype)
@@ -101,6 +102,7 @@ class _GroupedAttention(torch.autograd.Function):
         return out if first_only else out.index_select(0, grouping.packed_rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grouping, heads, dropout, first_only, scale = ctx.settings
         queries, keys, values, *saved = ctx.saved_tensors

@@ -5,6 +5,7 @@ A field made by `option` is one flag: its name, type, default, help, choices and
 """
 
 import argparse
+import logging
 import re
 import shlex
 import sys
@@ -160,29 +161,42 @@ class ModelOptions:
 
         Raises UserError where explicit choices contradict each other.
         """
-        explicit = {f.name for f in fields(self) if getattr(self, f.name) is not None}
         arch = ARCHS[self.arch]
-        names = [f.name for f in fields(arch) if f.name in {g.name for g in fields(self)}]
-        out = replace(self, **{name: getattr(arch, name) for name in names if name not in explicit})
+        own = {f.name for f in fields(self)}
+        left_out = [f.name for f in fields(arch) if f.name in own and getattr(self, f.name) is None]
+        out = replace(self, **{name: getattr(arch, name) for name in left_out})
         if out.pair_encoding == "cross":
-            if self.pair_features:
-                raise UserError(
-                    "--pair_features compares two embeddings, but --pair_encoding cross makes one; drop one of the two"
-                )
+            for flag, given in (("--pair_features", self.pair_features), ("--sts_projection", self.sts_projection)):
+                if given:
+                    raise UserError(
+                        f"{flag} works on two embeddings, but --pair_encoding cross makes one; drop one of the two"
+                    )
             if self.sts_head == "cosine":
                 raise UserError(
                     "--sts_head cosine compares two embeddings, but --pair_encoding cross makes one; "
                     "use --sts_head regression or --pair_encoding siamese"
                 )
-            out = replace(out, pair_features=(), sts_head="regression", sts_projection=False)
+            out = replace(out, pair_features=(), sts_head="regression")
         elif not out.pair_features:
             raise UserError(
                 "--pair_encoding siamese needs --pair_features, which this arch does not set; "
                 f"name some of {','.join(PAIR_FEATURES)}"
             )
-        if out.sts_projection and out.sts_head != "cosine":
-            raise UserError("--sts_projection belongs to --sts_head cosine; add that or drop it")
-        return out
+        if out.sts_head != "cosine":
+            if self.sts_projection:
+                raise UserError("--sts_projection belongs to --sts_head cosine; add that or drop it")
+            out = replace(out, sts_projection=False)
+        if self.head_layers is not None and out.clf not in ("conv", "mlp"):
+            raise UserError(f"--head_layers belongs to --clf conv and mlp, not {out.clf}; drop one of the two")
+        if self.head_batchnorm and out.clf not in ("nonlinear", "conv"):
+            raise UserError(f"--head_batchnorm belongs to --clf nonlinear and conv, not {out.clf}; drop one of the two")
+        if self.shared_batchnorm_stats and out.pair_layer != "batchnorm":
+            raise UserError("--shared_batchnorm_stats belongs to --pair_layer batchnorm; add that or drop it")
+        return replace(
+            out,
+            head_layers=out.head_layers if out.clf in ("conv", "mlp") else None,
+            head_batchnorm=out.head_batchnorm if out.clf in ("nonlinear", "conv") else False,
+        )
 
 
 @dataclass
@@ -500,6 +514,8 @@ def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description
 
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("minbert").setLevel(logging.INFO)
     try:
         main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:

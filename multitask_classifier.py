@@ -51,7 +51,13 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     weights = load_weights(folder, bert_config)
     for backbone in model.backbones.values():
         backbone.load_state_dict(weights)
-    return model, load_tokenizer(folder, config.data.max_length)
+    tokenizer = load_tokenizer(folder, config.data.max_length)
+    if tokenizer.vocab_size > bert_config.vocab_size:
+        raise UserError(
+            f"--pretrained {config.model.pretrained}: its tokenizer has {tokenizer.vocab_size} words but its weights "
+            f"only {bert_config.vocab_size}; take both from one model"
+        )
+    return model, tokenizer
 
 
 def train(config: Config) -> None:

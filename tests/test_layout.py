@@ -24,8 +24,8 @@ ROWS: list[tuple[str, ...]] = [
     ("tokenizer",),
     ("packing",),
     ("optimizer",),
-    ("tasks",),
     ("config",),
+    ("tasks",),
 ]
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 NOT_SOURCE = {"tests", "benchmarks", "recipes", "data"}  # folders of the root without modules of the package
