@@ -433,7 +433,10 @@ HEAD_LAYERS = {
 @pytest.mark.parametrize("clf", list(HEAD_LAYERS))
 @pytest.mark.parametrize("batchnorm", [True, False])
 def test_only_the_chosen_head_is_built(clf: str, batchnorm: bool) -> None:
-    chosen = options(clf=clf, head_batchnorm=batchnorm, head_layers=2)
+    own: dict[str, Any] = {"head_layers": 2} if clf in ("conv", "mlp") else {}
+    if clf in ("conv", "nonlinear"):
+        own["head_batchnorm"] = batchnorm
+    chosen = options(clf=clf, **own)
     model = MultitaskBERT(chosen, TINY, TASKS)
     wanted = [kind for kind in HEAD_LAYERS[clf] if batchnorm or kind is not BatchNorm]
     for task in TASKS:
@@ -444,11 +447,11 @@ def test_only_the_chosen_head_is_built(clf: str, batchnorm: bool) -> None:
 
 
 def test_widths_inside_heads() -> None:
-    def widths(clf: str, depth: int) -> list[tuple[int, int]]:
+    def widths(clf: str, depth: int | None = None) -> list[tuple[int, int]]:
         return linear_layers(build_head(options(clf=clf, head_layers=depth), 50, H, 5))
 
-    assert widths("linear", 3) == [(50, 5)]
-    assert widths("nonlinear", 3) == [(50, H // 2), (H // 2, 5)]
+    assert widths("linear") == [(50, 5)]
+    assert widths("nonlinear") == [(50, H // 2), (H // 2, 5)]
     assert widths("conv", 0) == [(4 * 48, 5)]
     assert widths("conv", 2) == [(4 * 48, H // 2), (H // 2, H // 2), (H // 2, 5)]
     assert widths("mlp", 0) == [(50, 5)]
@@ -550,7 +553,7 @@ def test_pooling_override_changes_the_sentence_embedding() -> None:
         {"pooling": "mean"},
         {"pair_layer": "batchnorm"},
         {"clf": "conv"},
-        {"head_layers": 2},
+        {"clf": "mlp", "head_layers": 2},
         {"head_activation": "gelu"},
         {"sts_head": "regression"},
     ],
@@ -573,7 +576,10 @@ def test_any_arch_takes_any_override_and_runs(arch: str, override: dict[str, Any
         ({"arch": "v2", "sts_head": "cosine"}, ("--pair_encoding cross", "--sts_head cosine")),
         ({"arch": "v2", "pair_encoding": "siamese"}, ("--pair_encoding siamese", "--pair_features")),
         ({"sts_projection": True}, ("--sts_projection", "--sts_head cosine")),
-        ({"arch": "v2", "sts_projection": True}, ("--sts_projection", "--sts_head cosine")),
+        ({"arch": "v2", "sts_projection": True}, ("--sts_projection", "--pair_encoding cross")),
+        ({"clf": "linear", "head_layers": 2}, ("--head_layers", "--clf")),
+        ({"clf": "mlp", "head_batchnorm": True}, ("--head_batchnorm", "--clf")),
+        ({"pair_layer": "plain", "shared_batchnorm_stats": True}, ("--shared_batchnorm_stats", "--pair_layer")),
     ],
     ids=str,
 )
