@@ -134,7 +134,7 @@ def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Fig
     names = task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
     counts = confusion_matrix(labels, decide(task, values), labels=range(len(names)))
     share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    size = 2.6 + 0.75 * len(names)
+    size = 2.2 + 0.55 * len(names)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -225,6 +225,6 @@ class Telemetry:
             for name, value in vars(values).items():
                 if value is not None:
                     options[f"{group}.{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-        metrics = {f"best/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks}
-        self.writer.add_hparams(options, {**metrics, "best/score": scores["score"]}, run_name=".")
+        metrics = {f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks}
+        self.writer.add_hparams(options, {**metrics, "hparam/score": scores["score"]}, run_name=".")
         self.writer.close()

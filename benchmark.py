@@ -1,0 +1,500 @@
+"""Speed and memory of training and evaluation, side by side with transformers.
+
+    python benchmark.py
+    python benchmark.py --tasks sst,sts --modes train --steps 40 --data_dir data
+
+The peer is what one writes with transformers: batches padded to their longest text, SDPA, torch's fused AdamW.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from base_bert import load_weights, read_config, resolve_pretrained
+from config import (
+    BertConfig,
+    ComputeOptions,
+    Config,
+    UserError,
+    assemble,
+    build_parser,
+    expand_arguments,
+    groups_of,
+    option,
+    run_script,
+)
+from datasets import TaskData, load_splits, tokenise
+from evaluation import predict, progress
+from multitask_bert import LABEL_SCALE, MultitaskBERT
+from tasks import TASKS, Task
+from tokenizer import TokenArrays, Tokenizer, load_tokenizer
+from training.checkpoint import RunDirectory, git_commit, write_text
+from training.device import Device, choose_device
+from training.loop import Trainer
+from training.losses import LOSSES
+from training.routines import Plan, Step, task_batches
+from training.telemetry import format_table
+
+LR = 1e-5
+MAX_LENGTH = 512
+LOSS = {"classes": "ce", "binary": "bce", "similarity": "mse"}
+TOLERANCE = 1e-4  # largest difference between two sides' outputs that still counts as the same numbers
+EVAL_BATCHES, EVAL_PASSES = 16, 5  # evaluation goes over this many batches at most, at most this often
+MEMORY_STEPS = 5
+
+
+@dataclass
+class Options:
+    """Benchmark."""
+
+    tasks: tuple[str, ...] = option(tuple(TASKS), "comma-separated tasks", choices=tuple(TASKS))
+    modes: tuple[str, ...] = option(("train", "eval"), "comma-separated: train, eval", choices=("train", "eval"))
+    batch_size: int = option(64, "examples per step", low=1)
+    steps: int = option(20, "timed training steps of each side", low=1)
+    warmup: int = option(3, "training steps of each side before the clock starts", low=0)
+    threads: int = option(2, "CPU threads", low=1)
+    data_dir: str = option("data/sample", "folder with the tasks' csv files")
+    pretrained: str = option("all-MiniLM-L6-v2", "weights: a known name, a hub name or a folder")
+    out: str = option("benchmarks/results", "folder of the results")
+    use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
+    amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bars."""
+    tqdm.write(line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What both sides get
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One task's data and weights, from which every side makes its model."""
+
+    config: Config
+    task: Task
+    folder: Path  # of the pretrained weights
+    bert_config: BertConfig
+    tokenizer: Tokenizer
+    train: TaskData
+    dev: TaskData
+    batches: list[np.ndarray]  # the examples [B] of each training step, warmup first
+    device: Device
+
+    def head(self) -> nn.Linear:
+        """The linear head on u, or on u and v: the same weights whoever asks."""
+        torch.manual_seed(self.config.train.seed)
+        return nn.Linear(self.bert_config.hidden_size * len(self.task.text_columns), self.task.num_outputs)
+
+
+def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Workload:
+    """Read one task's data and choose the batches as training does, but whole ones only.
+
+    Raises UserError for data that is missing or holds less than one batch.
+    """
+    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), say)
+    folder = resolve_pretrained(options.pretrained)
+    bert_config = read_config(folder)
+    count = options.warmup + options.steps
+    given = {
+        "data.data_dir": options.data_dir,
+        "data.max_train_examples": options.batch_size * count,
+        "model.arch": "v1",
+        "model.hidden_dropout_prob": bert_config.hidden_dropout_prob,
+        "train.batch_size": options.batch_size,
+        "train.optim": "AdamW",
+        f"tasks.{name}.enabled": True,
+        f"tasks.{name}.loss": LOSS[TASKS[name].kind],
+    }
+    config = assemble(given, TASKS)
+    splits = load_splits(config.data, config.tasks, {name: TASKS[name]}, ["train", "dev"], say)
+    splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * options.batch_size, config.train.seed)
+    tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
+    data = {split: own[name] for split, own in tokenise(splits, tokenizer, "siamese", say).items()}
+    size = len(data["train"])
+    if size < options.batch_size:
+        raise UserError(
+            f"--batch_size {options.batch_size}: {data['train'].examples.path} has only {size} examples; "
+            "give at most that"
+        )
+    plan = Plan(config.train.seed, options.batch_size, {name: size}, {name: 1})
+    whole = size // options.batch_size
+    steps = [step for epoch in range(-(-count // whole)) for step in task_batches(plan, epoch, name)[:whole]]
+    batches = [step.indices for step in steps[:count]]
+    return Workload(config, TASKS[name], folder, bert_config, tokenizer, **data, batches=batches, device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+
+class Side(Protocol):
+    """What is measured of a contender."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in training mode."""
+
+    def forward(self, indices: np.ndarray) -> Tensor:
+        """The outputs of training examples [B]: [B, classes] or [B]."""
+
+    def train_step(self, indices: np.ndarray) -> object:
+        """One optimizer step, from token ids to new weights."""
+
+    def evaluate(self) -> object:
+        """The outputs of all dev examples."""
+
+
+class Minbert:
+    """This package, by the code that training and evaluation run."""
+
+    def __init__(self, work: Workload) -> None:
+        name = work.task.name
+        self.work, self.model = work, MultitaskBERT(work.config.model, work.bert_config, {name: work.task})
+        self.model.backbone(name).load_state_dict(load_weights(work.folder, work.bert_config))
+        for module in self.model.heads[name].modules():
+            if isinstance(module, nn.Linear):  # none where the head is a cosine
+                module.load_state_dict(work.head().state_dict())
+        run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
+        train, dev = {name: work.train}, {name: work.dev}
+        self.trainer = Trainer(work.config, self.model, work.tokenizer, train, dev, work.device, run)
+        self.model.train()
+
+    def forward(self, indices: np.ndarray) -> Tensor:
+        return self.model(self.work.task.name, self.work.train.batch(indices).to(self.work.device.device))
+
+    def train_step(self, indices: np.ndarray) -> object:
+        return self.trainer.train_step(Step(self.work.task.name, indices), LR, False)
+
+    def evaluate(self) -> object:
+        device = self.work.device
+        return predict(self.model, self.work.dev, device.device, self.work.config.train.batch_size, device.amp)
+
+
+def import_transformers() -> Any:
+    """The package transformers, which must not take our datasets.py for the package of that name.
+
+    It asks once whether there is one and remembers the answer; a None in sys.modules means "not there".
+    """
+    ours = sys.modules["datasets"]
+    sys.modules["datasets"] = None  # type: ignore[assignment]
+    try:
+        import transformers
+        from transformers.utils.import_utils import is_datasets_available
+
+        assert not is_datasets_available()
+    except ModuleNotFoundError as error:
+        raise UserError(f"the package {error.name} is missing; pip install -r requirements-dev.txt") from None
+    finally:
+        sys.modules["datasets"] = ours
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+class PeerModel(nn.Module):
+    """transformers' BertModel with the heads of arch v1: linear on u (and v), or the scaled cosine of u and v."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__()
+        self.kind = work.task.kind
+        self.bert = import_transformers().BertModel.from_pretrained(work.folder, attn_implementation="sdpa").float()
+        self.dropout = nn.Dropout(work.bert_config.hidden_dropout_prob)
+        self.head = None if self.kind == "similarity" else work.head()
+
+    def forward(self, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Token ids and mask [B, L] of each text to [B, classes] or [B]."""
+        pooled = [self.dropout(self.bert(input_ids=ids, attention_mask=mask).pooler_output) for ids, mask in texts]
+        if self.head is None:
+            return LABEL_SCALE * F.cosine_similarity(*pooled)
+        logits = self.head(torch.cat(pooled, dim=1))
+        return logits if self.kind == "classes" else logits.squeeze(1)
+
+
+class Transformers:
+    """transformers, used as most do."""
+
+    def __init__(self, work: Workload) -> None:
+        self.work, self.device = work, work.device.device
+        self.model = PeerModel(work).to(self.device).train()
+        own = work.config.tasks[work.task.name]
+        self.loss = LOSSES[own.loss]
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, LR, eps=1e-6, weight_decay=own.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.device.scaled)
+        self.train, self.dev = ([self.rows(t) for t in data.tokens] for data in (work.train, work.dev))
+
+    @staticmethod
+    def rows(tokens: TokenArrays) -> list[Tensor]:
+        """The token ids [L] of each text."""
+        return list(torch.from_numpy(tokens.input_ids).long().split(np.diff(tokens.offsets).tolist()))
+
+    def collate(self, data: list[list[Tensor]], indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Token ids and mask [B, L] of each text."""
+        texts = []
+        for rows in data:
+            chosen = [rows[i] for i in indices]
+            ids = pad_sequence(chosen, batch_first=True, padding_value=self.work.tokenizer.pad_id)
+            mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in chosen])[:, None]
+            texts.append((ids.to(self.device), mask.long().to(self.device)))
+        return texts
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where --amp asks for it."""
+        amp = self.work.device.amp
+        return torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None)
+
+    def forward(self, indices: np.ndarray) -> Tensor:
+        return self.model(self.collate(self.train, indices.tolist()))
+
+    def train_step(self, indices: np.ndarray) -> object:
+        labels = self.work.train.labels(indices).to(self.device)
+        with self.autocast():
+            outputs = self.forward(indices)
+        self.scaler.scale(self.loss(outputs.float(), labels)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def evaluate(self) -> object:
+        self.model.eval()
+        blocks = torch.arange(len(self.work.dev)).split(self.work.config.train.batch_size)  # in the file's order
+        with torch.inference_mode(), self.autocast():
+            outputs = [self.model(self.collate(self.dev, block.tolist())).float() for block in blocks]
+        self.model.train()
+        return torch.cat(outputs).cpu().numpy()
+
+
+# Each row is one comparison: the peer, then ours.
+COMPARISONS: dict[str, dict[str, Callable[[Workload], Side]]] = {
+    "full-model": {"transformers": Transformers, "minbert": Minbert},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def check_same(sides: Mapping[str, Side], work: Workload) -> float:
+    """The largest difference between the sides' outputs without dropout. Raises UserError above TOLERANCE."""
+    outputs = []
+    for side in sides.values():
+        side.model.eval()
+        with torch.inference_mode():
+            outputs.append(side.forward(work.batches[0]))
+        side.model.train()
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE:  # nan is a difference too
+        raise UserError(
+            f"{work.task.title}: the outputs of {' and '.join(sides)} differ by up to {difference:.1e}, more than "
+            f"{TOLERANCE:g}: they compute different things, so that their times cannot be compared"
+        )
+    return difference
+
+
+def time_in_turn(
+    actions: Mapping[str, Callable[..., object]], rounds: Sequence[tuple], warmup: int, device: Device, label: str
+) -> dict[str, list[float]]:
+    """Seconds of every action in every round (a tuple of its arguments) after the first `warmup`.
+
+    The actions take turns, so that a machine's drift meets all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number, arguments in enumerate(progress(rounds, label, "round")):
+        for name in sorted(actions, reverse=bool(number % 2)):
+            device.synchronize()
+            started = time.perf_counter()
+            actions[name](*arguments)
+            device.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: own[warmup:] for name, own in seconds.items()}
+
+
+def forward_flops(shape: BertConfig, lengths: np.ndarray) -> float:
+    """Additions and multiplications that the pooled outputs of sequences with these `lengths` [S] need.
+
+    Padding is left out, and so is, in the last layer, what follows the keys and values of any token but the first:
+    nothing reads it. Embeddings, normalisations and heads are negligible.
+    """
+    width, tokens = shape.hidden_size, float(lengths.sum())
+    keys_values = 4 * width**2
+    others = 4 * width**2 + 4 * width * shape.intermediate_size  # query, output projection, feed-forward
+    layer = tokens * (keys_values + others) + 4 * width * float(np.square(lengths).sum())
+    last = tokens * keys_values + len(lengths) * others + 4 * width * tokens
+    return (shape.num_hidden_layers - 1) * layer + last + len(lengths) * 2 * width**2
+
+
+def work_done(shape: BertConfig, data: TaskData, rounds: Sequence[np.ndarray], passes: int) -> dict[str, list]:
+    """Examples, real tokens and FLOPs of every round (its examples [B]), each worth so many forward passes."""
+    lengths = [np.concatenate([np.diff(tokens.offsets)[own] for tokens in data.tokens]) for own in rounds]
+    return {
+        "examples": [len(own) for own in rounds],
+        "tokens": [int(own.sum()) for own in lengths],
+        "flops": [passes * forward_flops(shape, own) for own in lengths],
+    }
+
+
+def matmul_peak(shape: BertConfig, tokens: int, device: Device) -> float:
+    """FLOP/s of a layer's matrix products for this many tokens and nothing else: the best of ten runs."""
+    width, inner = shape.hidden_size, shape.intermediate_size
+    sizes = [(width, width)] * 4 + [(width, inner), (inner, width)]
+    inputs = {n: torch.randn(tokens, n, device=device.device, dtype=device.amp) for n in (width, inner)}
+    weights = [torch.randn(size, device=device.device, dtype=device.amp) for size in sizes]
+
+    def layer() -> None:
+        for weight in weights:
+            inputs[len(weight)] @ weight
+
+    seconds = time_in_turn({"matmul": layer}, [()] * 12, 2, device, "matmul peak")["matmul"]
+    return 2 * tokens * sum(a * b for a, b in sizes) / min(seconds)
+
+
+def measure_speed(options: Options, comparison: str, task: str) -> list[dict[str, Any]]:
+    """For each mode, the seconds of every round of each side, and the work in them.
+
+    A round is one training step or one pass over dev. Raises UserError where the sides compute different things.
+    """
+    work = make_workload(options, task, say)
+    sides = {name: build(work) for name, build in COMPARISONS[comparison].items()}
+    difference = check_same(sides, work)
+    say(f"{comparison} {task}: outputs differ by at most {difference:.1e}")
+    steps, passes = work.batches[options.warmup :], min(options.steps, EVAL_PASSES)
+    common = {
+        "comparison": comparison,
+        "task": task,
+        "max_difference": difference,
+        "matmul_peak": matmul_peak(
+            work.bert_config, int(np.mean([work.train.lengths[step].sum() for step in steps])), work.device
+        ),
+    }
+    records = []
+    for mode in options.modes:
+        label = f"{comparison} {task} {mode}"
+        if mode == "train":
+            train = {name: side.train_step for name, side in sides.items()}
+            seconds = time_in_turn(train, [(step,) for step in work.batches], options.warmup, work.device, label)
+            done = work_done(work.bert_config, work.train, steps, 3)  # backward costs two forward passes
+        else:
+            evaluate = {name: side.evaluate for name, side in sides.items()}
+            seconds = time_in_turn(evaluate, [()] * (1 + passes), 1, work.device, label)
+            done = work_done(work.bert_config, work.dev, [np.arange(len(work.dev))] * passes, 1)
+        batches = 1 if mode == "train" else -(-len(work.dev) // options.batch_size)
+        records.append({**common, "mode": mode, "batches": batches, "seconds": seconds, **done})
+    return records
+
+
+def measure_memory(options: Options, comparison: str, contender: str, task: str) -> dict[str, int]:
+    """Peak bytes of a contender after building it and after each mode, in a process of its own.
+
+    A peak never falls, so that evaluation, which takes less, comes before training.
+    """
+    work = make_workload(options, task, lambda line: None)  # the caller says it
+    side = COMPARISONS[comparison][contender](work)
+    peaks = {"built": work.device.peak_memory()}
+    if "eval" in options.modes:
+        side.evaluate()
+        peaks["eval"] = work.device.peak_memory()
+    if "train" in options.modes:
+        for indices in work.batches[:MEMORY_STEPS]:
+            side.train_step(indices)
+        peaks["train"] = work.device.peak_memory()
+    return peaks
+
+
+def all_memory(options: Options) -> dict[tuple[str, str, str], dict[str, int]]:
+    """measure_memory of each (comparison, contender, task).
+
+    Linux counts the size that a parent had at the start as its child's: this comes first, while we are small.
+    """
+    cases = [(row, name, task) for row, sides in COMPARISONS.items() for name in sides for task in options.tasks]
+    peaks = {}
+    for case in progress(cases, "memory", "process"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                peaks[case] = pool.submit(measure_memory, options, *case).result()
+            except BrokenProcessPool:
+                raise UserError(f"{' '.join(case)}: the process died, of too little memory perhaps") from None
+    return peaks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reporting
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each record. Times, rates and ratios are medians over the rounds; rates and shares are ours."""
+    header = ["comparison", "task", "mode", "peer s/step", "our s/step", "ratio", "examples/s", "tokens/s"]
+    header += ["GFLOP/s", "of peak", "peer MB", "our MB"]
+    rows = []
+    for record in records:
+        peer, own = (np.array(seconds) for seconds in record["seconds"].values())
+        examples, tokens, flops = (np.median(record[name] / own) for name in ("examples", "tokens", "flops"))
+        rows.append(
+            [record["comparison"], record["task"], record["mode"]]
+            + [f"{np.median(seconds) / record['batches']:.4f}" for seconds in (peer, own)]
+            + [f"{np.median(peer / own):.2f}", f"{examples:,.0f}", f"{tokens:,.0f}", f"{flops / 1e9:,.1f}"]
+            + [f"{flops / record['matmul_peak']:.0%}"]
+            + [f"{peaks[record['mode']] / 1e6:,.0f}" for peaks in record["memory"].values()]
+        )
+    return format_table(header, rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what the command line asks for, print a table and write everything into a file."""
+    groups = {"benchmark": Options}
+    parser = build_parser("benchmark.py", str(__doc__).split("\n\n")[0], {}, groups)
+    options: Options = groups_of(vars(parser.parse_args(expand_arguments(argv))), groups)["benchmark"]
+    if not options.tasks or not options.modes:
+        raise UserError("--tasks and --modes: name at least one of each")
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
+    started = time.strftime("%Y%m%d-%H%M%S")
+    memory = all_memory(options)
+    records = [
+        {**record, "memory": {name: memory[row, name, task] for name in sides}}
+        for row, sides in COMPARISONS.items()
+        for task in options.tasks
+        for record in measure_speed(options, row, task)
+    ]
+    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), lambda line: None)
+    packages = {"torch": torch, "numpy": np, "transformers": import_transformers()}
+    content = {
+        "config": asdict(options),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: str(p.__version__) for name, p in packages.items()}},
+        "device": device.name,
+        "amp": device.amp and str(device.amp),
+        "started": started,
+        "results": records,
+    }
+    path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    say(f"{device.name}; --pretrained {options.pretrained} --batch_size {options.batch_size}\n{table(records)}")
+    say("ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens")
+    say("need; peak: a layer's matrix products alone. MB: of a process with its libraries, or of a GPU's tensors.")
+    say(f"every round: {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,213 @@
+"""benchmark.py: both sides do the same work, a difference is refused, and the results hold what they should."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+from benchmark import (
+    COMPARISONS,
+    LR,
+    Minbert,
+    Options,
+    Side,
+    Transformers,
+    Workload,
+    check_same,
+    forward_flops,
+    make_workload,
+    measure_speed,
+)
+from config import UserError
+from tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_bert(folder: Path, tokenizer_from: Path, dropout: float) -> Path:
+    """A folder that transformers wrote, in which every parameter, biases included, is random."""
+    shape = transformers.BertConfig.from_pretrained(tokenizer_from).to_dict()
+    shape |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    torch.manual_seed(0)
+    model: Any = transformers.BertModel(transformers.BertConfig.from_dict(shape))
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("LayerNorm.weight")), std=0.3)
+    model.save_pretrained(folder)
+    shutil.copy(tokenizer_from / "vocab.txt", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    return make_bert(tmp_path_factory.mktemp("bert"), tiny_bert, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def still_bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    return make_bert(tmp_path_factory.mktemp("still-bert"), tiny_bert, dropout=0.0)
+
+
+def options(bert: Path, small_data: Path, **others: Any) -> Options:
+    common: dict[str, Any] = {"batch_size": 8, "steps": 2, "warmup": 1, "threads": 1}
+    return Options(**{**common, "pretrained": str(bert), "data_dir": str(small_data), **others})
+
+
+def make_sides(bert: Path, small_data: Path, task: str) -> tuple[Workload, dict[str, Side]]:
+    work = make_workload(options(bert, small_data), task, print)
+    return work, {name: build(work) for name, build in COMPARISONS["full-model"].items()}
+
+
+# Both sides do the same
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_outputs_and_evaluation_are_the_same(bert: Path, small_data: Path, task: str) -> None:
+    work, sides = make_sides(bert, small_data, task)
+    assert check_same(sides, work) < 2e-5
+    peer, own = (np.asarray(side.evaluate()) for side in sides.values())
+    assert peer.shape == own.shape and len(own) == 12 and own.std() > 0.01
+    np.testing.assert_allclose(own, peer, rtol=0, atol=2e-5)
+    assert all(side.model.training for side in sides.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path, task: str) -> None:
+    work, sides = make_sides(still_bert, small_data, task)
+    peer, own = sides["transformers"], sides["minbert"]
+    assert isinstance(peer, Transformers) and isinstance(own, Minbert)
+    before = {side: [p.detach().clone() for p in side.model.parameters()] for side in (peer, own)}
+    for side in (peer, own):
+        side.train_step(work.batches[0])
+    bert: Any = peer.model.bert
+    backbone: Any = own.model.backbone(task)
+    pairs = {
+        bert.embeddings.word_embeddings.weight: backbone.word_embedding.weight,
+        bert.encoder.layer[0].attention.self.query.weight: backbone.bert_layers[0].self_attention.query.weight,
+        bert.encoder.layer[1].output.dense.bias: backbone.bert_layers[1].out_dense.bias,
+        bert.pooler.dense.weight: backbone.pooler_dense.weight,
+    }
+    # The first moment is a tenth of the gradient, the same whatever the optimizer's eps does.
+    for theirs, ours in pairs.items():
+        wanted = peer.optimizer.state[theirs]["exp_avg"]
+        found = own.trainer.optimizers[task].state[ours]["exp_avg"]
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        assert wanted.abs().max() > 0
+        assert (ours - theirs).abs().mean() < LR / 10
+    for side, old in before.items():
+        assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_dropout_is_on_in_training(bert: Path, small_data: Path, task: str) -> None:
+    work, sides = make_sides(bert, small_data, task)
+    for side in sides.values():
+        first, second = side.forward(work.batches[0]), side.forward(work.batches[0])
+        assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("perturbed", ["transformers", "minbert"])
+def test_a_difference_is_refused(bert: Path, small_data: Path, perturbed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = COMPARISONS["full-model"][perturbed]
+
+    def build_perturbed(work: Workload) -> Side:
+        side = build(work)
+        weight = next(p for name, p in side.model.named_parameters() if name.endswith("1.attention.output.dense.bias")
+                      or name.endswith("1.attention_dense.bias"))  # fmt: skip
+        with torch.no_grad():
+            weight[0] += 0.05
+        return side
+
+    monkeypatch.setitem(COMPARISONS["full-model"], perturbed, build_perturbed)
+    monkeypatch.setattr(benchmark, "time_in_turn", lambda *_: pytest.fail("timed in spite of the difference"))
+    with pytest.raises(UserError, match="SST sentiment: the outputs of transformers and minbert differ by up to"):
+        measure_speed(options(bert, small_data), "full-model", "sst")
+
+
+def test_a_difference_that_is_no_number_is_refused(bert: Path, small_data: Path) -> None:
+    work, sides = make_sides(bert, small_data, "sts")
+    with torch.no_grad():
+        next(sides["minbert"].model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="differ by up to nan"):
+        check_same(sides, work)
+
+
+# Figures
+
+
+def test_flops_are_those_that_torch_counts(still_bert: Path, small_data: Path) -> None:
+    work, sides = make_sides(still_bert, small_data, "sst")
+    lengths = np.diff(work.train.tokens[0].offsets)
+    same = np.flatnonzero(lengths == np.bincount(lengths).argmax())  # nothing is padded
+    assert len(same) > 1
+    head = 2 * len(same) * work.bert_config.hidden_size * 5
+    with FlopCounterMode(display=False) as counter:
+        sides["minbert"].train_step(same)
+    assert counter.get_total_flops() == 3 * (forward_flops(work.bert_config, lengths[same]) + head)
+
+
+def test_the_script(bert: Path, small_data: Path, tmp_path: Path) -> None:
+    flags = ["--tasks", "para", "--steps", "2", "--warmup", "1", "--batch_size", "8", "--threads", "1"]
+    flags += ["--pretrained", str(bert), "--data_dir", str(small_data), "--out", str(tmp_path / "results")]
+    done = subprocess.run([sys.executable, ROOT / "benchmark.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results").iterdir()
+    content = json.loads(path.read_text())
+    assert content["config"]["batch_size"] == 8 and content["config"]["tasks"] == ["para"]
+    assert content["versions"]["transformers"] == transformers.__version__
+    assert content["device"].startswith("cpu") and "git_commit" in content
+    train, evaluation = content["results"]
+    assert (train["mode"], evaluation["mode"]) == ("train", "eval")
+    for record in (train, evaluation):
+        assert record["max_difference"] <= 1e-4 and record["matmul_peak"] > 0
+        assert list(record["seconds"]) == ["transformers", "minbert"]
+        assert all(len(own) == 2 and min(own) > 0 for own in record["seconds"].values())
+        for peaks in record["memory"].values():
+            assert 50e6 < peaks["built"] <= peaks["eval"] <= peaks["train"]
+        first, second = (cell.split() for cell in done.stdout.splitlines() if cell.startswith("full-model  para"))
+        peer, own = (np.array(seconds) for seconds in record["seconds"].values())
+        shown = first if record is train else second
+        assert shown[2] == record["mode"] and float(shown[5]) == pytest.approx(np.median(peer / own), abs=0.006)
+    assert train["batches"] == 1 and train["examples"] == [8, 8]
+    assert evaluation["batches"] == 2 and evaluation["examples"] == [12, 12]
+    work = make_workload(options(bert, small_data), "para", print)
+    assert train["tokens"] == [work.train.batch(step).num_tokens for step in work.batches[1:]]
+    assert evaluation["tokens"] == [work.dev.lengths.sum()] * 2
+    assert str(path) in done.stdout
+
+
+# Mistakes
+
+
+def test_a_batch_larger_than_the_data(bert: Path, small_data: Path) -> None:
+    with pytest.raises(UserError, match=r"--batch_size 21: .*ids-sst-train.csv has only 20 examples"):
+        make_workload(options(bert, small_data, batch_size=21), "sst", print)
+
+
+def test_few_data_are_used_again(bert: Path, small_data: Path) -> None:
+    work = make_workload(options(bert, small_data, steps=6), "sst", print)
+    assert len(work.batches) == 7 and {len(step) for step in work.batches} == {8}
+    assert set(np.concatenate(work.batches)) <= set(range(20))
+
+
+def test_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = sys.modules["datasets"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"transformers is missing; pip install -r requirements-dev\.txt"):
+        benchmark.import_transformers()
+    assert sys.modules["datasets"] is ours
+
+
+def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*file/results: cannot be made"):
+        benchmark.main(["--out", str(tmp_path / "file" / "results")])
