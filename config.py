@@ -49,13 +49,6 @@ class BertConfig:
     pad_token_id: int = 0
     initializer_range: float = 0.02
 
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"config.json: {self.hidden_size=} is not a multiple of {self.num_attention_heads=}; "
-                "the heads need equal widths"
-            )
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "BertConfig":
         """The known keys of a Hugging Face configuration; one that is not a plain BERT is refused.
@@ -67,7 +60,13 @@ class BertConfig:
             if values.get(key, value) != value:
                 raise UserError(f"{source}: {key} is {values[key]!r}, but only {value!r} is supported; choose a BERT")
         names = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in names})
+        config = cls(**{key: value for key, value in values.items() if key in names})
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(
+                f"{source}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+                f"{config.num_attention_heads}; the heads need equal widths"
+            )
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The Hugging Face config.json of this shape."""
@@ -118,11 +117,17 @@ PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 
 
 @dataclass
-class DataOptions:
+class FileOptions:
     """Data."""
 
     data_dir: str = option("data", "folder with the tasks' csv files")
     max_bad_rows: int = option(20, "unreadable rows to skip, over all files, before the run is refused", low=0)
+
+
+@dataclass
+class DataOptions(FileOptions):
+    """Data."""
+
     max_train_examples: int | None = option(None, "use at most this many training examples of each task", low=1)
     max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
 
@@ -205,7 +210,7 @@ class TrainOptions:
 
     epochs: int = option(7, "epochs", low=1)
     batch_size: int = option(64, "examples per step", low=1)
-    lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0)
+    lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0, high=1e30)
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
     decoupled: bool = option(False, "decoupled weight decay in Adam, Adamax and RAdam")
     lr_schedule: str = option(
@@ -218,7 +223,7 @@ class TrainOptions:
     )
     routine: str = option("sequential", "which task the next batch comes from", choices=("sequential", "interleave"))
     clip: float | None = option(None, "largest gradient norm", above=0.0)
-    seed: int = option(11711, "seed of weights, order and dropout", low=0)
+    seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a better score", low=1)
 
@@ -287,6 +292,7 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """The inverse of `to_dict`. Raises TypeError for an option that does not exist."""
         groups = {name: group(**values[name]) for name, group in GROUPS.items()}
+        groups["model"].pair_features = tuple(groups["model"].pair_features)  # json has lists only
         return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
 
 
@@ -321,7 +327,7 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
                 raise UserError(f"{word}: the file includes itself; remove the line that names it")
             try:
                 text = path.read_text(encoding="utf-8")
-                out += expand_arguments(shlex.split(text, comments=True), (*seen, path))
+                out += expand_arguments(shlex.split(re.sub(r"(?m)(^|\s)#.*", "", text)), (*seen, path))
             except (OSError, ValueError) as error:
                 raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
         elif re.match(r"--?[A-Za-z]", word) and word != "-h":
@@ -360,6 +366,8 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
                 f"{text} is too small; give {'at least' if above is None else 'more than'} "
                 f"{low if above is None else above}"
             )
+        if kind is float and abs(value) == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if high is not None and value > high:
             raise argparse.ArgumentTypeError(f"{text} is too large; give at most {high}")
         return value
@@ -370,15 +378,18 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
     """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
     kind, metadata = _value_type(hint), spec.metadata
-    if spec.default not in (None, False, MISSING, ""):
+    if spec.default not in (None, False, True, MISSING, ""):
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
     help = help.replace("%", "%%")
     flags = [f"--{name}" for name in names]
     common: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
     if kind is bool:
-        group.add_argument(*flags, action="store_true", help=help, **common)
-        group.add_argument(*[f"--no_{n}" for n in names], action="store_false", help=argparse.SUPPRESS, **common)
+        # both exist, so that a later flag can undo a recipe's; help shows the one that changes the default
+        opposites = [f"--no_{name}" for name in names]
+        on, off = (argparse.SUPPRESS, f"do not {help}") if spec.default is True else (help, argparse.SUPPRESS)
+        group.add_argument(*flags, action="store_true", help=on, **common)
+        group.add_argument(*opposites, action="store_false", help=off, **common)
         return
     choices = metadata.get("choices")
     many = typing.get_origin(kind) is tuple
@@ -391,7 +402,7 @@ def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", 
 
 def add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
     """A flag for each field of a dataclass, titled by its docstring."""
-    group = parser.add_argument_group((cls.__doc__ or name).strip())
+    group = parser.add_argument_group((cls.__doc__ or name).strip().removesuffix("."))
     hints = typing.get_type_hints(cls)
     for spec in fields(cls):
         add_option(group, [spec.name], f"{name}.{spec.name}", spec, hints[spec.name], spec.metadata["help"])
@@ -461,7 +472,6 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     Raises UserError, naming all problems at once.
     """
     groups = groups_of(given, GROUPS)
-    groups["model"] = groups["model"].resolved()
     similarity_loss = ARCHS[groups["model"].arch].similarity_loss
     options = {}
     for task in tasks.values():
@@ -475,6 +485,10 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
         raise UserError("no task is left to train on; give at least one --train_NAME")
     config = Config(tasks={name: replace(options[name], enabled=True) for name in options if name in chosen}, **groups)
     problems = check(config, tasks)
+    try:
+        config.model = config.model.resolved()
+    except UserError as error:
+        problems.insert(0, str(error))
     if problems:
         raise UserError("; ".join(problems))
     return config

@@ -8,6 +8,7 @@ member's predictions are kept, by the hash of its file, so that the next ensembl
 """
 
 import hashlib
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from config import (
     ComputeOptions,
     DataOptions,
+    FileOptions,
     UserError,
     build_parser,
     expand_arguments,
@@ -54,10 +56,11 @@ class EnsembleOptions:
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint as the user named it, the hash of its content, and its votes."""
+    """A checkpoint as the user named it, the hash of its content, the tasks that it knows, and its votes."""
 
     path: Path
     sha256: str
+    tasks: tuple[str, ...]
     votes: int
 
 
@@ -68,12 +71,18 @@ def say(line: str) -> None:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.checkpoint import sha256
+    from training.checkpoint import load, sha256
 
     for name in names:
         if not Path(name).is_file():
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
-    return [Member(Path(name), sha256(Path(name)), votes) for name, votes in Counter(names).items()]
+    members = []
+    for name, votes in Counter(names).items():
+        tasks = tuple(load(Path(name)).get("tasks", ()))
+        if not tasks or not set(tasks) <= set(TASKS):
+            raise UserError(f"--filepaths {name}: knows no task of the task table; name a best.pt of a run")
+        members.append(Member(Path(name), sha256(Path(name)), tasks, votes))
+    return members
 
 
 def cache_file(cache: Path, member: Member, splits: Splits, device: "Device") -> Path:
@@ -87,21 +96,33 @@ def cache_file(cache: Path, member: Member, splits: Splits, device: "Device") ->
     return cache / f"{digest.hexdigest()[:32]}.npz"
 
 
+def read_outputs(path: Path) -> Outputs | None:
+    """What an earlier ensemble kept; None where there is nothing or it is damaged."""
+    try:
+        with np.load(path) as saved:
+            return {(key.split("/")[0], key.split("/")[1]): saved[key] for key in saved.files}
+    except (OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile):
+        return None
+
+
 def member_outputs(member: Member, splits: Splits, cache: Path, device: "Device", batch_size: int) -> Outputs:
     """Raw outputs of a member for every split and task that it was trained on, from the cache if they are there."""
     from datasets import tokenise
     from evaluation import predict
     from training.checkpoint import load_model, write_atomically
 
+    splits = {
+        split: {name: examples for name, examples in by_task.items() if name in member.tasks}
+        for split, by_task in splits.items()
+    }
     path = cache_file(cache, member, splits, device)
-    if path.exists():
-        with np.load(path) as saved:
-            say(f"{member.path}: predictions from {cache}")
-            return {(key.split("/")[0], key.split("/")[1]): saved[key] for key in saved.files}
+    outputs = read_outputs(path)
+    if outputs is not None:
+        say(f"{member.path}: predictions from {cache}")
+        return outputs
     model, tokenizer, _ = load_model(member.path)
     model.to(device.device)
-    own = {split: {name: e for name, e in by_task.items() if name in model.tasks} for split, by_task in splits.items()}
-    data = tokenise(own, tokenizer, str(model.options.pair_encoding), say)
+    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
     outputs = {
         (split, name): predict(model, task_data, device.device, batch_size, device.amp)
         for split, by_task in data.items()
@@ -120,8 +141,10 @@ def member_outputs(member: Member, splits: Splits, cache: Path, device: "Device"
 
 def z_scores(values: np.ndarray) -> np.ndarray:
     """Values [N] with mean 0 and deviation 1; all 0 where they are constant."""
-    deviation = values.std()
-    return (values - values.mean()) / deviation if deviation > 0 else np.zeros_like(values)
+    exact = values.astype(np.float64)
+    deviation = exact.std()
+    constant = deviation <= 1e-6 * np.abs(exact).max(initial=0.0)  # what rounding alone can make of equal numbers
+    return np.zeros_like(exact) if constant else (exact - exact.mean()) / deviation
 
 
 def vote(task: Task, outputs: Sequence[np.ndarray], votes: Sequence[int], average: str) -> np.ndarray:
@@ -138,19 +161,18 @@ def vote(task: Task, outputs: Sequence[np.ndarray], votes: Sequence[int], averag
     return np.average([comparable(own) for own in outputs], axis=0, weights=votes)
 
 
-def ensemble(names: Sequence[str], splits: Splits, options: EnsembleOptions, compute: ComputeOptions) -> None:
-    """Average the checkpoints in `names` over `splits`; print and write scores and predictions."""
+def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions, compute: ComputeOptions) -> None:
+    """Average the members over `splits`; print and write scores and predictions."""
     from evaluation import overall, probabilities, score_and_write, score_task
     from training.checkpoint import RunDirectory
     from training.device import choose_device
     from training.telemetry import score_table
 
     device = choose_device(compute, say)
-    members = find_members(names)
     by_member = [
         member_outputs(member, splits, Path(options.cache), device, compute.eval_batch_size) for member in members
     ]
-    tasks = {name: task for name, task in TASKS.items() if any(("dev", name) in own for own in by_member)}
+    tasks = {name: TASKS[name] for name in splits["dev"]}
     rows = {}
     for member, own in zip(members, by_member, strict=True):
         scores = {
@@ -163,9 +185,8 @@ def ensemble(names: Sequence[str], splits: Splits, options: EnsembleOptions, com
     for split, by_task in splits.items():
         for name in by_task:
             having = [i for i, own in enumerate(by_member) if (split, name) in own]
-            if having:
-                outputs, votes = [by_member[i][split, name] for i in having], [members[i].votes for i in having]
-                averaged[split, name] = vote(TASKS[name], outputs, votes, options.average)
+            outputs, votes = [by_member[i][split, name] for i in having], [members[i].votes for i in having]
+            averaged[split, name] = vote(TASKS[name], outputs, votes, options.average)
     run = RunDirectory(Path(options.run_dir))
     scores = score_and_write(tasks, averaged, splits, run.path)
     votes_by_file = {str(member.path): member.votes for member in members}
@@ -176,9 +197,7 @@ def ensemble(names: Sequence[str], splits: Splits, options: EnsembleOptions, com
 
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks."""
-    from datasets import load_splits
-
-    groups = {"data": DataOptions, "compute": ComputeOptions, "ensemble": EnsembleOptions}
+    groups = {"data": FileOptions, "compute": ComputeOptions, "ensemble": EnsembleOptions}
     parser = build_parser("ensemble.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev", "test"))
     parser.usage = "ensemble.py CHECKPOINT [CHECKPOINT ...] [flags] [@file-of-flags]"
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="a best.pt; named twice, it votes twice")
@@ -187,10 +206,14 @@ def main(argv: Sequence[str]) -> None:
     names = given["checkpoints"] + given["filepaths"]
     if not names:
         raise UserError("--filepaths: name at least one checkpoint")
+    from datasets import load_splits
+
     options = groups_of(given, groups)
-    tasks = {name: task_options(given, task, task_defaults(task)) for name, task in TASKS.items()}
-    splits = load_splits(options["data"], tasks, TASKS, ["dev", "test"], say)
-    ensemble(names, splits, options["ensemble"], options["compute"])
+    members = find_members(names)
+    tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}
+    own = {name: task_options(given, task, task_defaults(task)) for name, task in tasks.items()}
+    splits = load_splits(DataOptions(**vars(options["data"])), own, tasks, ["dev", "test"], say)
+    ensemble(members, splits, options["ensemble"], options["compute"])
 
 
 if __name__ == "__main__":

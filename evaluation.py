@@ -1,6 +1,7 @@
 """Predict, score and write predictions: the same code for training, evaluation and ensembles."""
 
 import math
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,11 @@ def score_and_write(
     splits: Mapping[str, Mapping[str, Examples]],
     folder: Path,
 ) -> Scores:
-    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task); returns the dev scores."""
+    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task); returns the dev scores.
+
+    Predictions of an earlier run in the same folder are removed, lest they be taken for this one's.
+    """
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
     scores: dict[str, Scores] = {}
     for (split, name), own in values.items():
         examples = splits[split][name]

@@ -63,7 +63,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 def train(config: Config) -> None:
     """Train, then score and predict with the best checkpoint."""
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory, load, load_weights_into
+    from training.checkpoint import RunDirectory, load, load_weights_into, probe_folder
     from training.device import choose_device
     from training.loop import Trainer
     from training.plan import checkpoint_bytes, describe
@@ -78,6 +78,10 @@ def train(config: Config) -> None:
         return
     run = RunDirectory.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
+    if config.run.filepath:
+        probe_folder(Path(config.run.filepath).parent, "--filepath")
+        if Path(config.run.filepath).is_dir():
+            raise UserError(f"--filepath {config.run.filepath}: is a folder; name a file, such as best.pt in it")
     run.begin(config)
     say(f"{device.name}; run directory {run.path}")
     Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say).fit()
@@ -171,7 +175,8 @@ def label_sentences(config: Config) -> None:
             say("\t".join([f"{label:.3f}", *row]))
             continue
         probability = value.max() if task.kind == "classes" else max(value, 1 - value)
-        say("\t".join([str(label), task.label_names[label], f"{probability:.3f}", *row]))
+        name = task.label_names[label] if task.label_names else str(label)
+        say("\t".join([str(label), name, f"{probability:.3f}", *row]))
 
 
 def read_lines(name: str, task: Task) -> list[list[str]]:
@@ -180,7 +185,7 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
         content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
-    rows = [[text.strip() for text in line.split("\t")] for line in content.splitlines() if line.strip()]
+    rows = [[text.strip() for text in line.split("\t")] for line in content.split("\n") if line.strip()]
     wanted = len(task.text_columns)
     for number, row in enumerate(rows, start=1):
         if len(row) != wanted or not all(row):

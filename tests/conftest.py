@@ -1,5 +1,6 @@
 """What every test file shares: the import path, one thread, and oracles that do not mistake our datasets.py."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,3 +39,64 @@ def minilm() -> Path:
     from base_bert import resolve_pretrained
 
     return resolve_pretrained("all-MiniLM-L6-v2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model and data so small that a training run takes a second
+
+SAMPLE = ROOT / "data" / "sample"
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """Folder of the sample data: 600, 150 and 150 rows of each task."""
+    return SAMPLE
+
+
+def cut(folder: Path, train: int, dev: int = 12, test: int = 6) -> Path:
+    """`folder` with the first rows of every sample file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in SAMPLE.glob("*.csv"):
+        rows = train if "train" in path.name else dev if "dev" in path.name else test
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / path.name).write_text("".join(lines[: rows + 1]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 20, 12 and 6 rows of the sample data; tests must not write here."""
+    return cut(tmp_path_factory.mktemp("small-data"), 20)
+
+
+def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
+    """`folder` with a random BERT of two layers, 32 wide, whose vocabulary is the words of the sample data."""
+    from base_bert import save_pretrained
+    from bert import BertModel
+    from config import BertConfig
+
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
+    words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **shape}
+    # A wide initialisation, so that sentences have embeddings that differ.
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(config)
+    save_pretrained(folder, config, model.state_dict())
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of start weights for --pretrained; tests must not write here."""
+    return make_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_bert: Path, small_data: Path) -> list[str]:
+    """Flags of a training run of a second: tiny model, small data, two epochs of three steps a task."""
+    flags = ["--pretrained", tiny_bert, "--data_dir", small_data, "--max_length", 64, "--threads", 1]
+    return [str(flag) for flag in [*flags, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3]]

@@ -8,12 +8,10 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,12 @@ def _cause(error: Exception, folder: Path) -> str:
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
         return "no space left on the disk; free some, or choose another --run_dir"
-    return str(error).splitlines()[0]
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,9 +79,9 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"{path}: not a readable checkpoint, damaged or of another program ({str(error).splitlines()[0]:.120})"
+            f"{path}: not a readable checkpoint, damaged or of another program ({first_line(error):.120})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
@@ -163,6 +166,17 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
     return model, tokenizer, config
 
 
+def probe_folder(folder: Path, flag: str) -> None:
+    """Make a folder and see that files can be written there. Raises UserError, naming `flag`, where they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_text("x", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another") from error
+
+
 class RunDirectory:
     """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and tensorboard/."""
 
@@ -201,15 +215,9 @@ class RunDirectory:
         if started and not overwrite and not resume:
             state = "a finished run" if finished else "an unfinished run (--resume goes on with it)"
             raise UserError(f"--run_dir {self.path}: holds {state}; choose another folder or --overwrite it")
+        probe_folder(self.path, "--run_dir")
         if overwrite:
             self.clear()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe.{os.getpid()}"
-            probe.write_text("x", encoding="utf-8")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--run_dir {self.path}: cannot be written ({_cause(error, self.path.parent)})") from error
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(
@@ -226,7 +234,13 @@ class RunDirectory:
         if not config.run.resume:
             self.write_json("config.json", config.to_dict())
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.to_dict()))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--resume: {path} cannot be read ({first_line(error)}); --overwrite starts again"
+            ) from error
+        now = json.loads(json.dumps(config.to_dict()))
         changed = [f"{group}.{name}" for group in now if group not in ("run", "compute") for name in now[group]
                    if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
         if changed:
@@ -252,6 +266,9 @@ class RunDirectory:
             write_text(path, "".join(line + "\n" for line in kept))
 
     def append_json(self, name: str, content: Any) -> None:
-        """Append one line to a jsonl file of the run."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
+        """Append one line to a jsonl file of the run. Raises UserError where it cannot be written."""
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path / name}: cannot be written ({_cause(error, self.path)})") from error

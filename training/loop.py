@@ -25,6 +25,14 @@ from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
 
 
+def diverged(task: Task, what: str) -> UserError:
+    """The error for numbers that are no longer finite."""
+    return UserError(
+        f"{task.title}: {what} is not finite any more; lower --lr or set --clip "
+        "(the best.pt of an earlier epoch, if there is one, stands unharmed)"
+    )
+
+
 class TaskMeter:
     """Collects one task's training figures over an epoch, without waiting for the device."""
 
@@ -50,10 +58,7 @@ class TaskMeter:
         """
         losses = torch.stack(self.losses).double()
         if not losses.isfinite().all():
-            raise UserError(
-                f"{task.title}: the loss became {losses[~losses.isfinite()][0].item()}; "
-                "lower --lr or set --clip (a best.pt of an earlier epoch stands unharmed)"
-            )
+            raise diverged(task, "a loss")
         values = probabilities(task, torch.cat(self.outputs).float().cpu().numpy())
         labels = torch.cat(self.labels).cpu().numpy()
         sizes = torch.tensor([len(outputs) for outputs in self.outputs], dtype=torch.float64, device=losses.device)
@@ -170,10 +175,12 @@ class Trainer:
         for number, step in enumerate(bar):
             started = time.perf_counter()
             lr = self.schedules[step.task].at(self.epoch + number / len(steps))
-            log = self.step % LOG_EVERY == 0
+            log = len(meters[step.task].losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, lr, log)
             meters[step.task].add(loss, outputs, labels, time.perf_counter() - started, lr)
             if log:
+                if not loss.isfinite():
+                    raise diverged(self.tasks[step.task], "a loss")
                 bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
                 self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
             self.step += 1
@@ -219,6 +226,8 @@ class Trainer:
         for name, data in self.dev_data.items():
             size = self.config.compute.eval_batch_size
             outputs = predict(self.model, data, self.device.device, size, self.device.amp)
+            if not np.isfinite(outputs).all():
+                raise diverged(self.tasks[name], "an output on dev")
             assert data.examples.labels is not None
             out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
         return out
@@ -251,6 +260,8 @@ class Trainer:
     def restore(self) -> None:
         """Go back to the state that `save_resume` wrote."""
         content = load(self.run.resume)
+        if "optimizers" not in content:
+            raise UserError(f"{self.run.resume}: is a model without optimizers, not a state to go on from")
         load_weights_into(self.model, content["weights"], self.run.resume)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])

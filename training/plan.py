@@ -27,12 +27,18 @@ def parameter_table(model: MultitaskBERT) -> str:
     return format_table(["part", "parameters", "trainable", "share"], text)
 
 
-def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
-    """About what best.pt and resume.pt take on disk together."""
+def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:
+    """Bytes of the weights, and of the optimizers' states once every parameter has trained."""
     weights = sum(p.numel() for p in model.parameters())
     states = OPTIMIZER_STATES.get(config.train.optim, 2)
     optimizers = sum(states * sum(p.numel() for p in model.task_parameters(name)) for name in model.tasks)
-    return 4 * (2 * weights + optimizers)
+    return 4 * weights, 4 * optimizers
+
+
+def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
+    """About the most that checkpoints take on disk: best.pt, resume.pt, and its successor while that is written."""
+    weights, optimizers = state_bytes(model, config)
+    return int(1.05 * (weights + 2 * (weights + optimizers))) + (1 << 20)  # and room for what surrounds the tensors
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:
@@ -40,8 +46,8 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
     shape = model.bert_config
     tokens = max(config.train.batch_size * float(np.mean(own.lengths)) for own in data.values())
     per_token = ACTIVATIONS_PER_LAYER * shape.hidden_size * shape.num_hidden_layers
-    # weights, gradients and optimizer states take what the two checkpoints do
-    return int(checkpoint_bytes(model, config) + 4 * tokens * per_token)
+    weights, optimizers = state_bytes(model, config)
+    return int(2 * weights + optimizers + 4 * tokens * per_token)
 
 
 def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData]) -> str:

@@ -98,7 +98,7 @@ def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores]) -> str:
     """A table of scores, a row for each name in `rows` and a column for each task."""
     header = ["", *(task.title for task in tasks.values()), "score", "with r itself"]
     body = [
-        [name, *(f"{primary(task, scores[key]):.3f}" for key, task in tasks.items())]
+        [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]
         + [f"{scores['score']:.4f}", f"{scores['score_raw_r']:.4f}"]
         for name, scores in rows.items()
     ]
@@ -225,6 +225,8 @@ class Telemetry:
             for name, value in vars(values).items():
                 if value is not None:
                     options[f"{group}.{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-        metrics = {f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks}
+        metrics = {
+            f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks
+        }
         self.writer.add_hparams(options, {**metrics, "hparam/score": scores["score"]}, run_name=".")
         self.writer.close()

@@ -1,0 +1,186 @@
+"""Routines: orders of tasks as written traces, and what each of the batches holds."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.routines import ROUTINES, Plan, Step, interleave, sequential, shuffled, task_batches
+
+SIZES = {"sst": 5, "para": 7, "sts": 3}
+ROUNDS = {"sst": 2, "para": 1, "sts": 5}  # Run it Back
+PLAN = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=ROUNDS)
+ONCE = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=dict.fromkeys(SIZES, 1))
+
+
+def trace(steps: list[Step]) -> list[tuple[str, int]]:
+    """Task and batch size of each step."""
+    return [(step.task, len(step.indices)) for step in steps]
+
+
+def order(steps: list[Step], task: str) -> list[int]:
+    """The examples of a task in the order in which they come."""
+    return [int(i) for step in steps if step.task == task for i in step.indices]
+
+
+def test_sequential_trace() -> None:
+    assert trace(sequential(ONCE, 0)) == [
+        ("sst", 2), ("sst", 2), ("sst", 1),
+        ("para", 2), ("para", 2), ("para", 2), ("para", 1),
+        ("sts", 2), ("sts", 1),
+    ]  # fmt: skip
+
+
+def test_sequential_trace_with_rounds() -> None:
+    assert trace(sequential(PLAN, 3)) == [
+        ("sst", 2), ("sst", 2), ("sst", 1), ("sst", 2), ("sst", 2), ("sst", 1),
+        ("para", 2), ("para", 2), ("para", 2), ("para", 1),
+        ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1),
+        ("sts", 2), ("sts", 1),
+    ]  # fmt: skip
+
+
+def test_interleave_trace_goes_on_past_the_shortest() -> None:
+    assert trace(interleave(ONCE, 0)) == [
+        ("sst", 2), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 2), ("sts", 1),
+        ("sst", 1), ("para", 2),
+        ("para", 1),
+    ]  # fmt: skip
+
+
+def test_interleave_trace_with_rounds() -> None:
+    assert trace(interleave(PLAN, 0)) == [
+        ("sst", 2), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 2), ("sts", 1),
+        ("sst", 1), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 1), ("sts", 1),
+        ("sst", 2), ("sts", 2),
+        ("sst", 1), ("sts", 1),
+        ("sts", 2),
+        ("sts", 1),
+        ("sts", 2),
+        ("sts", 1),
+    ]  # fmt: skip
+
+
+def test_both_routines_hold_the_same_batches() -> None:
+    """They differ in the order of tasks only, so results are comparable."""
+    for task in SIZES:
+        own = [step.indices.tolist() for step in sequential(PLAN, 4) if step.task == task]
+        assert own == [step.indices.tolist() for step in interleave(PLAN, 4) if step.task == task]
+
+
+def test_each_example_comes_once_a_round() -> None:
+    for routine in ROUTINES.values():
+        steps = routine(PLAN, 2)
+        for task, size in SIZES.items():
+            found = order(steps, task)
+            assert len(found) == size * ROUNDS[task]
+            for round in range(ROUNDS[task]):
+                assert sorted(found[round * size : (round + 1) * size]) == list(range(size))
+
+
+def test_a_round_has_its_own_ragged_last_batch() -> None:
+    plan = Plan(0, 4, {"sst": 9}, {"sst": 2})
+    assert [len(step.indices) for step in task_batches(plan, 0, "sst")] == [4, 4, 1, 4, 4, 1]
+    assert [len(step.indices) for step in task_batches(Plan(0, 100, {"sst": 9}, {"sst": 1}), 0, "sst")] == [9]
+    assert [len(step.indices) for step in task_batches(Plan(0, 3, {"sst": 9}, {"sst": 1}), 0, "sst")] == [3, 3, 3]
+
+
+def test_orders_differ_between_epochs_rounds_tasks_and_seeds() -> None:
+    sizes = {"sst": 100, "para": 100}
+    orders = [
+        tuple(shuffled(Plan(seed, 8, sizes, dict.fromkeys(sizes, 1)), epoch, task, round).tolist())
+        for seed in (0, 1, 2)
+        for epoch in (0, 1, 2)
+        for task in sizes
+        for round in (0, 1, 2)
+    ]
+    assert len(set(orders)) == len(orders) == 54
+    assert all(sorted(one) == list(range(100)) for one in orders)
+
+
+def test_addresses_do_not_run_into_each_other() -> None:
+    """Epoch 1 of task "a" with a round 2 must not be what another epoch and round of another name spell."""
+    sizes = {"s": 50, "st": 50, "sts": 50}
+    plan = Plan(3, 8, sizes, dict.fromkeys(sizes, 1))
+    orders = {
+        tuple(shuffled(plan, epoch, task, round).tolist())
+        for epoch in range(5)
+        for task in sizes
+        for round in (0, 1, 115, 116)
+    }
+    assert len(orders) == 60
+
+
+def test_the_same_seed_gives_the_same_order_in_another_process() -> None:
+    steps = interleave(PLAN, 6)
+    code = (
+        "from training.routines import Plan, interleave\n"
+        f"steps = interleave(Plan(11711, 2, {SIZES!r}, {ROUNDS!r}), 6)\n"
+        "print([(s.task, s.indices.tolist()) for s in steps])"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([(step.task, step.indices.tolist()) for step in steps])
+
+
+def test_any_epoch_can_be_made_without_those_before_it() -> None:
+    fresh = sequential(PLAN, 5)
+    for epoch in range(5):
+        sequential(PLAN, epoch)
+    again = sequential(PLAN, 5)
+    assert [step.indices.tolist() for step in fresh] == [step.indices.tolist() for step in again]
+
+
+def test_a_golden_order() -> None:
+    """The very numbers: a changed address would make old runs impossible to repeat or resume."""
+    assert [order(sequential(ONCE, epoch), "para") for epoch in (0, 1)] == [
+        [3, 5, 2, 4, 1, 6, 0],
+        [3, 1, 0, 5, 6, 2, 4],
+    ]
+
+
+def test_a_task_without_rounds_is_left_out() -> None:
+    plan = Plan(0, 2, SIZES, {**ROUNDS, "para": 0})
+    for routine in ROUTINES.values():
+        assert {step.task for step in routine(plan, 0)} == {"sst", "sts"}
+
+
+def test_the_order_of_tasks_is_that_of_the_plan() -> None:
+    plan = Plan(0, 2, {"sts": 3, "sst": 3}, {"sst": 1, "sts": 1})
+    assert [step.task for step in sequential(plan, 0)] == ["sts", "sts", "sst", "sst"]
+    assert [step.task for step in interleave(plan, 0)] == ["sts", "sst", "sts", "sst"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    rounds=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    batch_size=st.integers(1, 17),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 30),
+)
+def test_any_plan_is_kept(sizes: list[int], rounds: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    names = ["sst", "para", "sts", "cfimdb"][: len(sizes)]
+    plan = Plan(seed, batch_size, dict(zip(names, sizes, strict=True)), dict(zip(names, rounds, strict=False)))
+    for routine in ROUTINES.values():
+        steps = routine(plan, epoch)
+        assert all(0 < len(step.indices) <= batch_size for step in steps)
+        for name, size in plan.sizes.items():
+            times = Counter(order(steps, name))
+            assert set(times.values()) <= {plan.rounds[name]}
+            assert sorted(times) == (list(range(size)) if plan.rounds[name] else [])
+            assert sum(step.task == name for step in steps) == plan.rounds[name] * -(-size // batch_size)
+
+
+@pytest.mark.parametrize("routine", list(ROUTINES))
+def test_indices_are_what_batches_take(routine: str) -> None:
+    for step in ROUTINES[routine](PLAN, 0):
+        assert step.indices.dtype == np.int64 and step.indices.ndim == 1

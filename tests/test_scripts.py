@@ -1,0 +1,880 @@
+"""The scripts as people run them: what a run leaves behind, ensembles, predictions, and one line for each mistake."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import cut, make_bert
+
+import ensemble
+import multitask_classifier
+from config import UserError
+from tasks import TASKS
+from training.checkpoint import save, write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Path:
+    """A folder with finished runs `yin` (all tasks, TensorBoard), `cross` (another arch) and `sst` (one task)."""
+    folder = tmp_path_factory.mktemp("runs")
+    yin = [*tiny_flags, "--run_dir", folder / "yin", "--filepath", folder / "named" / "g6-yin-yang.pt"]
+    multitask_classifier.main([str(word) for word in [*yin, "--routine", "interleave", "--epochs", 4]])
+    for name, more in {"cross": ["--arch", "v2", "--seed", "5"], "sst": ["--train_sst"]}.items():
+        multitask_classifier.main([*tiny_flags, *more, "--no_tensorboard", "--run_dir", str(folder / name)])
+    return folder
+
+
+@pytest.fixture
+def train(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
+    """multitask_classifier.main with the flags of a tiny run and more; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: _output(capsys, multitask_classifier.main, [*tiny_flags, *words])
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Run:
+    """multitask_classifier.main with the given flags alone."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: _output(capsys, multitask_classifier.main, words)
+
+
+@pytest.fixture
+def combine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, small_data: Path) -> Run:
+    """ensemble.main on the small data."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: _output(capsys, ensemble.main, [*words, "--data_dir", small_data, "--threads", 1])
+
+
+def _output(capsys: Any, main: Callable[[list[str]], None], words: Any) -> str:
+    capsys.readouterr()
+    main([str(word) for word in words])
+    return str(capsys.readouterr().out)
+
+
+def refusal(run: Run, *words: object) -> str:
+    """The one line of the UserError that a script ends in."""
+    with pytest.raises(UserError) as error:
+        run(*words)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def shell(name: str, *words: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A script as a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / name, *map(str, words)], capture_output=True, text=True, input=stdin, timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ids(path: Path) -> list[str]:
+    """The ids of a data file, read without our own reader."""
+    header, *rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    return [row[header.index("id")] for row in rows]
+
+
+# --------------------------------------------------------------------------------------------- what a run leaves behind
+
+
+def test_files_of_a_run(runs: Path) -> None:
+    assert sorted(os.listdir(runs / "yin")) == [
+        "best.pt", "config.json", "metrics.jsonl", "predictions", "resume.pt", "scores.json", "tensorboard",
+        "timing.jsonl",
+    ]  # fmt: skip
+    assert sorted(os.listdir(runs / "sst")) == [
+        "best.pt", "config.json", "metrics.jsonl", "predictions", "resume.pt", "scores.json", "timing.jsonl",
+    ]  # fmt: skip
+    for name, epochs in (("yin", 4), ("sst", 2)):
+        for file in ("metrics.jsonl", "timing.jsonl"):
+            lines = [json.loads(line) for line in (runs / name / file).read_text().splitlines()]
+            assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+    assert read_json(runs / "yin" / "config.json")["train"]["routine"] == "interleave"
+    assert (runs / "named" / "g6-yin-yang.pt").read_bytes() == (runs / "yin" / "best.pt").read_bytes()
+    assert os.listdir(runs / "named") == ["g6-yin-yang.pt"]
+
+
+def test_timing_holds_what_metrics_must_not(runs: Path) -> None:
+    timing = json.loads((runs / "yin" / "timing.jsonl").read_text().splitlines()[0])
+    assert set(timing) == {"epoch", "seconds", "train_seconds", "examples_per_second", "peak_memory_bytes"}
+    assert set(timing["train_seconds"]) == set(TASKS) and timing["peak_memory_bytes"] > 1e7
+    assert timing["examples_per_second"] > 1 and timing["seconds"] > 0
+    metrics = json.loads((runs / "yin" / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(metrics) == {"epoch", "step", "trains", "train", "dev"}
+
+
+def test_scores_have_the_documented_structure(runs: Path) -> None:
+    scores = read_json(runs / "yin" / "scores.json")
+    assert set(scores) == {"dev", "epoch", "checkpoint"} and scores["checkpoint"] == "best.pt"
+    dev = scores["dev"]
+    assert {name: set(own) if isinstance(own, dict) else type(own) for name, own in dev.items()} == {
+        "sst": {"accuracy", "f1"}, "para": {"accuracy", "f1"}, "sts": {"pearson", "spearman"},
+        "score": float, "score_raw_r": float,
+    }  # fmt: skip
+    accuracy = [dev["sst"]["accuracy"], dev["para"]["accuracy"]]
+    r = dev["sts"]["pearson"]
+    assert dev["score"] == pytest.approx((sum(accuracy) + (1 + r) / 2) / 3)
+    assert dev["score_raw_r"] == pytest.approx((sum(accuracy) + r) / 3)
+    lines = [json.loads(line) for line in (runs / "yin" / "metrics.jsonl").read_text().splitlines()]
+    assert dev == lines[scores["epoch"] - 1]["dev"]  # the checkpoint that was read back scores as it did
+    assert dev["score"] == max(line["dev"]["score"] for line in lines)
+
+
+def test_predictions_hold_every_id_in_order(runs: Path, small_data: Path) -> None:
+    folder = runs / "yin" / "predictions"
+    names = {f"{task}-{split}-output.csv" for task in TASKS for split in ("dev", "test")}
+    assert set(os.listdir(folder)) == names
+    for task in TASKS.values():
+        for split in ("dev", "test"):
+            header, *rows = (folder / f"{task.name}-{split}-output.csv").read_text().splitlines()
+            assert header == f"id \t {task.prediction_column} "
+            found = [re.fullmatch(r"(\w+) , (-?[\d.e-]+) ", row) for row in rows]
+            assert [match and match[1] for match in found] == ids(small_data / task.files[split])
+            values = [float(match[2]) for match in found if match]
+            assert len(values) == (12 if split == "dev" else 6)
+            if task.kind != "similarity":
+                assert set(values) <= set(range(task.num_outputs if task.kind == "classes" else 2))
+
+
+def test_predictions_give_the_scores(runs: Path, small_data: Path) -> None:
+    """From the two files alone, as the course's server would score them."""
+    dev = read_json(runs / "yin" / "scores.json")["dev"]
+    for task in TASKS.values():
+        header, *rows = (line.split("\t") for line in (small_data / task.files["dev"]).read_text().splitlines())
+        truth = [float(row[header.index(task.label_column)]) for row in rows]
+        path = runs / "yin" / "predictions" / f"{task.name}-dev-output.csv"
+        found = [float(row.split(" , ")[1]) for row in path.read_text().splitlines()[1:]]
+        if task.kind == "similarity":
+            assert np.corrcoef(truth, found)[0, 1] == pytest.approx(dev["sts"]["pearson"], abs=1e-6)
+        else:
+            assert np.mean(np.equal(truth, found)) == dev[task.name]["accuracy"]
+
+
+def test_tensorboard_events(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs / "yin" / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = set(tags["scalars"])
+    for task in TASKS:
+        metrics = ("pearson", "spearman") if task == "sts" else ("accuracy", "f1")
+        assert {f"{task}/loss", f"{task}/lr", f"{task}/gradient_norm"} <= scalars
+        assert {f"{task}/{split}_{metric}" for split in ("dev", "train") for metric in metrics} <= scalars
+    assert {"score/dev", "speed/examples_per_second", "memory/peak_gigabytes"} <= scalars
+    assert {"hparam/score", "hparam/sst", "hparam/para", "hparam/sts"} <= scalars
+    assert set(tags["images"]) == {"sst/confusion", "para/confusion", "sts/residuals"}
+    assert len(events.Images("sst/confusion")) == 4
+    assert events.Images("sts/residuals")[0].encoded_image_string.startswith(b"\x89PNG")
+    assert "config/text_summary" in tags["tensors"]
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"routine": "interleave"' in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    lines = [json.loads(line) for line in (runs / "yin" / "metrics.jsonl").read_text().splitlines()]
+    points = [(point.step, point.value) for point in events.Scalars("score/dev")]
+    assert points == [(line["step"], pytest.approx(line["dev"]["score"])) for line in lines]
+    hidden = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"train.lr" in hidden and b"model.arch" in hidden and b"sst.lr_multiplier" in hidden
+
+
+@pytest.mark.parametrize("routine", ["sequential", "interleave"])
+def test_every_task_has_curves(train: Run, tmp_path: Path, routine: str) -> None:
+    """However the tasks follow each other, and however few steps each has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("--run_dir", "run", "--routine", routine, "--train_sst", "--train_quora", "--epochs", 4)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for task in ("sst", "para"):
+        assert {f"{task}/loss", f"{task}/lr", f"{task}/gradient_norm"} <= set(events.Tags()["scalars"])
+
+
+def test_what_is_printed(train: Run, tmp_path: Path) -> None:
+    out = train("--run_dir", "run", "--no_tensorboard", "--use_gpu")
+    for words in (
+        "Epoch 1/2: the heads train",
+        "Epoch 2/2",
+        "SST sentiment",
+        "dev score",
+        "best checkpoint run/best.pt",
+    ):
+        assert words in out
+    assert torch.cuda.is_available() or "--use_gpu: there is no cuda or mps device here" in out
+    score = read_json(tmp_path / "run" / "scores.json")["dev"]["score"]
+    assert f"{score:.4f}" in out.splitlines()[-3]
+    assert all(len(line) <= 120 for line in out.splitlines() if "/" not in line)
+
+
+def test_a_run_without_a_folder_gets_a_name(train: Run, tmp_path: Path) -> None:
+    train("--train_sst", "--epochs", 1, "--no_tensorboard", "--arch", "v2")
+    train("--train_sst", "--epochs", 1, "--no_tensorboard", "--name", "mine")
+    assert [re.sub(r"\d+", "0", name) for name in sorted(os.listdir("runs"))] == ["mine", "v0-0-0"]
+
+
+def test_a_missing_test_file_is_told_and_no_obstacle(train: Run, small_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_data, "data")
+    (tmp_path / "data" / "sts-test-student.csv").unlink()
+    out = train("--data_dir", "data", "--run_dir", "run", "--no_tensorboard", "--epochs", 1)
+    assert "STS similarity: there is no test file sts-test-student.csv" in out
+    assert "sts-dev-output.csv" in os.listdir("run/predictions")
+    assert "sts-test-output.csv" not in os.listdir("run/predictions")
+
+
+def test_dry_run_prints_the_plan_and_creates_nothing(train: Run, tmp_path: Path) -> None:
+    out = train("--dry_run", "--num_sts_trains", 5, "--fine_tune_mode", "iterative", "--epochs", 7, "--run_dir", "run")
+    assert os.listdir(tmp_path) == []
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    assert rows["STS similarity"][2:5] == ["20", "5", "15"] and rows["SST sentiment"][2:5] == ["20", "1", "3"]
+    assert rows["SST sentiment"][6:] == ["4.00e-03", "0.009", "ce"] and rows["STS similarity"][-1] == "pearson"
+    assert "7 epochs of 21 steps" in out and "from epoch 1 the heads train; from epoch 2" in out
+    assert {
+        "backbone sentiment",
+        "backbone similarity",
+        "pair layer",
+        "head sst",
+        "head para",
+        "head sts",
+        "all",
+    } <= set(rows)
+    assert "estimated memory" in out
+
+
+def test_parameters_in_the_plan_are_those_of_the_checkpoint(train: Run, runs: Path) -> None:
+    out = train("--dry_run", "--epochs", 5)
+    weights = torch.load(runs / "yin" / "best.pt", weights_only=True)["weights"]
+    total = sum(tensor.numel() for name, tensor in weights.items() if "running_" not in name)
+    row = next(line for line in out.splitlines() if line.startswith("all "))
+    assert row.split() == ["all", f"{total:,}", f"{total:,}", "100.0%"]
+
+
+def test_a_run_is_the_same_as_a_process_of_its_own(tiny_flags: list[str], tmp_path: Path, train: Run) -> None:
+    """Exit code 0, nothing but the table on standard output, and the same figures as in this process."""
+    done = shell("multitask_classifier.py", *tiny_flags, "--run_dir", tmp_path / "a", "--no_tensorboard")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    train("--run_dir", "b", "--no_tensorboard")
+    for name in ("metrics.jsonl", "predictions/sts-test-output.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------- --evaluate
+
+
+def test_evaluate_reproduces_the_scores(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
+    out = script("--evaluate", runs / "yin" / "best.pt", "--data_dir", small_data, "--run_dir", "again", "--threads", 1)
+    wanted = read_json(runs / "yin" / "scores.json")["dev"]
+    assert read_json(tmp_path / "again" / "scores.json") == {
+        "dev": wanted, "checkpoint": str(runs / "yin" / "best.pt"),
+    }  # fmt: skip
+    assert f"{wanted['score']:.4f}" in out
+    for path in (runs / "yin" / "predictions").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / "predictions" / path.name).read_bytes()
+    assert sorted(os.listdir("again")) == ["predictions", "scores.json"]
+
+
+def test_evaluate_writes_beside_the_checkpoint(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
+    shutil.copyfile(runs / "sst" / "best.pt", "model.pt")
+    script("--evaluate", "model.pt", "--data_dir", small_data)
+    assert set(read_json(tmp_path / "model-evaluation" / "scores.json")["dev"]) == {"sst", "score", "score_raw_r"}
+    assert sorted(os.listdir(tmp_path)) == ["model-evaluation", "model.pt"]
+
+
+def test_evaluate_takes_other_files(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
+    """Only what a checkpoint was trained on has to be there."""
+    lines = (small_data / "ids-sst-dev.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "mine.csv").write_text("".join(lines[:4]))
+    script("--evaluate", runs / "sst" / "best.pt", "--data_dir", "nowhere", "--sst_dev", "mine.csv", "--run_dir", "out")
+    rows = (tmp_path / "out" / "predictions" / "sst-dev-output.csv").read_text().splitlines()
+    assert [row.split(" , ")[0] for row in rows[1:]] == ids(small_data / "ids-sst-dev.csv")[:3]
+
+
+# ------------------------------------------------------------------------------------------------------------ --predict
+
+
+def test_predict_sentences(script: Run, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("The film is superb .\n\n  A dreadful plot . \n", encoding="utf-8")
+    out = script("--evaluate", runs / "yin" / "best.pt", "--predict", "lines.txt", "--task", "sst").splitlines()
+    assert len(out) == 2
+    for line, text in zip(out, ["The film is superb .", "A dreadful plot ."], strict=True):
+        label, name, probability, shown = line.split("\t")
+        assert name == TASKS["sst"].label_names[int(label)] and 0.2 <= float(probability) <= 1 and shown == text
+    assert sorted(os.listdir(tmp_path)) == ["lines.txt"]
+
+
+@pytest.mark.parametrize("member", ["yin", "cross"])
+def test_predictions_are_those_of_the_prediction_files(
+    script: Run, runs: Path, small_data: Path, tmp_path: Path, member: str
+) -> None:
+    for task in TASKS.values():
+        header, *rows = (line.split("\t") for line in (small_data / task.files["dev"]).read_text().splitlines())
+        columns = [header.index(name) for name in task.text_columns]
+        (tmp_path / "x.txt").write_text("".join("\t".join(row[i] for i in columns) + "\n" for row in rows))
+        out = script("--evaluate", runs / member / "best.pt", "--predict", "x.txt", "--task", task.name)
+        found = [line.split("\t")[0] for line in out.splitlines()]
+        file = runs / member / "predictions" / f"{task.name}-dev-output.csv"
+        wanted = [row.split(" , ")[1].strip() for row in file.read_text().splitlines()[1:]]
+        if task.kind == "similarity":
+            wanted = [f"{float(value):.3f}" for value in wanted]
+        assert found == wanted
+
+
+PAIRS = "How do cats live alone?\tWhy do cats live alone?\nA goat .\tA server is painting .\n"
+
+
+def test_predict_pairs_from_standard_input(runs: Path) -> None:
+    words = ["--evaluate", runs / "yin" / "best.pt", "--predict", "-", "--task", "quora", "--threads", 1]
+    done = shell("multitask_classifier.py", *words, stdin=PAIRS)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[-2:] for row in rows] == [line.split("\t") for line in PAIRS.splitlines()]
+    assert all(row[1] == ("different", "paraphrase")[int(row[0])] and float(row[2]) >= 0.5 for row in rows)
+
+
+def test_predict_similarities(script: Run, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PAIRS))
+    out = script("--evaluate", runs / "yin" / "best.pt", "--predict", "-", "--task", "sts")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[1:] for row in rows] == [line.split("\t") for line in PAIRS.splitlines()]
+    assert all(re.fullmatch(r"-?\d+\.\d{3}", row[0]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "words"),
+    [
+        ("sst", "one\ttwo\n", ("line 1", "1 text ")),
+        ("sts", "a\tb\nno tab here\n", ("line 2", "2 texts", "tab")),
+        ("sts", "a\t\n", ("line 1", "2 texts")),
+        ("sst", "\n  \n", ("holds no sentence",)),
+        ("sst", None, ("cannot be read",)),
+        ("sst", b"\xff\xfe\xff", ("cannot be read", "UTF-8")),
+    ],
+)
+def test_predict_names_what_it_cannot_read(
+    script: Run, runs: Path, tmp_path: Path, task: str, text: str | bytes | None, words: tuple[str, ...]
+) -> None:
+    if text is not None:
+        (tmp_path / "x.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refusal(script, "--evaluate", runs / "yin" / "best.pt", "--predict", "x.txt", "--task", task)
+    assert "--predict x.txt" in message and all(word in message for word in words)
+
+
+def test_predict_needs_a_task_that_was_trained(script: Run, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a\tb\n", encoding="utf-8")
+    message = refusal(script, "--evaluate", runs / "sst" / "best.pt", "--predict", "x.txt", "--task", "quora")
+    assert "--task quora" in message and "not trained on it" in message and "sst" in message
+
+
+# ------------------------------------------------------------------------------------------------------------ ensembles
+
+
+def member_outputs(folder: Path) -> dict[str, np.ndarray]:
+    """Labels in a folder of prediction files."""
+    return {
+        path.name: np.array([float(row.split(" , ")[1]) for row in path.read_text().splitlines()[1:]])
+        for path in sorted((folder / "predictions").iterdir())
+    }
+
+
+def test_ensemble_of_two_archs(combine: Run, runs: Path, tmp_path: Path) -> None:
+    names = [runs / "yin" / "best.pt", runs / "cross" / "best.pt"]
+    out = combine(*names, "--run_dir", "e")
+    scores = read_json(tmp_path / "e" / "scores.json")
+    assert set(scores) == {"dev", "members", "votes", "average"}
+    assert set(scores["dev"]) == {"sst", "para", "sts", "score", "score_raw_r"}
+    assert scores["votes"] == {str(name): 1 for name in names} and scores["average"] == "probabilities"
+    for name, run in zip(names, ("yin", "cross"), strict=True):
+        assert scores["members"][str(name)] == read_json(runs / run / "scores.json")["dev"]
+        assert f"{name}: predicted" in out
+    assert sorted(os.listdir("e")) == ["predictions", "scores.json"]
+    assert set(member_outputs(tmp_path / "e")) == set(member_outputs(runs / "yin"))
+    table = [line for line in out.splitlines() if line.startswith(("ensemble", str(runs)))]
+    assert f"{scores['dev']['score']:.4f}" in table[-1]
+    # similarities are means of z-scores
+    own = [member_outputs(runs / run)["sts-dev-output.csv"] for run in ("yin", "cross")]
+    wanted = np.mean([(values - values.mean()) / values.std() for values in own], axis=0)
+    assert np.abs(member_outputs(tmp_path / "e")["sts-dev-output.csv"] - wanted).max() < 1e-4
+
+
+def test_both_ways_to_name_members_are_one(combine: Run, runs: Path, tmp_path: Path) -> None:
+    names = [runs / "yin" / "best.pt", runs / "cross" / "best.pt"]
+    combine(*names, "--run_dir", "a")
+    out = combine("-filepaths", *names, "--run_dir", "b")
+    combine("--run_dir", "c", *names)
+    combine(names[0], "--run_dir", "d", "--filepaths", names[1])
+    for other in "bcd":
+        for path in (tmp_path / "a").rglob("*.*"):
+            assert path.read_bytes() == (tmp_path / other / path.relative_to(tmp_path / "a")).read_bytes()
+    assert out.count("predictions from") == 2 and ": predicted" not in out
+
+
+def test_the_cache_is_no_source_of_difference(combine: Run, runs: Path, tmp_path: Path) -> None:
+    names = [runs / "yin" / "best.pt", runs / "cross" / "best.pt"]
+    combine(*names, "--run_dir", "a", "--cache", "one")
+    assert len(os.listdir("one")) == 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    combine(*names, "--run_dir", "b", "--cache", "one")
+    combine(*names, "--run_dir", "c", "--cache", "two")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    for other in "bc":
+        assert (tmp_path / "a" / "scores.json").read_bytes() == (tmp_path / other / "scores.json").read_bytes()
+
+
+def test_the_cache_knows_the_data(combine: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
+    """One changed word is another prediction; a changed label is not."""
+    name = runs / "cross" / "best.pt"
+    combine(name, "--run_dir", "a")
+    text = (small_data / "sts-dev.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text.replace("4.8", "4.7", 1))
+    assert "4.8" in text and "predictions from" in combine(name, "--run_dir", "b", "--sts_dev", "labels.csv")
+    (tmp_path / "texts.csv").write_text(text.replace("soldier", "baker", 1))
+    assert "soldier" in text and "predictions from" not in combine(name, "--run_dir", "c", "--sts_dev", "texts.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", None], ids=["empty", "text", "truncated"])
+def test_a_damaged_cache_is_no_obstacle(combine: Run, runs: Path, tmp_path: Path, content: bytes | None) -> None:
+    """Its predictions can be made again, or the file is named in one line."""
+    name = runs / "cross" / "best.pt"
+    combine(name, "--run_dir", "a", "--cache", "cache")
+    [path] = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:300] if content is None else content)
+    try:
+        combine(name, "--run_dir", "b", "--cache", "cache")
+    except UserError as error:
+        assert str(path.name) in str(error)
+    else:
+        assert (tmp_path / "a" / "scores.json").read_bytes() == (tmp_path / "b" / "scores.json").read_bytes()
+
+
+def test_a_member_named_twice_has_two_votes(combine: Run, runs: Path, tmp_path: Path) -> None:
+    yin, cross = runs / "yin" / "best.pt", runs / "cross" / "best.pt"
+    out = combine(yin, cross, yin, "--run_dir", "e")
+    assert read_json(tmp_path / "e" / "scores.json")["votes"] == {str(yin): 2, str(cross): 1}
+    assert f"{yin} (2 votes)" in out and out.count("predicted") == 2
+    own = [member_outputs(runs / run)["sts-test-output.csv"] for run in ("yin", "yin", "cross")]
+    wanted = np.mean([(values - values.mean()) / values.std() for values in own], axis=0)
+    assert np.abs(member_outputs(tmp_path / "e")["sts-test-output.csv"] - wanted).max() < 1e-4
+    shutil.copyfile(yin, "copy.pt")  # under another name it is another member, with the same predictions
+    assert combine(yin, cross, "copy.pt", "--run_dir", "f").count("predictions from") == 3
+    found, again = (member_outputs(tmp_path / run) for run in "ef")
+    assert all(np.abs(found[name] - again[name]).max() < 1e-6 for name in found)
+
+
+def test_an_ensemble_of_one_is_the_member(combine: Run, runs: Path, tmp_path: Path) -> None:
+    combine(runs / "yin" / "best.pt", "--run_dir", "e", "--average", "logits")
+    found, wanted = member_outputs(tmp_path / "e"), member_outputs(runs / "yin")
+    assert all(np.abs(found[name] - wanted[name]).max() < 1e-6 for name in wanted)
+    scores = read_json(tmp_path / "e" / "scores.json")
+    assert scores["average"] == "logits"
+    assert scores["dev"]["score"] == pytest.approx(read_json(runs / "yin" / "scores.json")["dev"]["score"], abs=1e-6)
+
+
+def test_a_member_that_lacks_a_task_votes_where_it_can(combine: Run, runs: Path, tmp_path: Path) -> None:
+    yin, sst = runs / "yin" / "best.pt", runs / "sst" / "best.pt"
+    out = combine(yin, sst, "--run_dir", "e")
+    scores = read_json(tmp_path / "e" / "scores.json")
+    assert set(scores["dev"]) == {"sst", "para", "sts", "score", "score_raw_r"}
+    assert scores["dev"]["para"] == read_json(runs / "yin" / "scores.json")["dev"]["para"]
+    assert set(scores["members"][str(sst)]) == {"sst", "score", "score_raw_r"}
+    assert out.splitlines()[-2].startswith("ensemble")
+
+
+def test_an_ensemble_needs_only_its_members_tasks(runs: Path, small_data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Members that know SST alone do not ask for Quora's files."""
+    (tmp_path / "data").mkdir()
+    shutil.copyfile(small_data / "ids-sst-dev.csv", tmp_path / "data" / "ids-sst-dev.csv")
+    flags = ["--data_dir", tmp_path / "data", "--run_dir", tmp_path / "e", "--cache", tmp_path / "cache"]
+    _output(capsys, ensemble.main, [runs / "sst" / "best.pt", *flags])
+    assert set(read_json(tmp_path / "e" / "scores.json")["dev"]) == {"sst", "score", "score_raw_r"}
+
+
+def test_an_ensemble_leaves_no_predictions_of_an_older_one(combine: Run, runs: Path, tmp_path: Path) -> None:
+    combine(runs / "yin" / "best.pt", "--run_dir", "e")
+    combine(runs / "sst" / "best.pt", "--run_dir", "e")
+    assert {name.split("-")[0] for name in os.listdir("e/predictions")} == {"sst"}
+
+
+def test_ensemble_mistakes(combine: Run, runs: Path, tmp_path: Path) -> None:
+    assert "--filepaths" in refusal(combine)
+    assert "no-such.pt" in refusal(combine, runs / "yin" / "best.pt", "no-such.pt")
+    (tmp_path / "bad.pt").write_text("x")
+    assert "bad.pt" in refusal(combine, runs / "yin" / "best.pt", "bad.pt")
+    assert not (tmp_path / "runs" / "ensemble").exists()
+
+
+def test_ensemble_as_a_process(runs: Path, small_data: Path, tmp_path: Path) -> None:
+    flags = ["--data_dir", small_data, "--run_dir", tmp_path / "e", "--cache", tmp_path / "cache", "--threads", 1]
+    done = shell("ensemble.py", runs / "yin" / "best.pt", runs / "cross" / "best.pt", *flags)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ensemble" in done.stdout
+    done = shell("ensemble.py", "missing.pt", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --filepaths missing.pt: there is no such checkpoint; check the path\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--optim", "Adagrad"], ["--optim", "Adagrad"]),
+        (["--learning_rate", "3"], ["--learning_rate"]),
+        (["--overwrite", "--resume", "--run_dir", "x"], ["--overwrite", "--resume"]),
+        (["--evaluate", "no-such.pt"], ["no-such.pt"]),
+        (["@no-such.args"], ["@no-such.args"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tiny_flags: list[str], words: list[str], wanted: list[str]) -> None:
+    done = shell("multitask_classifier.py", *tiny_flags, *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "error: " in done.stderr
+    assert all(word in done.stderr for word in wanted)
+
+
+def data_with(small_data: Path, tmp_path: Path, name: str, content: bytes | Callable[[bytes], bytes] | None) -> Path:
+    """A copy of the small data in which one file is replaced, changed or (None) gone."""
+    folder = tmp_path / "data"
+    shutil.copytree(small_data, folder)
+    path = folder / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+    return folder
+
+
+def relabel(content: bytes) -> bytes:
+    """Every label of an SST file one hundred too high."""
+    head, *rows = content.decode().splitlines()
+    return "\n".join([head, *(re.sub(r"\t(\d+)$", r"\t10\1", row) for row in rows)]).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("ids-sst-train.csv", relabel, ["ids-sst-train.csv", "outside 0 to 4", "20"]),
+        ("quora-train.csv", b"", ["quora-train.csv", "empty", "datasets.py"]),
+        ("sts-dev.csv", b"\tid\tsentence\tsentiment\n0\ta\tb\t1\n", ["sts-dev.csv", "wrong columns", "sentence1"]),
+        ("ids-sst-dev.csv", b"id,sentence,sentiment\na,b,1\n", ["ids-sst-dev.csv", "wrong columns", "tabs"]),
+        ("sts-train.csv", bytes(range(256)) * 20, ["sts-train.csv", "binary"]),
+        ("sts-train.csv", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0" * 99, ["sts-train.csv", "binary"]),
+        ("quora-dev.csv", b"\tid\tsentence1\tsentence2\tis_duplicate\n", ["quora-dev.csv", "no rows"]),
+        ("quora-dev.csv", None, ["quora-dev.csv", "--para_dev", "--data_dir"]),
+        ("ids-sst-train.csv", None, ["ids-sst-train.csv", "--sst_train", "datasets.py --out data", "data/sample"]),
+    ],
+    ids=["labels", "empty", "columns", "commas", "binary", "png", "no rows", "no dev file", "no train file"],
+)
+def test_bad_data_is_refused_before_anything_is_made(
+    train: Run, small_data: Path, tmp_path: Path, name: str, content: Any, wanted: list[str]
+) -> None:
+    folder = data_with(small_data, tmp_path, name, content)
+    message = refusal(train, "--data_dir", folder, "--run_dir", "run")
+    assert all(word in message for word in wanted)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_unreadable_rows_are_skipped_up_to_a_limit(train: Run, small_data: Path, tmp_path: Path) -> None:
+    def spoil(content: bytes) -> bytes:
+        rows = content.splitlines()
+        return b"\n".join([*rows[:3], b"no fields", *rows[3:5], rows[5][:-1] + b"9", *rows[6:]])
+
+    folder = data_with(small_data, tmp_path, "ids-sst-train.csv", spoil)
+    flags = ["--data_dir", folder, "--run_dir", "run", "--no_tensorboard", "--epochs", 1]
+    message = refusal(train, *flags, "--max_bad_rows", 1)
+    assert "--max_bad_rows 1" in message and "ids-sst-train.csv:4" in message and "ids-sst-train.csv:7" in message
+    out = train(*flags, "--max_bad_rows", 2)
+    assert "ids-sst-train.csv:4: " in out and "skipped 2 unreadable rows in all (--max_bad_rows 2)" in out
+
+
+def test_bad_data_as_a_process(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
+    folder = data_with(small_data, tmp_path, "quora-train.csv", b"")
+    done = shell("multitask_classifier.py", *tiny_flags, "--data_dir", folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {folder}/quora-train.csv: the file is empty")
+    assert done.stderr.count("\n") == 1
+
+
+def spoiled_bert(source: Path, folder: Path, how: str) -> Path:
+    """A copy of a model folder with one thing wrong."""
+    import safetensors.torch
+
+    shutil.copytree(source, folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    if how == "a missing tensor":
+        del weights["encoder.layer.1.output.dense.weight"]
+    elif how == "a tensor too many":
+        weights["encoder.layer.2.output.dense.weight"] = torch.zeros(3)
+    elif how == "another shape":
+        weights["pooler.dense.bias"] = torch.zeros(7)
+    elif how == "another architecture":
+        config["model_type"] = "roberta"
+    elif how == "another activation":
+        config["hidden_act"] = "relu"
+    elif how == "uneven heads":
+        config["num_attention_heads"] = 5
+    elif how == "no config.json":
+        (folder / "config.json").unlink()
+    elif how == "no vocabulary":
+        (folder / "vocab.txt").unlink()
+    elif how == "a larger vocabulary":
+        with (folder / "vocab.txt").open("a") as file:
+            file.write("surplus\n")
+    if how != "no config.json":
+        (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "truncated weights":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[:-1000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("a missing tensor", ["model.safetensors", "1 missing: encoder.layer.1.output.dense.weight"]),
+        ("a tensor too many", ["model.safetensors", "1 left over: encoder.layer.2.output.dense.weight"]),
+        ("another shape", ["model.safetensors", "pooler.dense.bias is [7], not [32]"]),
+        ("another architecture", ["config.json", "roberta", "BERT"]),
+        ("another activation", ["config.json", "relu", "gelu"]),
+        ("uneven heads", ["spoiled", "config.json", "num_attention_heads", "5"]),
+        ("no config.json", ["--pretrained", "config.json"]),
+        ("no vocabulary", ["--pretrained", "vocab.txt"]),
+        ("a larger vocabulary", ["--pretrained", "only"]),
+        ("no weights", ["--pretrained", "model.safetensors"]),
+        ("truncated weights", ["model.safetensors", "cannot be read"]),
+    ],
+)
+def test_bad_start_weights_are_refused(
+    train: Run, tiny_bert: Path, tmp_path: Path, how: str, wanted: list[str]
+) -> None:
+    folder = spoiled_bert(tiny_bert, tmp_path / "spoiled", how)
+    message = refusal(train, "--pretrained", folder, "--run_dir", "run")
+    assert all(word in message for word in wanted)
+    assert os.listdir(tmp_path) == ["spoiled"]
+
+
+def test_weights_of_another_shape_than_their_configuration(train: Run, tiny_bert: Path, tmp_path: Path) -> None:
+    """The folder of one BERT with the weights of another: the first few tensors are listed, in one line."""
+    folder = spoiled_bert(tiny_bert, tmp_path / "mixed", "nothing")
+    other = make_bert(tmp_path / "other", num_hidden_layers=3, hidden_size=16)
+    shutil.copyfile(other / "model.safetensors", folder / "model.safetensors")
+    message = refusal(train, "--pretrained", folder)
+    assert "left over" in message and "of the wrong shape" in message and "more" in message and len(message) < 3000
+
+
+def test_what_is_no_model_folder_is_refused(train: Run, runs: Path) -> None:
+    for name in (runs / "yin" / "best.pt", "some/where/else"):
+        message = refusal(train, "--pretrained", name)
+        assert f"--pretrained {name}" in message and "folder" in message
+
+
+def test_max_length_beyond_the_positions_of_the_model(train: Run) -> None:
+    message = refusal(train, "--max_length", 65)
+    assert "--max_length 65" in message and "64" in message
+
+
+def test_truncation_is_told(train: Run) -> None:
+    out = train("--max_length", 8, "--dry_run")
+    assert re.search(r"truncated [\d,]+ sequences to 8 tokens \(--max_length\)", out)
+
+
+def test_a_checkpoint_of_another_arch_in_the_run_directory(train: Run, runs: Path, tmp_path: Path) -> None:
+    """--resume with other flags, or with the resume.pt of another run."""
+    shutil.copytree(runs / "yin", "run")
+    (tmp_path / "run" / "scores.json").unlink()
+    flags = ["--run_dir", "run", "--resume", "--routine", "interleave", "--epochs", 4]
+    message = refusal(train, *flags, "--arch", "v2")
+    assert "--resume" in message and "model.arch" in message
+    shutil.copyfile(runs / "cross" / "resume.pt", "run/resume.pt")
+    message = refusal(train, *flags)
+    assert "run/resume.pt" in message and "another arch" in message
+
+
+def test_a_checkpoint_with_a_missing_weight(script: Run, runs: Path, small_data: Path) -> None:
+    content = torch.load(runs / "yin" / "best.pt", weights_only=True)
+    del content["weights"]["pair_layer.dense.weight"]
+    save(Path("odd.pt"), content)
+    message = refusal(script, "--evaluate", "odd.pt", "--data_dir", small_data)
+    assert "odd.pt" in message and "missing pair_layer.dense.weight" in message
+
+
+# ------------------------------------------------------------------------------------------- run directories in the way
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(train: Run, tmp_path: Path) -> None:
+    flags = ["--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--train_sst"]
+    train(*flags)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = (tmp_path / "run" / "best.pt").read_bytes()
+    message = refusal(train, *flags)
+    assert "--run_dir run" in message and "finished run" in message and "--overwrite" in message
+    assert "--overwrite" in refusal(train, *flags, "--resume")
+    assert (tmp_path / "run" / "best.pt").read_bytes() == before
+    train(*flags, "--overwrite", "--seed", 5)
+    assert (tmp_path / "run" / "best.pt").read_bytes() != before
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_an_unfinished_run_is_not_overwritten_by_accident(train: Run, tmp_path: Path) -> None:
+    flags = ["--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--train_sst"]
+    train(*flags)
+    scores = (tmp_path / "run" / "scores.json").read_bytes()
+    (tmp_path / "run" / "scores.json").unlink()
+    assert "--resume goes on with it" in refusal(train, *flags)
+    train(*flags, "--resume")  # all epochs are done: what was missing is made
+    assert (tmp_path / "run" / "scores.json").read_bytes() == scores
+
+
+def test_there_must_be_something_to_resume(train: Run, tmp_path: Path) -> None:
+    assert "resume.pt" in refusal(train, "--run_dir", "nothing", "--resume")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_file_in_place_of_the_run_directory(train: Run, tmp_path: Path, more: list[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "--run_dir file" in refusal(train, "--run_dir", "file", *more)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_filepath_that_cannot_be_written_is_known_before_training(train: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    message = refusal(train, "--filepath", "folder", "--run_dir", "run", "--no_tensorboard")
+    assert "folder" in message
+    assert not (tmp_path / "run" / "best.pt").exists()  # an epoch is hours on the real data
+
+
+# ------------------------------------------------------------------------------------------------------------- no space
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A real file system of `size` bytes, mounted at `folder` for as long as the block lasts."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed writer may still hold its file
+
+
+def fill(folder: Path) -> None:
+    """Take all the space that is left."""
+    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    with suppress(OSError):
+        while True:
+            os.write(filler, b"\0" * 4096)
+    os.close(filler)
+
+
+def test_no_space_is_known_before_training(train: Run, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        message = refusal(train, "--run_dir", disk / "run")
+        assert f"--run_dir {disk}/run" in message and "no space" in message and "MB" in message
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == []
+
+
+def test_no_space_simulated_by_disk_usage(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For machines where nothing can be mounted."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    message = refusal(train, "--run_dir", "run")
+    assert "--run_dir run" in message and "no space" in message
+
+
+def test_a_full_disk_while_saving_leaves_the_old_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        path = disk / "best.pt"
+        save(path, {"weights": torch.ones(1000)})
+        before = path.read_bytes()
+        fill(disk)
+        for write in (
+            lambda: save(path, {"weights": torch.zeros(100_000)}),
+            lambda: write_atomically(path, lambda temporary: temporary.write_bytes(b"x" * 100_000)),
+        ):
+            with pytest.raises(UserError, match=r"best\.pt: cannot be written \(no space left on the disk"):
+                write()
+            assert path.read_bytes() == before and sorted(os.listdir(disk)) == ["best.pt", "filler"]
+
+
+@pytest.mark.parametrize("moment", ["evaluate", "save_best", "save_resume"])
+@pytest.mark.parametrize("tensorboard", ["--tensorboard", "--no_tensorboard"])
+def test_a_disk_that_fills_up_while_training_ends_in_one_line(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensorboard: str, moment: str
+) -> None:
+    """Something else takes the space: checkpoints, jsonl files and TensorBoard's events all meet it."""
+    from training.loop import Trainer
+
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        original = getattr(Trainer, moment)
+
+        def filling(*arguments: Any) -> Any:
+            out = original(*arguments)
+            fill(disk)
+            return out
+
+        monkeypatch.setattr(Trainer, moment, filling)
+        message = refusal(train, "--run_dir", disk / "run", tensorboard)
+        assert str(disk) in message and "no space" in message
+
+
+def test_metrics_on_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
+    from training.checkpoint import RunDirectory
+
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        fill(disk)
+        with pytest.raises(UserError, match="metrics.jsonl.*no space"):
+            RunDirectory(disk).append_json("metrics.jsonl", {"epoch": 1, "filling": "x" * 10_000})
+
+
+def test_the_space_that_is_asked_for_is_enough(train: Run, tmp_path: Path) -> None:
+    """A disk that passes the check at the start takes the run to its end, the temporary files of saving included."""
+    out = ""
+    for size in range(2_000_000, 10_000_000, 400_000):
+        with small_disk(tmp_path / f"disk{size}", size) as disk:
+            try:
+                out = train("--run_dir", disk / "run", "--no_tensorboard", "--fine_tune_mode", "full-model")
+            except UserError as error:
+                assert "the checkpoints need about" in str(error), f"{size:,} bytes: {error}"
+    assert "best checkpoint" in out
+
+
+# ---------------------------------------------------------------------------------------------------------- other sizes
+
+
+def test_a_dev_set_smaller_than_its_classes(train: Run, tmp_path: Path) -> None:
+    """One dev row: no correlation, one class, and still a run with scores and figures."""
+    cut(tmp_path / "data", train=3, dev=1, test=1)
+    train("--data_dir", "data", "--run_dir", "run", "--epochs", 1)
+    dev = read_json(tmp_path / "run" / "scores.json")["dev"]
+    assert dev["sts"] == {"pearson": 0.0, "spearman": 0.0} and dev["sst"]["accuracy"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("arch", ["duality", "baseline", "r1-baseline", "v1", "cosine", "r4"])
+def test_every_other_arch_trains_from_the_command_line(train: Run, tmp_path: Path, arch: str) -> None:
+    train("--arch", arch, "--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--max_train_examples", 6)
+    assert read_json(tmp_path / "run" / "config.json")["model"]["arch"] == arch
+    assert set(read_json(tmp_path / "run" / "scores.json")["dev"]) == {*TASKS, "score", "score_raw_r"}
