@@ -205,6 +205,31 @@ class ModelOptions:
 
 
 @dataclass
+class LoraOptions:
+    """Adapters."""
+
+    lora_mode: str = option(
+        "none",
+        "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
+        choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
+    )
+    lora_rank: int = option(1, "rank r of the update", low=1)
+    lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
+    rslora: bool = option(False, "scale by alpha / sqrt(r)")
+    lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
+    dora: bool = option(False, "DoRA: a trained magnitude for each row of the weight")
+    dora_norm: str = option("row", "norm of DoRA; column is R0's formula to the letter", choices=("row", "column"))
+    lora_targets: tuple[str, ...] | None = option(
+        None,
+        "comma-separated linears to wrap in place of the mode's",
+        choices=("query", "key", "value", "attention_dense", "interm_dense", "out_dense"),
+    )
+    lora_dict: str | None = option(
+        None, 'the same as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
+    )
+
+
+@dataclass
 class TrainOptions:
     """Training."""
 
@@ -254,6 +279,9 @@ class RunOptions:
     export: str | None = option(
         None, "write the backbones of --evaluate's checkpoint here, as transformers reads them", metavar="DIR"
     )
+    export_peft: str | None = option(
+        None, "write the adapters of --evaluate's checkpoint here, as peft reads them", metavar="DIR"
+    )
     predict: str | None = option(None, "label the sentences of this file (- for standard input)", metavar="FILE")
     task: str | None = option(None, "task of --predict")
     tensorboard: bool = option(True, "write TensorBoard events")
@@ -279,6 +307,7 @@ class Config:
 
     data: DataOptions
     model: ModelOptions
+    lora: LoraOptions
     train: TrainOptions
     compute: ComputeOptions
     run: RunOptions
@@ -292,13 +321,16 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """The inverse of `to_dict`. Raises TypeError for an option that does not exist."""
         groups = {name: group(**values[name]) for name, group in GROUPS.items()}
-        groups["model"].pair_features = tuple(groups["model"].pair_features)  # json has lists only
+        for group, name in (("model", "pair_features"), ("lora", "lora_targets")):
+            if getattr(groups[group], name) is not None:
+                setattr(groups[group], name, tuple(getattr(groups[group], name)))  # json has lists only
         return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
 
 
 GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "lora": LoraOptions,
     "train": TrainOptions,
     "compute": ComputeOptions,
     "run": RunOptions,
@@ -497,8 +529,16 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with a combination of options, a sentence each."""
     problems = []
-    run, train = config.run, config.train
-    for name in ("predict", "export"):
+    run, train, lora = config.run, config.train, config.lora
+    chosen_adapters = [name for name, value in vars(lora).items() if value != getattr(LoraOptions(), name)]
+    if lora.lora_dict is not None and len(chosen_adapters) > 1:
+        others = ", ".join(f"--{name}" for name in chosen_adapters if name != "lora_dict")
+        problems.append(f"--lora_dict says all that {others} says; give one or the other")
+    elif lora.lora_dict is None and lora.lora_mode == "none" and chosen_adapters:
+        problems.append(f"--{chosen_adapters[0]} needs adapters; choose them with --lora_mode")
+    if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
+        problems.append("--dora_norm belongs to --dora; add that or drop it")
+    for name in ("predict", "export", "export_peft"):
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.predict is not None and run.task is None:

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from datasets import Examples, TaskData
+from lora import merged
 from tasks import Task
 
 Scores = dict[str, Any]
@@ -38,7 +39,8 @@ def predict(
 ) -> np.ndarray:
     """The model's raw outputs for every example of `data`, in its order: [N, classes] or [N], float32.
 
-    Batches are made of examples of similar length; the model is in evaluation mode and left in the mode it had.
+    Batches are made of examples of similar length; the model is in evaluation mode, its adapters merged, and left as
+    it was.
     """
     training = model.training
     model.eval()
@@ -46,7 +48,8 @@ def predict(
     by_length = np.argsort(-data.lengths, kind="stable")
     task = data.examples.task
     blocks = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-    with torch.inference_mode(), torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+    autocast = torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
+    with merged(model), torch.inference_mode(), autocast:
         for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
             outputs.append(model(task.name, data.batch(block).to(device)).float())
     model.train(training)

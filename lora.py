@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from base_bert import _listing, _reason
-from config import UserError
+from config import LoraOptions, UserError
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
@@ -87,6 +87,24 @@ class LoRAConfig:
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown:
             raise _refuse("targets", ",".join(map(str, unknown)), f"choose from {','.join(TARGETS)}")
+
+    @classmethod
+    def from_options(cls, options: LoraOptions) -> "LoRAConfig | None":
+        """What the flags ask for; None where they ask for no adapters."""
+        if options.lora_dict is not None:
+            return cls.from_lora_dict(options.lora_dict)
+        if options.lora_mode == "none":
+            return None
+        return cls(
+            mode=options.lora_mode,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            rslora=options.rslora,
+            dropout=options.lora_dropout,
+            dora=options.dora,
+            dora_norm=options.dora_norm,
+            targets=options.lora_targets or (),
+        )
 
     @classmethod
     def from_lora_dict(cls, text: str) -> "LoRAConfig | None":

@@ -3,13 +3,24 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base_bert import load_weights
 from bert import BertModel
 from config import BertConfig, ModelOptions, UserError
+from lora import (
+    LoRAConfig,
+    adapter_state,
+    apply_adapter_policy,
+    base_state,
+    base_weights_sha256,
+    frozen_by_policy,
+    inject,
+)
 from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 from tasks import Task
 
@@ -127,6 +138,8 @@ class MultitaskBERT(nn.Module):
         self.options = options
         self.bert_config = bert_config
         self.tasks = dict(tasks)
+        self.lora: LoRAConfig | None = None
+        self.base_sha256 = ""
         self.backbone_of = {name: self._backbone_name(task) for name, task in tasks.items()}
         self.backbones = nn.ModuleDict(
             {name: BertModel(bert_config) for name in dict.fromkeys(self.backbone_of.values())}
@@ -207,19 +220,52 @@ class MultitaskBERT(nn.Module):
         join = stack_padded_pairs if self.is_siamese(task) else join_padded_pairs
         return self(task, join(first, *rest))
 
-    def manage_freezing(self, structure: str) -> None:
+    def add_adapters(self, config: LoRAConfig) -> None:
+        """Wrap linears of every backbone, whose pretrained weights must be there already; heads are never wrapped."""
+        self.lora = config
+        self.base_sha256 = base_weights_sha256(next(iter(self.backbones.values())))
+        for backbone in self.backbones.values():
+            inject(backbone, config)
+
+    def load_backbones(self, folder: Path) -> None:
+        """Give every backbone the pretrained weights in `folder`."""
+        weights = load_weights(folder, self.bert_config)
+        for backbone in self.backbones.values():
+            backbone.load_state_dict(weights)
+
+    def never_trained(self, fine_tune_mode: str) -> set[str]:
+        """Names of the tensors that adapters leave as the pretrained weights had them, in the whole run."""
+        if self.lora is None:
+            return set()
+        return {
+            f"backbones.{name}.{tensor}"
+            for name, backbone in self.backbones.items()
+            for tensor in (
+                base_state(backbone) if fine_tune_mode == "last-layer" else frozen_by_policy(backbone, self.lora)
+            )
+        }
+
+    def manage_freezing(self, structure: str, adapters_always: bool = False) -> None:
         """Freeze or unfreeze the backbones: `freezeall`, `unfreezeall` or `unfreezetopN` (R0, appendix B).
 
-        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads always train.
+        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads always train. With adapters,
+        trainable is what this command AND the adapters' policy let train; `adapters_always` trains them whatever the
+        command.
         """
         for backbone in self.backbones.values():
             assert isinstance(backbone, BertModel)
             set_trainable(backbone, structure)
+            if self.lora is not None:
+                apply_adapter_policy(backbone, self.lora, adapters_always)
 
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
-        """The model's parts with their parameters, for tables: each backbone, the pair layer, each head."""
+        """The model's parts with their parameters, for tables: each backbone, its adapters, the pair layer, heads."""
         for name, backbone in self.backbones.items():
-            yield f"backbone {name}", list(backbone.parameters())
+            adapters = adapter_state(backbone)
+            named = dict(backbone.named_parameters())
+            yield f"backbone {name}", [own for key, own in named.items() if key not in adapters]
+            if adapters:
+                yield f"adapters {name}", [named[key] for key in adapters]
         if self.pair_layer is not None:
             yield "pair layer", list(self.pair_layer.parameters())
         for name, head in self.heads.items():

@@ -34,7 +34,8 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 
     import torch
 
-    from base_bert import load_weights, read_config, resolve_pretrained
+    from base_bert import read_config, resolve_pretrained
+    from lora import LoRAConfig
     from multitask_bert import MultitaskBERT
     from tokenizer import load_tokenizer
 
@@ -48,9 +49,10 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
         )
     torch.manual_seed(config.train.seed)
     model = MultitaskBERT(config.model, bert_config, tasks)
-    weights = load_weights(folder, bert_config)
-    for backbone in model.backbones.values():
-        backbone.load_state_dict(weights)
+    model.load_backbones(folder)
+    lora = LoRAConfig.from_options(config.lora)
+    if lora is not None:
+        model.add_adapters(lora)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     if tokenizer.vocab_size > bert_config.vocab_size:
         raise UserError(
@@ -86,7 +88,7 @@ def train(config: Config) -> None:
     say(f"{device.name}; run directory {run.path}")
     Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say).fit()
     best = load(run.best)
-    load_weights_into(model, best["weights"], run.best)
+    load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
     report(model, data, device, config, run, {"epoch": best["epoch"], "checkpoint": run.best.name})
     say(f"best checkpoint {run.best}; curves: tensorboard --logdir {run.path.parent}")
 
@@ -135,15 +137,31 @@ def evaluate(config: Config) -> None:
 
 
 def export(config: Config) -> None:
-    """--export: write each backbone of a checkpoint in the Hugging Face layout, in a folder named after it."""
+    """--export: write each backbone of a checkpoint in the Hugging Face layout, in a folder named after it.
+
+    With --export_peft, write its adapters as peft reads them.
+    """
     from base_bert import save_pretrained
+    from lora import export_peft, merged_state
     from training.checkpoint import load_model
 
-    model, tokenizer, _ = load_model(Path(str(config.run.evaluate)))
+    model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
+    if config.run.export_peft is not None:
+        only = model.lora is not None and (model.lora.freezes_rest or saved.train.fine_tune_mode == "last-layer")
+        if not only:
+            raise UserError(
+                f"--export_peft: in {config.run.evaluate} more of the backbone trained than adapters; "
+                "--export writes the whole backbones, adapters merged"
+            )
     for name, backbone in model.backbones.items():
-        folder = Path(str(config.run.export)) / name
-        save_pretrained(folder, model.bert_config, backbone.state_dict(), tokenizer)
-        say(f"backbone {name} in {folder}")
+        if config.run.export is not None:
+            folder = Path(config.run.export) / name
+            save_pretrained(folder, model.bert_config, merged_state(backbone), tokenizer)
+            say(f"backbone {name} in {folder}")
+        if config.run.export_peft is not None and model.lora is not None:
+            folder = Path(config.run.export_peft) / name
+            export_peft(backbone, model.lora, folder, saved.model.pretrained)
+            say(f"adapters of backbone {name} in {folder}")
 
 
 def label_sentences(config: Config) -> None:
@@ -203,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(argv, TASKS, "multitask_classifier.py", str(__doc__).split("\n\n")[0])
     if config.run.predict is not None:
         label_sentences(config)
-    elif config.run.export is not None:
+    elif config.run.export is not None or config.run.export_peft is not None:
         export(config)
     elif config.run.evaluate is not None:
         evaluate(config)

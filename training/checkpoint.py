@@ -12,13 +12,15 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from base_bert import resolve_pretrained
 from config import BertConfig, Config, UserError
+from lora import LoRAConfig
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from tokenizer import Tokenizer
@@ -113,10 +115,15 @@ def git_commit() -> str | None:
 
 
 def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]) -> dict:
-    """The content of a checkpoint: all that evaluation needs, the tokenizer included."""
+    """The content of a checkpoint: all that evaluation needs, the tokenizer included.
+
+    With adapters, pretrained weights that never train are left out; `base_sha256` says which they are.
+    """
+    left_out = model.never_trained(config.train.fine_tune_mode)
     return {
         "format": FORMAT,
-        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "weights": {name: own.detach().cpu() for name, own in model.state_dict().items() if name not in left_out},
+        "base_sha256": model.base_sha256,
         "config": config.to_dict(),
         "bert_config": model.bert_config.to_dict(),
         "tasks": list(model.tasks),
@@ -129,13 +136,15 @@ def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config,
     }
 
 
-def load_weights_into(model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same arch.
+def load_weights_into(
+    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str] = frozenset()
+) -> None:
+    """Copy a checkpoint's weights into a model of the same arch; those `left_out` of it may be missing.
 
     Raises UserError that lists missing, extra and misshapen tensors; the model is then left as it was.
     """
     own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights]
+    problems = [f"missing {name}" for name in own if name not in weights and name not in left_out]
     problems += [f"unknown {name}" for name in weights if name not in own]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
@@ -145,7 +154,7 @@ def load_weights_into(model: MultitaskBERT, weights: Mapping[str, torch.Tensor],
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {shown}")
-    model.load_state_dict(dict(weights))
+    model.load_state_dict({**own, **weights})
 
 
 def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
@@ -159,10 +168,19 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
         tasks: dict[str, Task] = {name: TASKS[name] for name in content["tasks"]}
         model = MultitaskBERT(config.model, BertConfig.from_dict(content["bert_config"], str(path)), tasks)
         tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
-        weights = content["weights"]
+        weights, base_sha256 = content["weights"], content["base_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew") from error
-    load_weights_into(model, weights, path)
+    lora = LoRAConfig.from_options(config.lora)
+    if lora is not None:
+        model.load_backbones(resolve_pretrained(config.model.pretrained))
+        model.add_adapters(lora)
+        if model.base_sha256 != base_sha256:
+            raise UserError(
+                f"{path}: its adapters were trained on other base weights than {config.model.pretrained} has here "
+                f"(SHA-256 {base_sha256[:12]}, not {model.base_sha256[:12]}); put the original ones there"
+            )
+    load_weights_into(model, weights, path, model.never_trained(config.train.fine_tune_mode))
     return model, tokenizer, config
 
 

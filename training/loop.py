@@ -147,7 +147,7 @@ class Trainer:
         started = time.perf_counter()
         mode = self.config.train.fine_tune_mode
         command = freezing_command(mode, self.epoch, self.model.bert_config.num_hidden_layers)
-        self.model.manage_freezing(command)
+        self.model.manage_freezing(command, adapters_always=mode == "last-layer")
         meters = self.run_steps()
         self.epoch += 1
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}

@@ -69,7 +69,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
     commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
     freezing = "; ".join(f"from epoch {i + 1} {describe_freezing(commands[i])}" for i in changes)
-    model.manage_freezing(commands[-1])
+    model.manage_freezing(commands[-1], adapters_always=options.fine_tune_mode == "last-layer")
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "

@@ -1,0 +1,180 @@
+"""LoRA and DoRA through the scripts: what trains, what a checkpoint holds, and what others make of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from test_training import make_trainer
+
+import ensemble
+import multitask_classifier
+from config import UserError
+from lora import adapter_state, base_state
+from training.checkpoint import load, load_model
+
+ADAPTERS = ["--lora_rank", "2"]
+
+
+@pytest.mark.parametrize("mode", ["attn", "attn-only", "all-lin", "all-lin-only"])
+@pytest.mark.parametrize("fine_tune_mode", ["last-layer", "full-model", "iterative"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_only_what_may_train_changes(
+    tiny_flags: list[str], tmp_path: Path, mode: str, fine_tune_mode: str, dora: bool
+) -> None:
+    flags = ["--lora_mode", mode, *ADAPTERS, "--fine_tune_mode", fine_tune_mode, "--epochs", "5", "--no_tensorboard"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, *(["--dora"] if dora else []))
+    model = trainer.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer.fit()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    frozen = model.never_trained(fine_tune_mode)
+    assert frozen and not changed & frozen
+    assert {name.split(".")[1] for name in changed if name.startswith("heads.")} == set(model.tasks)
+    for name, backbone in model.backbones.items():
+        assert {f"backbones.{name}.{own}" for own in adapter_state(backbone)} <= changed
+        rest = {f"backbones.{name}.{own}" for own in base_state(backbone)} - frozen
+        assert bool(rest) == (mode in ("attn", "all-lin") and fine_tune_mode != "last-layer")
+        assert not rest or rest & changed
+
+
+def test_adapters_wait_for_their_layer_under_iterative_unfreezing(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--lora_mode", "attn-only", *ADAPTERS)
+    model = trainer.model
+    for command, always, layers in (
+        ("freezeall", False, set()),
+        ("unfreezetop1", False, {"1"}),
+        ("unfreezeall", False, {"0", "1"}),
+        ("freezeall", True, {"0", "1"}),
+    ):
+        model.manage_freezing(command, adapters_always=always)
+        trained = {n for n, p in model.backbones.named_parameters() if p.requires_grad}
+        assert all("lora_" in name for name in trained)
+        assert {name.split(".")[2] for name in trained} == layers
+
+
+@pytest.fixture
+def adapted(tiny_flags: list[str], tmp_path: Path) -> Path:
+    """best.pt of a finished run with DoRA."""
+    run = tmp_path / "adapted"
+    flags = ["--lora_dict", '{"mode": "attn-only", "r": 2, "dora": 1}', "--run_dir", str(run), "--epochs", "1"]
+    multitask_classifier.main([*tiny_flags, *flags, "--fine_tune_mode", "full-model", "--lr", "1e-2"])
+    return run / "best.pt"
+
+
+def test_a_checkpoint_holds_what_was_trained_and_no_more(adapted: Path) -> None:
+    content = load(adapted)
+    names = set(content["weights"])
+    model, _, _ = load_model(adapted)
+    wanted = {f"backbones.{name}.{own}" for name, b in model.backbones.items() for own in adapter_state(b)}
+    heads = {name for name in model.state_dict() if not name.startswith("backbones.")}
+    assert names == wanted | heads
+    tokenizer = len(content["tokenizer"].encode())
+    trained = sum(tensor.numel() * tensor.element_size() for tensor in content["weights"].values())
+    overhead = 512 * len(names) + 20_000  # names and alignment of the container: much here, nothing beside a real BERT
+    assert adapted.stat().st_size <= trained + tokenizer + overhead
+
+
+def test_evaluation_of_a_checkpoint_gives_the_scores_of_its_run(
+    adapted: Path, tiny_flags: list[str], small_data: Path
+) -> None:
+    multitask_classifier.main(["--evaluate", str(adapted), "--data_dir", str(small_data)])
+    found = json.loads((adapted.parent / "best-evaluation" / "scores.json").read_text())["dev"]
+    assert found == json.loads((adapted.parent / "scores.json").read_text())["dev"]
+    run = adapted.parent / "ensemble"
+    cache = ["--cache", str(adapted.parent / "cache")]
+    ensemble.main([str(adapted), "--data_dir", str(small_data), "--run_dir", str(run), *cache])
+    assert json.loads((run / "scores.json").read_text())["dev"]["score"] == pytest.approx(found["score"])
+
+
+def test_other_base_weights_are_refused(adapted: Path, tiny_bert: Path) -> None:
+    weights = tiny_bert / "model.safetensors"
+    kept = weights.read_bytes()
+    other = bytearray(kept)
+    other[-3] ^= 0x01
+    try:
+        weights.write_bytes(other)
+        with pytest.raises(UserError, match="trained on other base weights"):
+            load_model(adapted)
+    finally:
+        weights.write_bytes(kept)
+    load_model(adapted)
+
+
+def hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """transformers' last hidden state without dropout."""
+    with torch.no_grad():
+        return model.eval()(ids).last_hidden_state
+
+
+def test_peft_and_transformers_read_what_is_exported(adapted: Path, tiny_bert: Path) -> None:
+    out = adapted.parent / "exported"
+    multitask_classifier.main(
+        ["--evaluate", str(adapted), "--export", str(out / "merged"), "--export_peft", str(out / "peft")]
+    )
+    model, _, _ = load_model(adapted)
+    ids = torch.randint(5, 90, (3, 9))
+    bert: Any = transformers.BertModel
+    for name, backbone in model.backbones.items():
+        with torch.no_grad():
+            wanted = backbone.eval()(ids, torch.ones_like(ids))["last_hidden_state"]
+        merged = hidden(bert.from_pretrained(out / "merged" / name), ids)
+        torch.testing.assert_close(merged, wanted, atol=1e-5, rtol=0)
+        adapters = peft.PeftModel.from_pretrained(bert.from_pretrained(tiny_bert), out / "peft" / name)
+        torch.testing.assert_close(hidden(adapters, ids), wanted, atol=1e-5, rtol=0)
+        assert (hidden(bert.from_pretrained(tiny_bert), ids) - wanted).abs().max() > 1e-3
+
+
+def test_adapters_are_exported_only_where_nothing_else_trained(tiny_flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--lora_mode", "attn", "--fine_tune_mode", "full-model", "--epochs", "1", "--run_dir", str(run)]
+    multitask_classifier.main([*tiny_flags, *flags])
+    with pytest.raises(UserError, match="--export_peft.*--export"):
+        multitask_classifier.main(["--evaluate", str(run / "best.pt"), "--export_peft", str(tmp_path / "peft")])
+
+
+def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--lora_mode", "all-lin", "--dora", *ADAPTERS, "--epochs", "4", "--no_tensorboard"]
+    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
+    whole.fit()
+    part = make_trainer(tiny_flags, tmp_path / "part", *flags)
+    part.out_of_patience = lambda: part.epoch >= 2  # type: ignore[method-assign]
+    part.fit()
+    rest = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
+    rest.fit()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(rest.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
+    )
+    assert (tmp_path / "part" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rank", "4"], "--lora_rank needs adapters"),
+        (["--dora"], "--dora needs adapters"),
+        (["--lora_dict", '{"mode": "attn", "r": 1}', "--lora_rank", "4"], "--lora_dict.*--lora_rank"),
+        (["--lora_mode", "attn", "--dora_norm", "column"], "--dora_norm.*--dora"),
+        (["--lora_dict", "{mode: attn}"], "--lora_dict.*JSON"),
+        (["--lora_dict", '{"mode": "attn", "rank": 1}'], "unknown key 'rank'"),
+    ],
+)
+def test_bad_adapter_flags(tiny_flags: list[str], flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        multitask_classifier.main([*tiny_flags, *flags, "--dry_run"])
+
+
+def test_the_plan_counts_adapters(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    multitask_classifier.main(
+        [*tiny_flags, "--lora_mode", "attn-only", "--lora_rank", "3", "--fine_tune_mode", "full-model", "--dry_run"]
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (row,) = [line for line in lines if line[:2] == ["adapters", "sentiment"]]
+    count = 2 * 3 * 3 * (32 + 32)  # layers x (query, key, value) x rank x (in + out)
+    assert row[2:] == [f"{count:,}", f"{count:,}", "100.0%"]
+    (row,) = [line for line in lines if line[:2] == ["backbone", "sentiment"]]
+    assert row[3] == "0"
