@@ -224,6 +224,7 @@ class LoraOptions:
         "comma-separated linears to wrap in place of the mode's",
         choices=("query", "key", "value", "attention_dense", "interm_dense", "out_dense"),
     )
+    init_peft: str | None = option(None, "start from the LoRA or DoRA adapter in this folder of peft's", metavar="DIR")
     lora_dict: str | None = option(
         None, 'the same as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
     )
@@ -530,12 +531,13 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with a combination of options, a sentence each."""
     problems = []
     run, train, lora = config.run, config.train, config.lora
-    chosen_adapters = [name for name, value in vars(lora).items() if value != getattr(LoraOptions(), name)]
-    if lora.lora_dict is not None and len(chosen_adapters) > 1:
-        others = ", ".join(f"--{name}" for name in chosen_adapters if name != "lora_dict")
-        problems.append(f"--lora_dict says all that {others} says; give one or the other")
-    elif lora.lora_dict is None and lora.lora_mode == "none" and chosen_adapters:
-        problems.append(f"--{chosen_adapters[0]} needs adapters; choose them with --lora_mode")
+    adapters = [name for name, value in vars(lora).items() if value != getattr(LoraOptions(), name)]
+    for whole in ("lora_dict", "init_peft"):
+        others = ", ".join(f"--{name}" for name in adapters if name != whole)
+        if whole in adapters and others:
+            problems.append(f"--{whole} says all that {others} says; give one or the other")
+    if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
+        problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
     if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
         problems.append("--dora_norm belongs to --dora; add that or drop it")
     for name in ("predict", "export", "export_peft"):

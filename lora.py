@@ -106,6 +106,19 @@ class LoRAConfig:
             targets=options.lora_targets or (),
         )
 
+    def to_options(self) -> LoraOptions:
+        """The flags that ask for this."""
+        return LoraOptions(
+            lora_mode=self.mode,
+            lora_rank=self.rank,
+            lora_alpha=self.alpha,
+            rslora=self.rslora,
+            lora_dropout=self.dropout,
+            dora=self.dora,
+            dora_norm=self.dora_norm,
+            lora_targets=self.targets or None,
+        )
+
     @classmethod
     def from_lora_dict(cls, text: str) -> "LoRAConfig | None":
         """The options of R0's flag, as '{"mode": "attn-only", "r": 1, "dora": 1}'; None for the mode `none`.

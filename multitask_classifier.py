@@ -35,7 +35,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     import torch
 
     from base_bert import read_config, resolve_pretrained
-    from lora import LoRAConfig
+    from lora import LoRAConfig, import_peft, load_adapter_state
     from multitask_bert import MultitaskBERT
     from tokenizer import load_tokenizer
 
@@ -50,9 +50,15 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     torch.manual_seed(config.train.seed)
     model = MultitaskBERT(config.model, bert_config, tasks)
     model.load_backbones(folder)
-    lora = LoRAConfig.from_options(config.lora)
-    if lora is not None:
+    if config.lora.init_peft is not None:
+        source = config.lora.init_peft
+        lora, adapters = import_peft(Path(source))
+        config.lora = lora.to_options()  # so that the checkpoint does not need that folder
         model.add_adapters(lora)
+        for backbone in model.backbones.values():
+            load_adapter_state(backbone, adapters, f"--init_peft {source}")
+    elif (chosen := LoRAConfig.from_options(config.lora)) is not None:
+        model.add_adapters(chosen)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     if tokenizer.vocab_size > bert_config.vocab_size:
         raise UserError(

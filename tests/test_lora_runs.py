@@ -128,6 +128,30 @@ def test_peft_and_transformers_read_what_is_exported(adapted: Path, tiny_bert: P
         assert (hidden(bert.from_pretrained(tiny_bert), ids) - wanted).abs().max() > 1e-3
 
 
+def test_a_run_can_start_from_an_adapter_of_peft(tiny_flags: list[str], tmp_path: Path) -> None:
+    """peft itself makes the adapter: what it computes is what our run starts from, and its checkpoint stands alone."""
+    bert: Any = transformers.BertModel
+    base = tiny_flags[tiny_flags.index("--pretrained") + 1]
+    for dora in (False, True):
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["query", "value"], use_dora=dora)
+        theirs = peft.get_peft_model(bert.from_pretrained(base), config)
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, 1.0 if "magnitude" in name else 0.0, 0.3)
+        folder = tmp_path / f"peft-{dora}"
+        theirs.save_pretrained(folder)
+        flags = [*tiny_flags, "--init_peft", str(folder), "--no_tensorboard"]
+        trainer = make_trainer(flags, tmp_path / f"run-{dora}")
+        ids = torch.randint(5, 90, (3, 9))
+        for backbone in trainer.model.eval().backbones.values():
+            with torch.no_grad():
+                ours = backbone(ids, torch.ones_like(ids))["last_hidden_state"]
+            torch.testing.assert_close(ours, hidden(theirs, ids), atol=1e-5, rtol=0)
+        trainer.fit()
+        folder.rename(tmp_path / f"moved-{dora}")
+        load_model(tmp_path / f"run-{dora}" / "best.pt")
+
+
 def test_adapters_are_exported_only_where_nothing_else_trained(tiny_flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ["--lora_mode", "attn", "--fine_tune_mode", "full-model", "--epochs", "1", "--run_dir", str(run)]

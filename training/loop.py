@@ -20,7 +20,7 @@ from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_i
 from training.device import Device
 from training.losses import LOSSES
 from training.routines import ROUTINES, Plan, Step
-from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table
+from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table, parameter_table
 
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
 
@@ -119,6 +119,7 @@ class Trainer:
             for name, task in self.tasks.items()
         }
         self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
+        self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
 
     def fit(self) -> Scores:
@@ -148,6 +149,9 @@ class Trainer:
         mode = self.config.train.fine_tune_mode
         command = freezing_command(mode, self.epoch, self.model.bert_config.num_hidden_layers)
         self.model.manage_freezing(command, adapters_always=mode == "last-layer")
+        if command != self.command:
+            self.command = command
+            self.say(f"\nFrom epoch {self.epoch + 1}:\n{parameter_table(self.model)}")
         meters = self.run_steps()
         self.epoch += 1
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}

@@ -9,22 +9,10 @@ from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan
-from training.telemetry import format_table
+from training.telemetry import format_table, parameter_table
 
 OPTIMIZER_STATES = {"SGD": 1, "SparseAdam": 2}  # tensors of a parameter's size; the others keep two
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
-
-
-def parameter_table(model: MultitaskBERT) -> str:
-    """Total and trainable parameters of each part, as the model stands now."""
-    rows = []
-    for name, parameters in model.parts():
-        total = sum(p.numel() for p in parameters)
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        rows.append((name, total, trainable))
-    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    text = [[name, f"{total:,}", f"{own:,}", f"{own / total:.1%}" if total else "-"] for name, total, own in rows]
-    return format_table(["part", "parameters", "trainable", "share"], text)
 
 
 def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:

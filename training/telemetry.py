@@ -13,6 +13,7 @@ import numpy as np
 
 from config import Config
 from evaluation import Scores, decide, primary
+from multitask_bert import MultitaskBERT
 from tasks import Task
 from training.checkpoint import RunDirectory
 
@@ -103,6 +104,18 @@ def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores]) -> str:
         for name, scores in rows.items()
     ]
     return format_table(header, body)
+
+
+def parameter_table(model: MultitaskBERT) -> str:
+    """Total and trainable parameters of each part, as the model stands now."""
+    rows = []
+    for name, parameters in model.parts():
+        total = sum(p.numel() for p in parameters)
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        rows.append((name, total, trainable))
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    text = [[name, f"{total:,}", f"{own:,}", f"{own / total:.1%}" if total else "-"] for name, total, own in rows]
+    return format_table(["part", "parameters", "trainable", "share"], text)
 
 
 def metrics_line(epoch: Epoch) -> dict[str, Any]:
