@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ from config import (
 )
 from datasets import TaskData, load_splits, tokenise
 from evaluation import predict, progress
+from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
 from tasks import TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
@@ -63,6 +65,11 @@ MEMORY_STEPS = 5
 class Options:
     """Benchmark."""
 
+    comparisons: tuple[str, ...] = option(
+        ("full-model",),
+        "comma-separated rows: the peer, then ours",
+        choices=("full-model", "lora", "dora", "lora-over-full", "dora-over-lora"),
+    )
     tasks: tuple[str, ...] = option(tuple(TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(("train", "eval"), "comma-separated: train, eval", choices=("train", "eval"))
     batch_size: int = option(64, "examples per step", low=1)
@@ -164,15 +171,18 @@ class Side(Protocol):
 
 
 class Minbert:
-    """This package, by the code that training and evaluation run."""
+    """This package, by the code that training and evaluation run; with `adapters`, only they and the head train."""
 
-    def __init__(self, work: Workload) -> None:
+    def __init__(self, work: Workload, adapters: LoRAConfig | None = None) -> None:
         name = work.task.name
         self.work, self.model = work, MultitaskBERT(work.config.model, work.bert_config, {name: work.task})
         self.model.backbone(name).load_state_dict(load_weights(work.folder, work.bert_config))
         for module in self.model.heads[name].modules():
             if isinstance(module, nn.Linear):  # none where the head is a cosine
                 module.load_state_dict(work.head().state_dict())
+        if adapters is not None:
+            self.model.add_adapters(adapters)
+        self.model.manage_freezing("unfreezeall")
         run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
         train, dev = {name: work.train}, {name: work.dev}
         self.trainer = Trainer(work.config, self.model, work.tokenizer, train, dev, work.device, run)
@@ -229,15 +239,32 @@ class PeerModel(nn.Module):
         return logits if self.kind == "classes" else logits.squeeze(1)
 
 
-class Transformers:
-    """transformers, used as most do."""
+def with_peft(bert: nn.Module, adapters: LoRAConfig) -> nn.Module:
+    """The same adapters as peft makes them."""
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise UserError("the package peft is missing; pip install -r requirements-dev.txt") from None
+    paths = "|".join(TARGETS[name].replace(".", r"\.") for name in adapters.linears)
+    targets = rf"encoder\.layer\.\d+\.({paths})"
+    config = peft.LoraConfig(
+        r=adapters.rank, lora_alpha=adapters.rank, target_modules=targets, use_dora=adapters.dora, lora_dropout=0.0
+    )
+    return peft.get_peft_model(bert, config)
 
-    def __init__(self, work: Workload) -> None:
+
+class Transformers:
+    """transformers, used as most do; with `adapters`, peft's on top of it."""
+
+    def __init__(self, work: Workload, adapters: LoRAConfig | None = None) -> None:
         self.work, self.device = work, work.device.device
-        self.model = PeerModel(work).to(self.device).train()
+        self.model = PeerModel(work)
+        if adapters is not None:
+            self.model.bert = with_peft(self.model.bert, adapters)
+        self.model.to(self.device).train()
         own = work.config.tasks[work.task.name]
         self.loss = LOSSES[own.loss]
-        parameters = self.model.parameters()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, LR, eps=1e-6, weight_decay=own.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.device.scaled)
         self.train, self.dev = ([self.rows(t) for t in data.tokens] for data in (work.train, work.dev))
@@ -284,9 +311,16 @@ class Transformers:
         return torch.cat(outputs).cpu().numpy()
 
 
+LORA = LoRAConfig(mode="all-lin-only", rank=8)
+DORA = LoRAConfig(mode="all-lin-only", rank=8, dora=True)
+
 # Each row is one comparison: the peer, then ours.
 COMPARISONS: dict[str, dict[str, Callable[[Workload], Side]]] = {
     "full-model": {"transformers": Transformers, "minbert": Minbert},
+    "lora": {"peft": partial(Transformers, adapters=LORA), "minbert": partial(Minbert, adapters=LORA)},
+    "dora": {"peft": partial(Transformers, adapters=DORA), "minbert": partial(Minbert, adapters=DORA)},
+    "lora-over-full": {"full": Minbert, "lora": partial(Minbert, adapters=LORA)},
+    "dora-over-lora": {"lora": partial(Minbert, adapters=LORA), "dora": partial(Minbert, adapters=DORA)},
 }
 
 
@@ -392,7 +426,8 @@ def measure_speed(options: Options, comparison: str, task: str) -> list[dict[str
         if mode == "train":
             train = {name: side.train_step for name, side in sides.items()}
             seconds = time_in_turn(train, [(step,) for step in work.batches], options.warmup, work.device, label)
-            done = work_done(work.bert_config, work.train, steps, 3)  # backward costs two forward passes
+            # backward costs two forward passes, or one where no gradient of a large weight is wanted
+            done = work_done(work.bert_config, work.train, steps, 3 if comparison == "full-model" else 2)
         else:
             evaluate = {name: side.evaluate for name, side in sides.items()}
             seconds = time_in_turn(evaluate, [()] * (1 + passes), 1, work.device, label)
@@ -425,7 +460,7 @@ def all_memory(options: Options) -> dict[tuple[str, str, str], dict[str, int]]:
 
     Linux counts the size that a parent had at the start as its child's: this comes first, while we are small.
     """
-    cases = [(row, name, task) for row, sides in COMPARISONS.items() for name in sides for task in options.tasks]
+    cases = [(row, name, task) for row in options.comparisons for name in COMPARISONS[row] for task in options.tasks]
     peaks = {}
     for case in progress(cases, "memory", "process"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -463,8 +498,8 @@ def main(argv: Sequence[str]) -> None:
     groups = {"benchmark": Options}
     parser = build_parser("benchmark.py", str(__doc__).split("\n\n")[0], {}, groups)
     options: Options = groups_of(vars(parser.parse_args(expand_arguments(argv))), groups)["benchmark"]
-    if not options.tasks or not options.modes:
-        raise UserError("--tasks and --modes: name at least one of each")
+    if not (options.comparisons and options.tasks and options.modes):
+        raise UserError("--comparisons, --tasks and --modes: name at least one of each")
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -472,8 +507,8 @@ def main(argv: Sequence[str]) -> None:
     started = time.strftime("%Y%m%d-%H%M%S")
     memory = all_memory(options)
     records = [
-        {**record, "memory": {name: memory[row, name, task] for name in sides}}
-        for row, sides in COMPARISONS.items()
+        {**record, "memory": {name: memory[row, name, task] for name in COMPARISONS[row]}}
+        for row in options.comparisons
         for task in options.tasks
         for record in measure_speed(options, row, task)
     ]

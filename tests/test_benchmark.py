@@ -115,6 +115,24 @@ def test_dropout_is_on_in_training(bert: Path, small_data: Path, task: str) -> N
         assert (first - second).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("comparison", ["lora", "dora"])
+def test_both_sides_train_as_many_adapters_and_nothing_else(bert: Path, small_data: Path, comparison: str) -> None:
+    work = make_workload(options(bert, small_data), "sst", print)
+    sides = {name: build(work) for name, build in COMPARISONS[comparison].items()}
+    assert benchmark.check_same(sides, work) <= 1e-5
+    counts = []
+    for side in sides.values():
+        trained = {name: p for name, p in side.model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in side.model.named_parameters()}
+        for indices in work.batches:
+            side.train_step(indices)
+        changed = {name for name, p in side.model.named_parameters() if not torch.equal(p, before[name])}
+        assert changed == set(trained)
+        assert all(any(part in name for part in ("lora_", "magnitude", "head")) for name in changed)
+        counts.append(sum(p.numel() for p in trained.values()))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("perturbed", ["transformers", "minbert"])
 def test_a_difference_is_refused(bert: Path, small_data: Path, perturbed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build = COMPARISONS["full-model"][perturbed]
