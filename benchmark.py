@@ -142,7 +142,7 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
             f"--batch_size {options.batch_size}: {data['train'].examples.path} has only {size} examples; "
             "give at most that"
         )
-    plan = Plan(config.train.seed, options.batch_size, {name: size}, {name: 1})
+    plan = Plan.of(config.train, config.tasks, {name: size})
     whole = size // options.batch_size
     steps = [step for epoch in range(-(-count // whole)) for step in task_batches(plan, epoch, name)[:whole]]
     batches = [step.indices for step in steps[:count]]

@@ -240,10 +240,17 @@ class TrainOptions:
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
     decoupled: bool = option(False, "decoupled weight decay in Adam, Adamax and RAdam")
     lr_schedule: str = option(
-        "lambda", "course of the learning rate", choices=("constant", "lambda", "cosine", "linear")
+        "lambda",
+        "course of the learning rate",
+        choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
     lr_lambda: float = option(0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0)
     warmup: float = option(0.1, "share of all steps that --lr_schedule linear rises for", low=0.0, high=1.0)
+    lr_cycle: str = option(
+        "restart",
+        "--lr_schedule cyclic: each 2-epoch cycle starts again, or goes on from where the last one ended",
+        choices=("restart", "cumulative"),
+    )
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
@@ -296,6 +303,10 @@ class TaskOptions:
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
     num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
+    fraction: float = option(
+        1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
+    )
+    from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(None, "training file of {title}", template="{task}_train")
     dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
@@ -556,6 +567,8 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
+    elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:
+        problems.append("no task trains in epoch 1; set one --NAME_from_epoch to 1")
     return problems
 
 

@@ -184,3 +184,22 @@ def test_any_plan_is_kept(sizes: list[int], rounds: list[int], batch_size: int, 
 def test_indices_are_what_batches_take(routine: str) -> None:
     for step in ROUTINES[routine](PLAN, 0):
         assert step.indices.dtype == np.int64 and step.indices.ndim == 1
+
+
+def test_a_fraction_of_a_task_is_another_one_every_time() -> None:
+    """Partial Quora (R0, appendix G): a twentieth of it in each round, and over time all of it."""
+    plan = Plan(7, 4, {"sst": 6, "para": 100}, {"sst": 1, "para": 1}, fractions={"para": 0.05})
+    seen = Counter(i for epoch in range(200) for i in order(sequential(plan, epoch), "para"))
+    assert all(len(order(sequential(plan, epoch), "para")) == 5 for epoch in range(5))
+    assert set(seen) == set(range(100))
+    assert order(sequential(plan, 0), "para") != order(sequential(plan, 1), "para")
+    assert sorted(order(sequential(plan, 0), "sst")) == list(range(6))
+
+
+def test_a_late_task_waits_for_its_epoch() -> None:
+    """Late Quora (R0, appendix G): the epochs before are those of a run without it."""
+    plan = Plan(7, 4, {"sst": 6, "para": 9}, {"sst": 1, "para": 2}, from_epochs={"para": 3})
+    for routine in ROUTINES.values():
+        tasks = [{step.task for step in routine(plan, epoch)} for epoch in range(4)]
+        assert tasks == [{"sst"}, {"sst"}, {"sst", "para"}, {"sst", "para"}]
+        assert order(routine(plan, 2), "para") == order(routine(Plan(7, 4, plan.sizes, plan.rounds), 2), "para")

@@ -66,7 +66,12 @@ def copied(model: MultitaskBERT) -> State:
 def states_by_epoch(flags: list[str], run_dir: Path, *more: object) -> tuple[MultitaskBERT, list[State]]:
     """The model's tensors before training and after each epoch."""
     states: list[State] = []
-    trainer = make_trainer(flags, run_dir, *more, say=lambda table: states.append(copied(trainer.model)))
+
+    def after_epoch(text: str) -> None:
+        if text.startswith("\nEpoch"):
+            states.append(copied(trainer.model))
+
+    trainer = make_trainer(flags, run_dir, *more, say=after_epoch)
     states.append(copied(trainer.model))
     trainer.fit()
     return trainer.model, states
@@ -413,10 +418,13 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(
     scripted(monkeypatch, [0.3, 0.5, 0.5, 0.4])  # a tie does not replace it
     trainer_states: list[State] = []
     filepath = tmp_path / "elsewhere" / "model.pt"
-    trainer = make_trainer(
-        tiny_flags, tmp_path / "run", "--epochs", 4, "--filepath", filepath,
-        say=lambda table: trainer_states.append(copied(trainer.model)),
-    )  # fmt: skip
+    flags = ["--epochs", 4, "--filepath", filepath, "--fine_tune_mode", "full-model"]
+
+    def after_epoch(text: str) -> None:
+        if text.startswith("\nEpoch"):
+            trainer_states.append(copied(trainer.model))
+
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, say=after_epoch)
     best = trainer.fit()
     content = load(tmp_path / "run" / "best.pt")
     assert (content["epoch"], content["step"], content["scores"]["score"], best["score"]) == (2, 18, 0.5, 0.5)
@@ -543,7 +551,7 @@ def test_a_checkpoint_holds_tensors_and_plain_containers(trained: Trainer) -> No
     best = torch.load(trained.run.best, weights_only=True)
     assert set(best) == {
         "format", "weights", "config", "bert_config", "tasks", "tokenizer", "tokenizer_sha256", "scores",
-        "git_commit", "versions", "seed", "epoch", "step",
+        "git_commit", "versions", "seed", "epoch", "step", "base_sha256",
     }  # fmt: skip
     assert best["tasks"] == ["sst", "para", "sts"] and best["seed"] == 11711 and best["epoch"] == 1
     assert best["scores"] == metrics(trained.run.path)[0]["dev"]
@@ -838,3 +846,39 @@ def test_schedules_know_every_choice_of_the_command_line() -> None:
     assert set(choices["optim"]) == set(loop.OPTIMIZERS) and set(choices["routine"]) == set(loop.ROUTINES)
     assert all(Schedule(name, 1.0, 3).at(0.0) >= 0 for name in choices["lr_schedule"])
     assert all(set(task.losses) <= set(loop.LOSSES) for task in TASKS.values()) and SST.losses[0] == "ce"
+
+
+# ------------------------------------------------------------------------------------------- more of the first report
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (["--lr_schedule", "cyclic"], [1.0, 8**-0.5, 1.0, 8**-0.5]),
+        (["--lr_schedule", "cyclic", "--lr_cycle", "cumulative"], [1.0, 8**-0.5, 8**-1.0, 8**-1.5]),
+        (["--lr_schedule", "triangular"], [1.0, 2.0, 1.0, 2.0]),
+    ],
+)
+def test_the_cycles_of_the_learning_rate(
+    tiny_flags: list[str], tmp_path: Path, flags: list[str], rates: list[float]
+) -> None:
+    flags = [*flags, "--epochs", "4", "--lr", "1e-3", "--sst_lr_multiplier", "3"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    found = [trainer.schedules["sst"].at(epoch) for epoch in range(4)]
+    assert found == pytest.approx([3e-3 * rate for rate in rates])
+
+
+def test_part_of_quora_and_late_sts(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--quora_fraction", "0.25", "--sts_from_epoch", "2"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(line["train"]) for line in lines] == [["para", "sst"], ["para", "sst", "sts"]]
+    assert [line["train"]["para"]["steps"] for line in lines] == [1, 1]  # 5 of 20 examples in batches of 8
+    assert sorted(lines[0]["dev"]) == ["para", "score", "score_raw_r", "sst", "sts"]
+
+
+def test_a_first_epoch_without_a_task_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--train_sst", "--train_sts", "--sst_from_epoch", "2", "--num_sts_trains", "0"]
+    with pytest.raises(UserError, match="no task trains in epoch 1"):
+        make_trainer(tiny_flags, tmp_path / "run", *flags)

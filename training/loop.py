@@ -91,12 +91,7 @@ class Trainer:
         self.device, self.run, self.say = device, run, say
         self.tasks = model.tasks
         options = config.train
-        self.plan = Plan(
-            options.seed,
-            options.batch_size,
-            {name: len(data) for name, data in train.items()},
-            {name: own.num_trains for name, own in config.tasks.items()},
-        )
+        self.plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
         decoupled = {"decoupled": True} if options.decoupled else {}
         self.optimizers = {
             name: OPTIMIZERS[options.optim](
@@ -115,6 +110,7 @@ class Trainer:
                 gamma=options.lr_lambda,
                 floor=task.lr_floor,
                 warmup=options.warmup,
+                restart=options.lr_cycle == "restart",
             )
             for name, task in self.tasks.items()
         }

@@ -42,17 +42,24 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
     """The text of --dry_run."""
     options = config.train
     sizes = {name: len(own) for name, own in data.items()}
-    rounds = {name: own.num_trains for name, own in config.tasks.items()}
-    steps = ROUTINES[options.routine](Plan(options.seed, options.batch_size, sizes, rounds), 0)
+    plan = Plan.of(options, config.tasks, sizes)
+    steps = ROUTINES[options.routine](plan, options.epochs - 1)
     rows = []
     for name, own in data.items():
         count = sum(step.task == name for step in steps)
         rate = options.lr * config.tasks[name].lr_multiplier
         rows.append(
-            [model.tasks[name].title, f"{sizes[name]:,}", str(rounds[name]), f"{count:,}", f"{own.lengths.mean():.1f}"]
+            [
+                model.tasks[name].title,
+                f"{sizes[name]:,}",
+                str(plan.rounds[name]),
+                f"{count:,}",
+                f"{own.lengths.mean():.1f}",
+            ]
             + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}", config.tasks[name].loss]
         )
     header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
+    late = " (the last one)" if max(plan.from_epochs.values()) > 1 else ""
     depth = model.bert_config.num_hidden_layers
     commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
@@ -64,7 +71,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
             "",
             format_table(header, rows),
-            f"{options.epochs} epochs of {len(steps):,} steps, routine {options.routine}, batch size "
+            f"{options.epochs} epochs of {len(steps):,} steps{late}, routine {options.routine}, batch size "
             f"{options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
             "",
             f"{options.fine_tune_mode}: {freezing}. In the last epoch:",

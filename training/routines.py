@@ -4,11 +4,14 @@ A routine is a function of (seed, epoch) and the sizes of the tasks alone, so an
 resuming needs no state, and an order can be tested against a written trace.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import numpy as np
+
+from config import TaskOptions, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,43 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a routine needs to know. `sizes` and `rounds` map each task to its examples and rounds per epoch."""
+    """What a routine needs to know of the run and of each task.
+
+    `rounds` is how often a task is gone through per epoch, `fractions` the share of it in each round (R0's partial
+    Quora, appendix G), `from_epochs` the first epoch, counted from 1, that has it (late Quora).
+    """
 
     seed: int
     batch_size: int
     sizes: Mapping[str, int]
     rounds: Mapping[str, int]
+    fractions: Mapping[str, float] = field(default_factory=dict)
+    from_epochs: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: TrainOptions, tasks: Mapping[str, TaskOptions], sizes: Mapping[str, int]) -> "Plan":
+        """What the flags ask for, with `sizes` examples of each task."""
+        return cls(
+            options.seed,
+            options.batch_size,
+            sizes,
+            {name: own.num_trains for name, own in tasks.items()},
+            {name: own.fraction for name, own in tasks.items()},
+            {name: own.from_epoch for name, own in tasks.items()},
+        )
 
 
 def shuffled(plan: Plan, epoch: int, task: str, round: int) -> np.ndarray:
-    """The order [N] of a task's examples in one round of one epoch."""
+    """The order [N] of a task's examples in one round of one epoch, of as many as its fraction says."""
     address = [plan.seed, epoch, *task.encode(), round]
-    return np.random.default_rng(address).permutation(plan.sizes[task])
+    order = np.random.default_rng(address).permutation(plan.sizes[task])
+    return order[: math.ceil(plan.fractions.get(task, 1.0) * len(order))]
 
 
 def task_batches(plan: Plan, epoch: int, task: str) -> list[Step]:
     """All batches of a task in one epoch, round after round; the last batch of a round may be smaller."""
     steps = []
-    for round in range(plan.rounds[task]):
+    for round in range(plan.rounds[task] if epoch + 1 >= plan.from_epochs.get(task, 1) else 0):
         order = shuffled(plan, epoch, task, round)
         steps += [Step(task, order[i : i + plan.batch_size]) for i in range(0, len(order), plan.batch_size)]
     return steps
