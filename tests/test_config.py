@@ -552,6 +552,8 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--overwrite --resume --run_dir x", ("--overwrite", "--resume")),
         ("--resume", ("--resume", "--run_dir")),
         ("--optim SparseAdam", ("--optim SparseAdam", "Adam")),
+        ("--decoupled --optim AdamW", ("--decoupled", "--optim")),
+        ("--lr_cycle cumulative --lr_schedule cosine", ("--lr_cycle", "--lr_schedule")),
         ("--train_sst --num_sst_trains 0", ("--num_NAME_trains", "0")),
         ("--no_train_sst --no_train_para --no_train_sts", ("--train_NAME", "task")),
     ],
