@@ -566,7 +566,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     if train.decoupled and train.optim not in ("Adam", "Adamax", "RAdam"):
-        problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one of the two")
+        problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
     if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
         problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
