@@ -31,6 +31,21 @@ demo: $(VENV)/run.done
 	@echo "Curves, confusion matrices and options of both members:"
 	@echo "    $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
 
+# make ensemble-NAME   train those members of recipes/ensembles/NAME.args that are missing, then ensemble them;
+# make ensemble-NAME DATA=folder FLAGS="..."   the same with other data and more flags for each training
+DATA := data
+FLAGS :=
+R0 := runs/r0
+
+# A run is finished when it has scores.json: its checkpoint is there from the first epoch on.
+$(R0)/%/scores.json: | $(VENV)/run.done
+	$(BIN)/python multitask_classifier.py @recipes/$*.args --data_dir $(DATA) $(FLAGS) \
+		$$(test -f $(@D)/resume.pt && echo --resume || echo --overwrite)
+
+ensemble-%: recipes/ensembles/%.args $(VENV)/run.done
+	$(MAKE) --no-print-directory $$(sed -n 's,^\($(R0)/.*\)\.pt$$,\1/scores.json,p' $< | sort -u)
+	$(BIN)/python ensemble.py @$< --data_dir $(DATA)
+
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -303,14 +303,14 @@ class TaskOptions:
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
     num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
-    fraction: float = option(
-        1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
-    )
-    from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(None, "training file of {title}", template="{task}_train")
     dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
     test: str | None = option(None, "test file of {title}", template="{task}_test")
+    fraction: float = option(
+        1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
+    )
+    from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
 
 
 @dataclass

@@ -1,15 +1,31 @@
 """Losses against torch, scipy, numpy and numeric gradients."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
+from test_training import make_trainer
 from torch import Tensor, nn
 
-from tasks import TASKS
-from training.losses import LOSSES, binary_cross_entropy, cross_entropy, mean_squared_error, pearson
+from tasks import TASKS, Task
+from training.losses import (
+    LOSSES,
+    binary_cross_entropy,
+    contrastive,
+    cross_entropy,
+    kl_divergence,
+    log_cosh,
+    mean_squared_error,
+    mixed,
+    ordinal_cross_entropy,
+    pearson,
+    simcse,
+)
+from training.routines import Step
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
 
@@ -28,12 +44,16 @@ def similarities(size: int, seed: int = 2) -> Tensor:
 
 def test_every_loss_of_the_task_table_exists() -> None:
     assert {name for task in TASKS.values() for name in task.losses} == set(LOSSES)
-    assert [LOSSES[name] for name in ("ce", "bce", "mse", "pearson")] == [
-        cross_entropy,
-        binary_cross_entropy,
-        mean_squared_error,
-        pearson,
-    ]
+    assert {
+        "ce": cross_entropy,
+        "bce": binary_cross_entropy,
+        "kl": kl_divergence,
+        "ordinal": ordinal_cross_entropy,
+        "mse": mean_squared_error,
+        "pearson": pearson,
+        "log-cosh": log_cosh,
+        "mixed": mixed,
+    } == LOSSES
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -175,9 +195,222 @@ def test_gradient_of_the_squared_error_equals_the_numeric_one() -> None:
     assert np.abs(gradient(mean_squared_error, outputs, labels).numpy() - wanted).max() < 1e-8
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
-def test_losses_of_large_outputs_are_finite(name: str) -> None:
-    outputs = normal(6, 5, scale=1e4) if name == "ce" else normal(6, scale=1e4)
-    labels = classes(6, 5) if name == "ce" else classes(6, 2) if name == "bce" else similarities(6)
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS.values() for name in task.losses])
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+@pytest.mark.parametrize("size", SIZES)
+def test_losses_of_large_outputs_are_finite(task: Task, name: str, scale: float, size: int) -> None:
+    many = task.kind == "classes"
+    outputs = normal(size, 5, scale=scale) if many else normal(size, scale=scale)
+    labels = similarities(size) if task.kind == "similarity" else classes(size, 5 if many else 2)
     assert LOSSES[name](outputs, labels).isfinite()
     assert gradient(LOSSES[name], outputs, labels).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------- other losses of R0's F.2
+
+
+def softmax64(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def ordinal_by_hand(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Sums of probabilities in float64, without any stabilising."""
+    terms = []
+    for p, y in zip(softmax64(logits), labels, strict=True):
+        for j in range(logits.shape[1] - 1):
+            terms.append(-np.log(p[: j + 1].sum()) if y <= j else -np.log(p[j + 1 :].sum()))
+    return float(np.mean(terms))
+
+
+def mixed_classes_by_hand(logits: np.ndarray, labels: np.ndarray) -> float:
+    one_hot = np.eye(logits.shape[1])[labels]
+    q = 1 / (1 + np.exp(-logits))
+    bce = -(one_hot * np.log(q) + (1 - one_hot) * np.log(1 - q)).mean()
+    expected = softmax64(logits) @ np.arange(logits.shape[1])
+    return float(bce + 0.1 * np.square(expected - labels).mean())
+
+
+def mixed_similarity_by_hand(x: np.ndarray, y: np.ndarray) -> float:
+    return float(1 - pearsonr(x, y).statistic + 0.5 * np.square(x - y).mean())
+
+
+def log_cosh_by_hand(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.log(np.cosh(x - y)).mean())
+
+
+BY_HAND: list[tuple[Callable[[Tensor, Tensor], Tensor], Callable[[np.ndarray, np.ndarray], float], int]] = [
+    (kl_divergence, lambda z, y: float(-np.log(softmax64(z))[np.arange(len(y)), y].mean()), 5),
+    (ordinal_cross_entropy, ordinal_by_hand, 5),
+    (mixed, mixed_classes_by_hand, 5),
+    (mixed, mixed_similarity_by_hand, 0),
+    (log_cosh, log_cosh_by_hand, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "by_hand", "count", "size"),
+    # one point has no correlation: the batch of one has a test of its own below
+    [(*row, size) for row in BY_HAND for size in SIZES if size > 1 or row[1] is not mixed_similarity_by_hand],
+)
+def test_values_and_gradients_equal_float64_formulas(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    by_hand: Callable[[np.ndarray, np.ndarray], float],
+    count: int,
+    size: int,
+) -> None:
+    outputs = normal(size, count) if count else normal(size)
+    labels = classes(size, count) if count else similarities(size)
+    exact, y = outputs.double().numpy(), labels.numpy().astype(np.int64 if count else np.float64)
+    assert loss(outputs, labels).item() == pytest.approx(by_hand(exact, y), rel=1e-5, abs=1e-7)
+    wanted = numeric_gradient(lambda x: by_hand(x, y), exact)
+    assert np.abs(gradient(loss, outputs, labels).numpy() - wanted).max() < 2e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [2.0, 1e4])
+def test_kl_equals_cross_entropy(size: int, scale: float) -> None:
+    logits, labels = normal(size, 5, scale=scale), classes(size, 5)
+    torch.testing.assert_close(kl_divergence(logits, labels), cross_entropy(logits, labels))
+    torch.testing.assert_close(gradient(kl_divergence, logits, labels), gradient(cross_entropy, logits, labels))
+
+
+def test_ordinal_is_least_at_the_truth_and_grows_with_the_distance() -> None:
+    """One-hot targets in place of 1[y <= j] would not order the wrong classes."""
+    logits = 6 * torch.eye(5)  # row c is sure of class c
+    for label in range(5):
+        losses = [ordinal_cross_entropy(row[None], torch.tensor([label])).item() for row in logits]
+        assert losses[label] == min(losses) and losses[label] < 0.05
+        assert all(near < far for near, far in zip(losses[label:], losses[label + 1 :], strict=False))
+        assert all(near < far for far, near in zip(losses[:label], losses[1 : label + 1], strict=True))
+
+
+def test_ordinal_of_two_classes_is_cross_entropy() -> None:
+    logits, labels = normal(7, 2), classes(7, 2)
+    torch.testing.assert_close(ordinal_cross_entropy(logits, labels), cross_entropy(logits, labels))
+
+
+def test_ordinal_keeps_its_slope_where_the_cumulative_probability_rounds_to_one() -> None:
+    """Sure of class 0 by 1e4 with the truth at 4: each of four terms is 1e4, and class 0 gets the whole push."""
+    logits, labels = torch.tensor([[1e4, 0.0, 0.0, 0.0, 0.0]]), torch.tensor([4])
+    assert ordinal_cross_entropy(logits, labels).item() == pytest.approx(1e4, rel=1e-3)
+    grad = gradient(ordinal_cross_entropy, logits, labels)
+    assert grad[0, 0].item() == pytest.approx(1.0) and grad[0, 4] < 0 and grad.sum().abs() < 1e-6
+    for place in range(5):
+        for sign in (1, -1):
+            extreme = sign * 1e4 * torch.eye(5)[[place]]
+            assert ordinal_cross_entropy(extreme, labels).isfinite()
+            assert gradient(ordinal_cross_entropy, extreme, labels).isfinite().all()
+
+
+def test_mixed_of_classes_is_zero_at_perfect() -> None:
+    """Scores from 1 would leave 0.1."""
+    labels = torch.arange(5)
+    assert mixed(120 * torch.eye(5) - 60, labels).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mixed_of_similarities_is_zero_at_perfect_and_knows_a_batch_of_one() -> None:
+    labels = similarities(9)
+    assert mixed(labels, labels).item() == pytest.approx(0.0, abs=1e-6)
+    one = torch.tensor([1.5]), torch.tensor([3.5])
+    assert mixed(*one).item() == pytest.approx(1 + 0.5 * 4)
+    assert gradient(mixed, *one).item() == pytest.approx(-2.0)
+
+
+def test_log_cosh_of_large_errors_has_the_slope_of_tanh() -> None:
+    errors = torch.tensor([1e4, -1e4, 100.0, -3.0, 0.0, 0.25, 1e-3])
+    labels = torch.zeros(7)
+    assert log_cosh(errors[:2], labels[:2]).item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
+    torch.testing.assert_close(gradient(log_cosh, errors, labels), errors.tanh() / 7, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("loss", "count"), [(ordinal_cross_entropy, 5), (mixed, 5), (mixed, 0), (log_cosh, 0)])
+def test_other_losses_are_computed_in_fp32(loss: Callable[[Tensor, Tensor], Tensor], count: int) -> None:
+    outputs = (normal(64, count) if count else normal(64)).bfloat16()
+    labels = classes(64, count) if count else similarities(64)
+    assert loss(outputs, labels).dtype == torch.float32
+    assert loss(outputs, labels).item() == loss(outputs.float(), labels).item()
+
+
+# --------------------------------------------------------------------------------------------- losses of embeddings
+
+
+def contrastive_by_hand(u: np.ndarray, v: np.ndarray, similar: np.ndarray, margin: float) -> float:
+    d = np.linalg.norm(u - v, axis=1)
+    return float(np.where(similar == 1, 0.5 * d**2, 0.5 * np.maximum(0, margin - d) ** 2).mean())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("margin", [1.0, 4.0])
+def test_contrastive_equals_the_float64_formula(size: int, margin: float) -> None:
+    u, v, labels = normal(size, 6, scale=0.8), normal(size, 6, seed=5, scale=0.8), classes(size, 2)
+    exact, other = u.double().numpy(), v.double().numpy()
+    wanted = contrastive_by_hand(exact, other, labels.numpy(), margin)
+    assert contrastive(u, v, labels, margin).item() == pytest.approx(wanted, rel=1e-5)
+    for wrt, loss, by_hand in (
+        (u, lambda x, y: contrastive(x, v, y, margin), lambda x: contrastive_by_hand(x, other, labels.numpy(), margin)),
+        (v, lambda x, y: contrastive(u, x, y, margin), lambda x: contrastive_by_hand(exact, x, labels.numpy(), margin)),
+    ):
+        numeric = numeric_gradient(by_hand, wrt.double().numpy())
+        assert np.abs(gradient(loss, wrt, labels).numpy() - numeric).max() < 2e-6
+
+
+def test_contrastive_of_identical_embeddings() -> None:
+    """A positive pair costs nothing, a negative one half the squared margin; neither has a slope that is not finite."""
+    u = normal(3, 6)
+    for label, wanted in ((1, 0.0), (0, 0.5 * 2.0**2)):
+        labels = torch.full((3,), label)
+        assert contrastive(u, u.clone(), labels, 2.0).item() == pytest.approx(wanted, abs=1e-5)
+        assert gradient(lambda x, y: contrastive(x, u, y, 2.0), u, labels).isfinite().all()
+    assert contrastive(u, u.clone(), torch.ones(3)).item() == 0.0
+
+
+def test_contrastive_pulls_similar_pairs_and_pushes_others_up_to_the_margin() -> None:
+    u, v = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
+    assert gradient(lambda x, y: contrastive(x, v, y), u, torch.tensor([1]))[0, 0] > 0
+    assert gradient(lambda x, y: contrastive(x, v, y), u, torch.tensor([0]))[0, 0] < 0
+    assert contrastive(3 * u, v, torch.tensor([0])).item() == 0.0  # farther than the margin
+
+
+def simcse_by_hand(u: np.ndarray, v: np.ndarray, temperature: float) -> float:
+    u, v = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, v))
+    return float(-np.log(np.diag(softmax64(u @ v.T / temperature))).mean())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_simcse_equals_the_float64_formula(size: int, temperature: float) -> None:
+    u = normal(size, 6)
+    v = u + normal(size, 6, seed=5, scale=0.5)
+    exact, other = u.double().numpy(), v.double().numpy()
+    wanted = simcse_by_hand(exact, other, temperature)
+    assert simcse(u, v, temperature).item() == pytest.approx(wanted, rel=2e-5, abs=1e-6)
+    for wrt, loss, by_hand in (
+        (u, lambda x, _: simcse(x, v, temperature), lambda x: simcse_by_hand(x, other, temperature)),
+        (v, lambda x, _: simcse(u, x, temperature), lambda x: simcse_by_hand(exact, x, temperature)),
+    ):
+        numeric = numeric_gradient(by_hand, wrt.double().numpy())
+        assert np.abs(gradient(loss, wrt, torch.empty(0)).numpy() - numeric).max() < 1e-5
+
+
+def test_simcse_at_its_ends() -> None:
+    """Orthogonal sentences that agree with themselves cost next to nothing; views that are all alike cost ln B."""
+    assert simcse(torch.eye(8), 3 * torch.eye(8)).item() < 1e-6
+    assert simcse(torch.ones(8, 8), torch.ones(8, 8)).item() == pytest.approx(math.log(8), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- in training
+
+
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in TASKS[task].losses])
+def test_every_loss_of_a_task_trains(tiny_flags: list[str], tmp_path: Path, task: str, name: str) -> None:
+    """Two steps, the second on a ragged batch, through the loop that real training uses."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", f"--train_{task}", f"--{task}_loss", name)
+    trainer.model.train()
+    before = {key: tensor.clone() for key, tensor in trainer.model.named_parameters()}
+    for indices in (np.arange(8), np.arange(8, 13)):
+        loss, outputs, labels, norm = trainer.train_step(Step(task, indices), 1e-3, measure=True)
+        assert loss.item() == pytest.approx(LOSSES[name](outputs, labels).item()) and len(outputs) == len(indices)
+        assert loss.isfinite() and norm.isfinite() and norm > 0
+    after = dict(trainer.model.named_parameters())
+    assert any(key.startswith("backbones.") and not torch.equal(before[key], after[key]) for key in before)
+    assert all(tensor.isfinite().all() for tensor in after.values())

@@ -1,5 +1,6 @@
 """Losses: functions of a batch's outputs and labels, found by the names that the task table lists."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,9 +35,76 @@ def pearson(predictions: Tensor, labels: Tensor, eps: float = 1e-6) -> Tensor:
     return 1 - (x * y).sum() / norm
 
 
+def kl_divergence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean divergence in nats of softmax(logits [B, C]) from one-hot classes [B]: equals cross-entropy (R0, F.2)."""
+    targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    return F.kl_div(F.log_softmax(logits, dim=1), targets, reduction="batchmean")
+
+
+def ordinal_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean binary cross-entropy in nats of P(class <= j) against 1[label <= j] for j < C - 1 (R0, F.2), in fp32.
+
+    Logits [B, C], classes [B]; the mean runs over B and j. R0 compares with one-hot targets instead, which is infinite
+    where a cumulative probability is 1, as the last one always is.
+    """
+    z, cuts = logits.float(), range(1, logits.shape[1])
+    # The logit of P(class <= j) is a difference of two log-sum-exps; 1 - cumsum(softmax) would round to 0.
+    below = torch.stack([z[:, :cut].logsumexp(dim=1) for cut in cuts], dim=1)  # [B, C-1]
+    above = torch.stack([z[:, cut:].logsumexp(dim=1) for cut in cuts], dim=1)
+    targets = labels[:, None] < torch.tensor(cuts, device=labels.device)
+    return F.binary_cross_entropy_with_logits(below - above, targets.float())
+
+
+def log_cosh(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Mean log(cosh(error)) of predictions [B] in label units (R0, F.2), in fp32; the slope is tanh(error) / B."""
+    error = (predictions.float() - labels.float()).abs()
+    return (error + F.softplus(-2 * error) - math.log(2)).mean()  # cosh itself overflows from 90 on
+
+
+def mixed(outputs: Tensor, labels: Tensor) -> Tensor:
+    """R0's two mixed losses (F.2, listing 4), in fp32; which one follows from the outputs' dimensions.
+
+    Logits [B, C] against classes [B]: binary cross-entropy + 0.1 x squared error of the expected class, which counts
+    from 0 as the labels do (R0's scores count from 1). Predictions [B] against similarities [B]: Pearson loss + 0.5 x
+    squared error.
+    """
+    outputs = outputs.float()
+    if outputs.dim() == 1:
+        return pearson(outputs, labels) + 0.5 * mean_squared_error(outputs, labels)
+    scores = torch.arange(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+    expected = (outputs.softmax(dim=1) * scores).sum(dim=1)
+    return binary_cross_entropy(outputs, labels) + 0.1 * mean_squared_error(expected, labels)
+
+
+def contrastive(first: Tensor, second: Tensor, labels: Tensor, margin: float = 1.0, eps: float = 1e-6) -> Tensor:
+    """Mean contrastive loss of embeddings [B, H] and [B, H] whose labels [B] are 1 where similar, else 0, in fp32.
+
+    0.5 (y d^2 + (1 - y) max(0, margin - d)^2) with the Euclidean distance d, in its squared units (Hadsell et al. 2006;
+    R0, F.2, whose formula has the two labels the wrong way round and sums over the batch).
+    """
+    y = labels.float()
+    squared = (first.float() - second.float()).square().sum(dim=1)  # [B]
+    distance = squared.clamp_min(eps**2).sqrt()  # sqrt has an infinite slope at 0
+    return 0.5 * (y * squared + (1 - y) * (margin - distance).clamp_min(0).square()).mean()
+
+
+def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
+    """In-batch cross-entropy in nats of two dropout views [B, H] and [B, H] of the same sentences, in fp32.
+
+    Each first view has to find its own second view among all B by cosine / temperature (Gao et al. 2021, equation 4;
+    R0, section 4.5). Call it outside autocast, which would round the cosines.
+    """
+    cosines = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T  # [B, B]
+    return F.cross_entropy(cosines / temperature, torch.arange(len(cosines), device=cosines.device))
+
+
 LOSSES: dict[str, Loss] = {
     "ce": cross_entropy,
     "bce": binary_cross_entropy,
+    "kl": kl_divergence,
+    "ordinal": ordinal_cross_entropy,
     "mse": mean_squared_error,
     "pearson": pearson,
+    "log-cosh": log_cosh,
+    "mixed": mixed,
 }
