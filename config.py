@@ -311,6 +311,21 @@ class TaskOptions:
         1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
     )
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
+    epoch_eval: int = option(
+        1,
+        "epochs between evaluations of {title} on dev; best.pt is chosen where all tasks are evaluated",
+        template="{task}_epoch_eval",
+        low=1,
+    )
+    embedding_loss: str = option(
+        "none",
+        "further loss on the sentence embeddings of {title}",
+        template="{task}_embedding_loss",
+        choices=("none", "contrastive", "simcse"),
+    )
+    embedding_weight: float = option(
+        1.0, "factor on the further loss of {title}", template="{task}_embedding_weight", above=0.0
+    )
 
 
 @dataclass
@@ -569,10 +584,26 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
     if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
         problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
+    problems += check_embedding_losses(config, tasks)
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
     elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:
         problems.append("no task trains in epoch 1; set one --NAME_from_epoch to 1")
+    return problems
+
+
+def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
+    """What is wrong with --NAME_embedding_loss."""
+    problems = []
+    pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
+    for name, own in config.tasks.items():
+        flag = f"--{name}_embedding_loss {own.embedding_loss}"
+        if own.embedding_loss == "none" and own.embedding_weight != 1.0:
+            problems.append(f"--{name}_embedding_weight belongs to --{name}_embedding_loss; add that or drop it")
+        if own.embedding_loss == "contrastive" and not (tasks[name].is_pair and pairs == "siamese"):
+            problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
+        if own.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
+            problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
     return problems
 
 

@@ -182,7 +182,14 @@ class MultitaskBERT(nn.Module):
 
     def forward(self, task: str, batch: PackedBatch) -> Tensor:
         """Outputs of `task` for a packed batch: logits [B, classes], or [B] for one logit or one similarity."""
-        embedding = self.backbone(task).sentence_embedding(batch, str(self.options.pooling))
+        return self.outputs(task, self.embed(task, batch))
+
+    def embed(self, task: str, batch: PackedBatch) -> Tensor:
+        """Sentence embeddings of a packed batch: [B, H], or [2B, H] for siamese pairs, first texts before second."""
+        return self.backbone(task).sentence_embedding(batch, str(self.options.pooling))
+
+    def outputs(self, task: str, embedding: Tensor) -> Tensor:
+        """What `forward` returns, in fp32, from the sentence embeddings."""
         out = self.classify(task, embedding).float()
         return out if self.tasks[task].kind == "classes" else out.squeeze(1)
 

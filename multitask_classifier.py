@@ -96,6 +96,7 @@ def train(config: Config) -> None:
     best = load(run.best)
     load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
     report(model, data, device, config, run, {"epoch": best["epoch"], "checkpoint": run.best.name})
+    run.resume.unlink(missing_ok=True)  # several times as large as best.pt, and there is nothing left to go on with
     say(f"best checkpoint {run.best}; curves: tensorboard --logdir {run.path.parent}")
 
 

@@ -12,6 +12,7 @@ from test_training import make_trainer
 from torch import Tensor, nn
 
 from tasks import TASKS, Task
+from training.loop import Trainer
 from training.losses import (
     LOSSES,
     binary_cross_entropy,
@@ -414,3 +415,66 @@ def test_every_loss_of_a_task_trains(tiny_flags: list[str], tmp_path: Path, task
     after = dict(trainer.model.named_parameters())
     assert any(key.startswith("backbones.") and not torch.equal(before[key], after[key]) for key in before)
     assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+# ------------------------------------------------------------------------------------------- terms on the embeddings
+
+
+def gradients(trainer: Trainer, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of each parameter that the loss reaches."""
+    trainer.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def step_gradients(trainer: Trainer, task: str, indices: np.ndarray) -> dict[str, Tensor]:
+    """What the loop hands to the optimizer for one batch."""
+    found: dict[str, Tensor] = {}
+    optimizer = trainer.optimizers[task]
+
+    def take(*_: object) -> None:
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    optimizer.step = take  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    trainer.train_step(Step(task, indices), 1e-3, False)
+    return found
+
+
+@pytest.mark.parametrize(("task", "kind"), [("sts", "contrastive"), ("para", "contrastive"), ("sst", "simcse")])
+def test_a_term_adds_its_weighted_gradient(tiny_flags: list[str], tmp_path: Path, task: str, kind: str) -> None:
+    flags = [f"--{task}_embedding_loss", kind, f"--{task}_embedding_weight", 0.25, "--fine_tune_mode", "full-model"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r4", *flags)
+    model, data, indices = trainer.model.train(), trainer.train_data[task], np.array([3, 0, 7, 5, 11, 2])
+    found = step_gradients(trainer, task, indices)
+    torch.manual_seed(3)  # the same dropout masks, drawn in the same order
+    batch, labels = data.batch(indices), data.labels(indices)
+    embedding = model.embed(task, batch)
+    loss = LOSSES[trainer.config.tasks[task].loss](model.outputs(task, embedding), labels)
+    if kind == "contrastive":
+        first, second = embedding[: len(indices)], embedding[len(indices) :]
+        extra = contrastive(first, second, labels / (5 if task == "sts" else 1))
+    else:
+        extra = simcse(embedding, model.embed(task, batch))
+    wanted = gradients(trainer, loss + 0.25 * extra)
+    torch.testing.assert_close(found, wanted)
+    torch.manual_seed(3)
+    plain = gradients(trainer, LOSSES[trainer.config.tasks[task].loss](model(task, batch), labels))
+    assert any(not torch.allclose(plain[name], wanted[name]) for name in plain)
+
+
+def test_only_the_task_that_asks_has_a_term(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--quora_embedding_loss", "contrastive")
+    assert {name: len(terms) for name, terms in trainer.terms.items()} == {"sst": 0, "para": 1, "sts": 0}
+
+
+def test_two_dropout_views_of_a_sentence_become_alike(tiny_flags: list[str], tmp_path: Path) -> None:
+    """SimCSE alone, as a reader would try it: its loss falls over the steps."""
+    flags = ["--train_sst", "--sst_embedding_loss", "simcse", "--sst_embedding_weight", 10]
+    flags += ["--fine_tune_mode", "full-model", "--optim", "AdamW", "--lr", 1e-3, "--batch_size", 20, "--epochs", 25]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, "--arch", "r4", "--eval_every", 25)
+    seen: list[float] = []
+    (term,) = trainer.terms["sst"]
+    trainer.terms["sst"] = [lambda view: (seen.append((out := term(view)).item()), out)[1]]
+    trainer.fit()
+    assert len(seen) == 25 and np.mean(seen[-3:]) < 0.7 * np.mean(seen[:3])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut, make_bert
+from test_training import make_trainer
 
 import ensemble
 import multitask_classifier
@@ -96,11 +97,10 @@ def ids(path: Path) -> list[str]:
 
 def test_files_of_a_run(runs: Path) -> None:
     assert sorted(os.listdir(runs / "yin")) == [
-        "best.pt", "config.json", "metrics.jsonl", "predictions", "resume.pt", "scores.json", "tensorboard",
-        "timing.jsonl",
+        "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "tensorboard", "timing.jsonl",
     ]  # fmt: skip
     assert sorted(os.listdir(runs / "sst")) == [
-        "best.pt", "config.json", "metrics.jsonl", "predictions", "resume.pt", "scores.json", "timing.jsonl",
+        "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
     ]  # fmt: skip
     for name, epochs in (("yin", 4), ("sst", 2)):
         for file in ("metrics.jsonl", "timing.jsonl"):
@@ -696,14 +696,14 @@ def test_truncation_is_told(train: Run) -> None:
     assert re.search(r"truncated [\d,]+ sequences to 8 tokens \(--max_length\)", out)
 
 
-def test_a_checkpoint_of_another_arch_in_the_run_directory(train: Run, runs: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_arch_in_the_run_directory(train: Run, tiny_flags: list[str], tmp_path: Path) -> None:
     """--resume with other flags, or with the resume.pt of another run."""
-    shutil.copytree(runs / "yin", "run")
-    (tmp_path / "run" / "scores.json").unlink()
-    flags = ["--run_dir", "run", "--resume", "--routine", "interleave", "--epochs", 4]
+    make_trainer(tiny_flags, tmp_path / "run").fit()  # trained, but killed before its last scores were written
+    make_trainer(tiny_flags, tmp_path / "cross", "--arch", "v2").fit()
+    flags = ["--run_dir", "run", "--resume"]
     message = refusal(train, *flags, "--arch", "v2")
     assert "--resume" in message and "model.arch" in message
-    shutil.copyfile(runs / "cross" / "resume.pt", "run/resume.pt")
+    shutil.copyfile("cross/resume.pt", "run/resume.pt")
     message = refusal(train, *flags)
     assert "run/resume.pt" in message and "another arch" in message
 
@@ -734,14 +734,14 @@ def test_a_finished_run_is_not_overwritten_by_accident(train: Run, tmp_path: Pat
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_an_unfinished_run_is_not_overwritten_by_accident(train: Run, tmp_path: Path) -> None:
-    flags = ["--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--train_sst"]
-    train(*flags)
-    scores = (tmp_path / "run" / "scores.json").read_bytes()
-    (tmp_path / "run" / "scores.json").unlink()
-    assert "--resume goes on with it" in refusal(train, *flags)
-    train(*flags, "--resume")  # all epochs are done: what was missing is made
-    assert (tmp_path / "run" / "scores.json").read_bytes() == scores
+def test_an_unfinished_run_is_not_overwritten_by_accident(train: Run, tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--no_tensorboard", "--epochs", 1, "--train_sst"]
+    train(*flags, "--run_dir", "whole")
+    make_trainer(tiny_flags, tmp_path / "run", *flags).fit()  # killed before its last scores were written
+    assert "--resume goes on with it" in refusal(train, *flags, "--run_dir", "run")
+    train(*flags, "--run_dir", "run", "--resume")  # all epochs are done: what was missing is made
+    assert (tmp_path / "run" / "scores.json").read_bytes() == (tmp_path / "whole" / "scores.json").read_bytes()
+    assert not (tmp_path / "run" / "resume.pt").exists()
 
 
 def test_there_must_be_something_to_resume(train: Run, tmp_path: Path) -> None:

@@ -464,6 +464,21 @@ def test_eval_every_and_the_last_epoch(tiny_flags: list[str], tmp_path: Path) ->
     assert all("accuracy" in line["train"]["sst"] and "pearson" in line["train"]["sts"] for line in lines)
 
 
+def test_a_task_may_be_evaluated_less_often(tiny_flags: list[str], tmp_path: Path) -> None:
+    """The best checkpoint comes from an epoch that scored every task, since only such a score can be compared."""
+    lines: list[str] = []
+    flags = ["--quora_epoch_eval", 2, "--epochs", 5, "--batch_size", 20]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, say=lines.append)
+    trainer.fit()
+    evaluated = [set(line["dev"]) for line in metrics(tmp_path / "run")]
+    whole = {"sst", "para", "sts", "score", "score_raw_r"}
+    assert evaluated == [{"sst", "sts"}, whole, {"sst", "sts"}, whole, whole]
+    assert load(trainer.run.best)["epoch"] in (2, 4, 5)
+    tables = [line for line in lines if line.startswith("\nEpoch")]
+    assert [table.count("accuracy") for table in tables] == [1, 2, 1, 2, 2]
+    assert ["dev score" in table for table in tables] == [False, True, False, True, True]
+
+
 def test_evaluating_less_often_trains_the_same(tiny_flags: list[str], tmp_path: Path) -> None:
     _, often = states_by_epoch(tiny_flags, tmp_path / "a", "--epochs", 2)
     _, once = states_by_epoch(tiny_flags, tmp_path / "b", "--epochs", 2, "--eval_every", 2, "--eval_batch_size", 3)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from tasks import Task
 from tokenizer import Tokenizer
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device
-from training.losses import LOSSES
+from training.losses import LOSSES, Seen, terms_of
 from training.routines import ROUTINES, Plan, Step
 from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table, parameter_table
 
@@ -114,6 +114,7 @@ class Trainer:
             )
             for name, task in self.tasks.items()
         }
+        self.terms = {name: terms_of(config.tasks[name]) for name in self.tasks}
         self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
@@ -152,10 +153,10 @@ class Trainer:
         self.epoch += 1
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
-        dev: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        if self.epoch % self.config.train.eval_every == 0 or self.epoch == self.config.train.epochs:
-            dev = self.evaluate()
-            record.dev = overall(self.tasks, {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()})
+        dev = self.evaluate(self.due())
+        record.dev = {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()}
+        if len(dev) == len(self.tasks):
+            record.dev = overall(self.tasks, record.dev)
             record.is_best = record.dev["score"] > self.best
             self.stale = 0 if record.is_best else self.stale + 1
             if record.is_best:
@@ -165,6 +166,13 @@ class Trainer:
         record.peak_memory = self.device.peak_memory()
         self.telemetry.epoch(record, dev)
         return record
+
+    def due(self) -> list[str]:
+        """The tasks whose dev set is evaluated after this epoch: all of them after the last one."""
+        last = self.epoch == self.config.train.epochs
+        if self.epoch % self.config.train.eval_every and not last:
+            return []
+        return [name for name in self.tasks if last or self.epoch % self.config.tasks[name].epoch_eval == 0]
 
     def run_steps(self) -> dict[str, TaskMeter]:
         """All optimizer steps of the current epoch."""
@@ -195,8 +203,11 @@ class Trainer:
         batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
         amp = self.device.amp
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            outputs = self.model(step.task, batch)
-        loss = LOSSES[self.config.tasks[step.task].loss](outputs, labels)
+            embedding = self.model.embed(step.task, batch)
+            outputs = self.model.outputs(step.task, embedding)
+            seen = Seen(self.model, step.task, batch, embedding, outputs, labels)
+            terms = [term(seen) for term in self.terms[step.task]]
+        loss = sum(terms, start=LOSSES[self.config.tasks[step.task].loss](outputs, labels))
         norm = torch.tensor(math.nan)
         if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
             for group in optimizer.param_groups:
@@ -220,10 +231,11 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
 
-    def evaluate(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Values (probabilities or similarities) and labels of every dev set."""
+    def evaluate(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Values (probabilities or similarities) and labels of the dev sets of the tasks `names`."""
         out = {}
-        for name, data in self.dev_data.items():
+        for name in names:
+            data = self.dev_data[name]
             size = self.config.compute.eval_batch_size
             outputs = predict(self.model, data, self.device.device, size, self.device.amp)
             if not np.isfinite(outputs).all():

@@ -35,7 +35,7 @@ class TaskEpoch:
 
 @dataclass
 class Epoch:
-    """One epoch's figures; `number` counts from 1. `dev` is empty where the epoch was not evaluated."""
+    """One epoch's figures; `number` counts from 1. `dev` has the tasks evaluated, and the score where all were."""
 
     number: int
     trains: str
@@ -83,13 +83,13 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     for name, done in epoch.tasks.items():
         task = tasks[name]
         train = f"{primary(task, done.train):.3f}" if done.train else "-"
-        dev = score_cells(task, epoch.dev[name]) if epoch.dev else ["-", "-"]
+        dev = score_cells(task, epoch.dev[name]) if name in epoch.dev else ["-", "-"]
         rows.append([task.title, str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}", train, *dev])
     table = format_table(["task", "steps", "last lr", "loss", "train", "dev", ""], rows)
     footer = (
         f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
     )
-    if epoch.dev:
+    if "score" in epoch.dev:
         best = "  <- best so far, saved" if epoch.is_best else ""
         footer = f"dev score {epoch.dev['score']:.4f}{best}   ({footer})"
     return f"\n{title}\n{table}\n{footer}"
@@ -213,7 +213,7 @@ class Telemetry:
                 self._scalars(f"{name}/train", done.train, epoch.step)
         self.writer.add_scalar("speed/examples_per_second", epoch.examples_per_second, epoch.step)
         self.writer.add_scalar("memory/peak_gigabytes", epoch.peak_memory / 1e9, epoch.step)
-        if epoch.dev:
+        if "score" in epoch.dev:
             self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
         for name, (values, labels) in dev.items():
             self._scalars(f"{name}/dev", epoch.dev[name], epoch.step)
