@@ -72,10 +72,39 @@ def test_a_checkpoint_holds_what_was_trained_and_no_more(adapted: Path) -> None:
     wanted = {f"backbones.{name}.{own}" for name, b in model.backbones.items() for own in adapter_state(b)}
     heads = {name for name in model.state_dict() if not name.startswith("backbones.")}
     assert names == wanted | heads
-    tokenizer = len(content["tokenizer"].encode())
+    assert content["tokenizer"] is None  # it stands beside the base weights, which are needed anyway
     trained = sum(tensor.numel() * tensor.element_size() for tensor in content["weights"].values())
     overhead = 512 * len(names) + 20_000  # names and alignment of the container: much here, nothing beside a real BERT
-    assert adapted.stat().st_size <= trained + tokenizer + overhead
+    assert adapted.stat().st_size <= trained + overhead
+
+
+@pytest.mark.parametrize("flags", [["--lora_mode", "attn-only"], ["--lora_mode", "all-lin-only", "--dora"]])
+def test_an_adapter_checkpoint_is_as_large_as_what_was_trained(
+    tiny_flags: list[str], tmp_path: Path, minilm: Path, flags: list[str]
+) -> None:
+    """Adapters and heads of a real model, to 2%."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--pretrained", minilm, "--lora_rank", 8, *flags)
+    trainer.model.manage_freezing("unfreezeall", adapters_always=False)
+    trainer.save_best({})
+    trained = 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained += sum(own.numel() * own.element_size() for own in trainer.model.heads.buffers())  # of the batch norms
+    pair_layer = trainer.model.pair_layer
+    assert pair_layer is not None
+    trained += sum(own.numel() * own.element_size() for own in pair_layer.buffers())
+    assert trained <= trainer.run.best.stat().st_size <= 1.02 * trained
+
+
+def test_another_tokenizer_beside_the_base_weights_is_refused(adapted: Path, tiny_bert: Path) -> None:
+    words = tiny_bert / "vocab.txt"
+    kept = words.read_text()
+    first, second, *rest = kept.splitlines()[5:]
+    try:
+        words.write_text("\n".join([*kept.splitlines()[:5], second, first, *rest]) + "\n")
+        with pytest.raises(UserError, match="another tokenizer"):
+            load_model(adapted)
+    finally:
+        words.write_text(kept)
+    load_model(adapted)
 
 
 def test_evaluation_of_a_checkpoint_gives_the_scores_of_its_run(

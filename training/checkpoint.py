@@ -23,7 +23,7 @@ from config import BertConfig, Config, UserError
 from lora import LoRAConfig
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 OWN_FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt")
@@ -117,7 +117,8 @@ def git_commit() -> str | None:
 def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]) -> dict:
     """The content of a checkpoint: all that evaluation needs, the tokenizer included.
 
-    With adapters, pretrained weights that never train are left out; `base_sha256` says which they are.
+    With adapters, pretrained weights that never train and the tokenizer are left out, since loading needs the folder
+    of the base weights anyway; `base_sha256` and `tokenizer_sha256` say which they are.
     """
     left_out = model.never_trained(config.train.fine_tune_mode)
     return {
@@ -127,7 +128,7 @@ def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config,
         "config": config.to_dict(),
         "bert_config": model.bert_config.to_dict(),
         "tasks": list(model.tasks),
-        "tokenizer": tokenizer.to_json(),
+        "tokenizer": tokenizer.to_json() if model.lora is None else None,
         "tokenizer_sha256": tokenizer.sha256,
         "scores": dict(scores),
         "git_commit": git_commit(),
@@ -167,18 +168,28 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
         config = Config.from_dict(content["config"])
         tasks: dict[str, Task] = {name: TASKS[name] for name in content["tasks"]}
         model = MultitaskBERT(config.model, BertConfig.from_dict(content["bert_config"], str(path)), tasks)
-        tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
-        weights, base_sha256 = content["weights"], content["base_sha256"]
+        weights, base_sha256, tokenizer_sha256 = (
+            content[key] for key in ("weights", "base_sha256", "tokenizer_sha256")
+        )
+        lora = LoRAConfig.from_options(config.lora)
+        if lora is None:
+            tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew") from error
-    lora = LoRAConfig.from_options(config.lora)
     if lora is not None:
-        model.load_backbones(resolve_pretrained(config.model.pretrained))
+        folder = resolve_pretrained(config.model.pretrained)
+        model.load_backbones(folder)
         model.add_adapters(lora)
         if model.base_sha256 != base_sha256:
             raise UserError(
                 f"{path}: its adapters were trained on other base weights than {config.model.pretrained} has here "
                 f"(SHA-256 {base_sha256[:12]}, not {model.base_sha256[:12]}); put the original ones there"
+            )
+        tokenizer = load_tokenizer(folder, config.data.max_length)
+        if tokenizer.sha256 != tokenizer_sha256:
+            raise UserError(
+                f"{path}: was trained with another tokenizer than {config.model.pretrained} has here; "
+                "put the original one there"
             )
     load_weights_into(model, weights, path, model.never_trained(config.train.fine_tune_mode))
     return model, tokenizer, config
