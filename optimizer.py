@@ -137,6 +137,38 @@ def adam_step(params: Tensors, m: Tensors, v: Tensors, step_size: float, eps: fl
     torch._foreach_addcdiv_(params, m, denominators, -step_size)
 
 
+NO_CORRECTION = 1 << 30  # steps after which 1 - beta^t is 1 in any precision, unless beta is that too
+
+
+def has_kernel(params: Tensors, grads: Tensors) -> bool:
+    """Whether torch's kernels of Adam, which pass over memory once, take these tensors as they are."""
+    return all(
+        p.device.type in ("cpu", "cuda")
+        and p.dtype in (torch.float32, torch.float64)
+        and g.dtype == p.dtype
+        and p.is_contiguous()
+        and g.is_contiguous()
+        for p, g in zip(params, grads, strict=True)
+    )
+
+
+def in_one_pass(
+    kernel: Callable[..., None],
+    betas: Betas,
+    step: int,
+    params: Tensors,
+    grads: Tensors,
+    m: Tensors,
+    v: Tensors,
+    **options: float,
+) -> None:
+    """One of torch's kernels of Adam with the options lr, weight_decay and eps; `step` counts from 1."""
+    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
+    kernel(
+        params, grads, m, v, [], steps, beta1=betas[0], beta2=betas[1], amsgrad=False, maximize=False, **options
+    )  # fmt: skip
+
+
 class AdamW(ForeachOptimizer):
     """Adam with decoupled weight decay, as the course's handout defines it (Loshchilov and Hutter 2019, Algorithm 2).
 
@@ -144,6 +176,8 @@ class AdamW(ForeachOptimizer):
 
     Unlike torch.optim.AdamW, eps is added to the uncorrected sqrt(v) (the efficient version of Kingma and Ba 2015,
     end of section 2), and the decay comes last, on the updated weight. `correct_bias=False` takes a_t = lr.
+
+    Where torch has a kernel that does its own rule in one pass over memory, that does ours too, under other constants.
     """
 
     states = ("exp_avg", "exp_avg_sq")
@@ -161,8 +195,17 @@ class AdamW(ForeachOptimizer):
         super().__init__(params, defaults)
 
     def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
-        update_moments(group["betas"], grads, m, v)
         beta1, beta2 = group["betas"]
+        keep = 1.0 - group["lr"] * group["weight_decay"]
+        if keep > 0.0 and has_kernel(params, grads):
+            # The kernel computes th (1 - lr' wd') - lr'/(1-b1^t) m/(sqrt(v/(1-b2^t)) + eps'); the rule above is
+            # th keep - keep a_t m/(sqrt(v) + eps).
+            known = step if group["correct_bias"] else NO_CORRECTION
+            eps = group["eps"] / math.sqrt(1.0 - beta2**known)
+            options = {"lr": keep * group["lr"], "weight_decay": group["weight_decay"] / keep, "eps": eps}
+            in_one_pass(torch._fused_adamw_, group["betas"], known, params, grads, m, v, **options)
+            return
+        update_moments(group["betas"], grads, m, v)
         step_size = group["lr"]
         if group["correct_bias"]:
             step_size *= math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
@@ -196,6 +239,11 @@ class Adam(DecayedAdam):
     states = ("exp_avg", "exp_avg_sq")
 
     def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
+        if has_kernel(params, grads):
+            kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            in_one_pass(kernel, group["betas"], step, params, grads, m, v, **options)
+            return
         grads = decay_weights(group, params, grads)
         update_moments(group["betas"], grads, m, v)
         beta1, beta2 = group["betas"]
