@@ -616,6 +616,11 @@ def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description
     return assemble(vars(namespace), tasks)
 
 
+def say(line: str) -> None:
+    """Print a line at once, even into a file."""
+    print(line, flush=True)
+
+
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")

@@ -27,6 +27,7 @@ from config import (
     groups_of,
     option,
     run_script,
+    say,
     task_defaults,
     task_options,
 )
@@ -62,11 +63,6 @@ class Member:
     sha256: str
     tasks: tuple[str, ...]
     votes: int
-
-
-def say(line: str) -> None:
-    """Print a line at once, even into a file."""
-    print(line, flush=True)
 
 
 def find_members(names: Sequence[str]) -> list[Member]:

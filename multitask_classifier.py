@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError, parse, run_script
+from config import Config, UserError, parse, run_script, say
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
     from training.checkpoint import RunDirectory
     from training.device import Device
-
-
-def say(line: str) -> None:
-    """Print a line at once, even into a file."""
-    print(line, flush=True)
 
 
 def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT, Tokenizer]":
