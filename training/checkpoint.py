@@ -75,10 +75,13 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save(dict(content), temporary))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises UserError for a file that is missing, damaged, or not one of ours."""
+def load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """What `save` wrote; with `mmap`, tensors stay in the file until they are used.
+
+    Raises UserError for a file that is missing, damaged, or not one of ours.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
     except Exception as error:  # a damaged pickle can raise anything
