@@ -1,17 +1,23 @@
-"""Ensemble saved checkpoints: average their predictions, score dev and predict test.
+"""Ensemble saved checkpoints: average predictions or weights, choose members and votes, score dev, predict test.
 
     python ensemble.py --filepaths a.pt b.pt a.pt --data_dir data
-    python ensemble.py a.pt b.pt --data_dir data --run_dir runs/my-ensemble
+    python ensemble.py a.pt b.pt c.pt --data_dir data --select 20 --run_dir runs/my-selection
+    python ensemble.py a.pt b.pt c.pt --data_dir data --soup greedy --run_dir runs/my-soup
 
 A file named twice has two votes. Members may differ in arch and weights. One member is in memory at a time, and each
 member's predictions are kept, by the hash of its file, so that the next ensemble of the same members takes seconds.
+
+--select and --soup greedy choose by one half of dev. The other half shows whether the choice holds for examples that
+it was not made by; the members' own best epochs were chosen by both halves. Predictions are those of the last row of
+the table. A soup must be of members with one arch and the same start weights; RUN_DIR/soup.pt is a checkpoint like any.
 """
 
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +37,15 @@ from config import (
     task_defaults,
     task_options,
 )
-from tasks import TASKS, Task
+from tasks import TASKS
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
     from datasets import Examples
     from training.device import Device
+    from training.ensembling import Rows
 
-Outputs = dict[tuple[str, str], np.ndarray]  # (split, task) -> raw outputs [N, classes] or [N]
+Outputs = dict[tuple[str, str], np.ndarray]  # (split, task) -> raw outputs or probabilities, [N, classes] or [N]
 Splits = Mapping[str, Mapping[str, "Examples"]]
 
 
@@ -50,6 +57,14 @@ class EnsembleOptions:
         "probabilities",
         "mean of probabilities (similarities z-scored), or of raw outputs as in R0",
         choices=("probabilities", "logits"),
+    )
+    select: int | None = option(
+        None, "also choose members and up to so many votes greedily, by one half of dev", metavar="VOTES", low=1
+    )
+    soup: str | None = option(
+        None,
+        "also average weights, into RUN_DIR/soup.pt: of all members, or greedily of those that help on half of dev",
+        choices=("uniform", "greedy"),
     )
     run_dir: str = option("runs/ensemble", "folder for scores.json and predictions/")
     cache: str = option("runs/ensemble-cache", "folder that keeps each member's predictions")
@@ -63,6 +78,14 @@ class Member:
     sha256: str
     tasks: tuple[str, ...]
     votes: int
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What members make together: probabilities or similarities by (split, task), and the votes by file."""
+
+    values: Outputs
+    votes: dict[str, int]
 
 
 def find_members(names: Sequence[str]) -> list[Member]:
@@ -79,6 +102,32 @@ def find_members(names: Sequence[str]) -> list[Member]:
             raise UserError(f"--filepaths {name}: knows no task of the task table; name a best.pt of a run")
         members.append(Member(Path(name), sha256(Path(name)), tasks, votes))
     return members
+
+
+def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
+    """See that what is asked for has a meaning with these members. Raises UserError where it has none."""
+    from training.checkpoint import load
+    from training.ensembling import check_alike
+
+    for flag in ("select", "soup"):
+        if getattr(options, flag) is not None and len(members) < 2:
+            raise UserError(f"--{flag} {getattr(options, flag)} needs a choice; name two different checkpoints or more")
+    if options.select is not None:
+        known = {task: member.path for member in members for task in member.tasks}
+        for member in members:
+            if missing := sorted(known.keys() - set(member.tasks)):
+                raise UserError(
+                    f"--select compares members by all their tasks, but {member.path} does not know {missing[0]}, "
+                    f"as {known[missing[0]]} does; leave one of them out, or --select"
+                )
+    if options.soup is not None:
+        if soup_path(options).resolve() in [member.path.resolve() for member in members]:
+            raise UserError(f"--soup writes {soup_path(options)}, which is a member too; choose another --run_dir")
+        check_alike({member.path: load(member.path, mmap=True) for member in members})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions
 
 
 def cache_file(cache: Path, member: Member, splits: Splits, device: "Device") -> Path:
@@ -101,8 +150,18 @@ def read_outputs(path: Path) -> Outputs | None:
         return None
 
 
-def member_outputs(member: Member, splits: Splits, cache: Path, device: "Device", batch_size: int) -> Outputs:
-    """Raw outputs of a member for every split and task that it was trained on, from the cache if they are there."""
+def member_outputs(
+    member: Member,
+    splits: Splits,
+    cache: Path,
+    device: "Device",
+    batch_size: int,
+    read: Callable[[], Mapping[str, Any]] | None = None,
+) -> Outputs:
+    """Raw outputs of a member for every split and task that it was trained on, from the cache if they are there.
+
+    `read` gives the content of a checkpoint that is not a file yet.
+    """
     from datasets import tokenise
     from evaluation import predict
     from training.checkpoint import load_model, write_atomically
@@ -116,7 +175,7 @@ def member_outputs(member: Member, splits: Splits, cache: Path, device: "Device"
     if outputs is not None:
         say(f"{member.path}: predictions from {cache}")
         return outputs
-    model, tokenizer, _ = load_model(member.path)
+    model, tokenizer, _ = load_model(member.path, read and read())
     model.to(device.device)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
     outputs = {
@@ -135,60 +194,154 @@ def member_outputs(member: Member, splits: Splits, cache: Path, device: "Device"
     return outputs
 
 
-def z_scores(values: np.ndarray) -> np.ndarray:
-    """Values [N] with mean 0 and deviation 1; all 0 where they are constant."""
-    exact = values.astype(np.float64)
-    deviation = exact.std()
-    constant = deviation <= 1e-6 * np.abs(exact).max(initial=0.0)  # what rounding alone can make of equal numbers
-    return np.zeros_like(exact) if constant else (exact - exact.mean()) / deviation
-
-
-def vote(task: Task, outputs: Sequence[np.ndarray], votes: Sequence[int], average: str) -> np.ndarray:
-    """The members' mean as probabilities [N(, classes)], or as similarities [N].
-
-    Members trained with the Pearson loss have no common scale, so similarities are z-scored first; `logits` averages
-    raw outputs instead (R0, appendix D). Decisions are made from the mean, never from rounded members.
-    """
+def as_probabilities(outputs: Outputs) -> Outputs:
+    """One member's raw outputs as probabilities; similarities stay as they are."""
     from evaluation import probabilities
 
-    if average == "logits":
-        return probabilities(task, np.average(outputs, axis=0, weights=votes).astype(np.float32))
-    comparable = z_scores if task.kind == "similarity" else lambda own: probabilities(task, own)
-    return np.average([comparable(own) for own in outputs], axis=0, weights=votes)
+    return {key: probabilities(TASKS[key[1]], own) for key, own in outputs.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Soups
+
+
+def soup_path(options: EnsembleOptions) -> Path:
+    """The file of a soup."""
+    return Path(options.run_dir) / "soup.pt"
+
+
+def soup_content(members: Sequence[Member], votes: Sequence[int]) -> dict[str, Any]:
+    """A checkpoint with the average of the weights of the members that have votes; the rest is the first one's."""
+    from training.checkpoint import load
+    from training.ensembling import average_weights
+
+    voting = [(member.path, count) for member, count in zip(members, votes, strict=True) if count]
+    weights = average_weights((load(path, mmap=True)["weights"], count) for path, count in voting)
+    return {**load(voting[0][0], mmap=True), "weights": weights}
+
+
+def make_soup(
+    members: Sequence[Member],
+    alone: Sequence[float],
+    splits: Splits,
+    half: "Rows | None",
+    options: EnsembleOptions,
+    outputs_of: Callable[..., Outputs],
+) -> Combined:
+    """Average weights, write the checkpoint and predict with it.
+
+    `alone` are the members' scores on `half`, the examples by which a greedy soup is chosen; None for a uniform one.
+    """
+    from training.checkpoint import load_model, model_checkpoint, save
+    from training.ensembling import greedy_soup, score_dev
+
+    path = soup_path(options)
+
+    def predicted(votes: Sequence[int], over: Splits) -> Outputs:
+        named = [f"{member.sha256} {count}" for member, count in zip(members, votes, strict=True) if count]
+        soup = Member(path, hashlib.sha256("\n".join(["soup", *named]).encode()).hexdigest(), members[0].tasks, 1)
+        return as_probabilities(outputs_of(soup, over, read=lambda: soup_content(members, votes)))
+
+    def score(votes: Sequence[int]) -> float:
+        return float(score_dev(predicted(votes, {"dev": splits["dev"]}), splits["dev"], half)["score"])
+
+    votes = [member.votes for member in members]
+    if half is not None:
+        votes = greedy_soup(votes, alone, score)
+    values = predicted(votes, splits)
+    model, tokenizer, config = load_model(path, soup_content(members, votes))
+    named = votes_by_file(members, votes)
+    save(path, {**model_checkpoint(model, tokenizer, config, score_dev(values, splits["dev"])), "soup": named})
+    if any("running_" in name for name in model.state_dict()):
+        say(f"{path}: running statistics of batch normalisation are averages too, which is only approximate")
+    return Combined(values, named)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ensembles
+
+
+def votes_by_file(members: Sequence[Member], votes: Sequence[int]) -> dict[str, int]:
+    """The votes of those members that have any."""
+    return {str(member.path): count for member, count in zip(members, votes, strict=True) if count}
+
+
+def make_selection(
+    members: Sequence[Member],
+    by_member: Sequence[Outputs],
+    dev: "Mapping[str, Examples]",
+    half: "Rows",
+    options: EnsembleOptions,
+) -> Combined:
+    """The vote of the members that a greedy selection by `half` of dev chooses."""
+    from training.ensembling import score_dev, select_votes, vote_all
+
+    on_dev = [{key: own for key, own in outputs.items() if key[0] == "dev"} for outputs in by_member]
+
+    def score(votes: Sequence[int]) -> float:
+        return float(score_dev(vote_all(on_dev, votes, options.average), dev, half)["score"])
+
+    votes = select_votes(len(members), options.select or 0, score)
+    return Combined(vote_all(by_member, votes, options.average), votes_by_file(members, votes))
+
+
+def cut_dev(dev: "Mapping[str, Examples]") -> "dict[str, Rows]":
+    """The half of every task's dev set that choices are made by, and the half that is held out.
+
+    Raises UserError for a dev set of one example.
+    """
+    from training.ensembling import halves
+
+    for name, examples in dev.items():
+        if len(examples) < 2:
+            raise UserError(f"{examples.path}: one example has no halves; --{name}_dev names a longer file")
+    cut = {name: halves(examples.ids) for name, examples in dev.items()}
+    names = ("chosen_half", "held_out_half")
+    return {half: {name: own[i] for name, own in cut.items()} for i, half in enumerate(names)}
 
 
 def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions, compute: ComputeOptions) -> None:
-    """Average the members over `splits`; print and write scores and predictions."""
-    from evaluation import overall, probabilities, score_and_write, score_task
+    """Combine the members over `splits`; print and write scores and predictions."""
+    from evaluation import score_and_write
     from training.checkpoint import RunDirectory
     from training.device import choose_device
+    from training.ensembling import score_dev, vote_all
     from training.telemetry import score_table
 
+    dev = splits["dev"]
+    cut = cut_dev(dev) if options.select is not None or options.soup == "greedy" else {}
+
+    def scored(values: Outputs) -> dict[str, Any]:
+        return score_dev(values, dev) | {name: score_dev(values, dev, half)["score"] for name, half in cut.items()}
+
     device = choose_device(compute, say)
-    by_member = [
-        member_outputs(member, splits, Path(options.cache), device, compute.eval_batch_size) for member in members
-    ]
-    tasks = {name: TASKS[name] for name in splits["dev"]}
-    rows = {}
-    for member, own in zip(members, by_member, strict=True):
-        scores = {
-            name: score_task(task, probabilities(task, own["dev", name]), splits["dev"][name].labels)
-            for name, task in tasks.items()
-            if ("dev", name) in own
-        }
-        rows[f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "")] = overall(tasks, scores)
-    averaged = {}
-    for split, by_task in splits.items():
-        for name in by_task:
-            having = [i for i, own in enumerate(by_member) if (split, name) in own]
-            outputs, votes = [by_member[i][split, name] for i in having], [members[i].votes for i in having]
-            averaged[split, name] = vote(TASKS[name], outputs, votes, options.average)
+    outputs_of = partial(member_outputs, cache=Path(options.cache), device=device, batch_size=compute.eval_batch_size)
+    by_member = [outputs_of(member, splits) for member in members]
+    votes = [member.votes for member in members]
+    names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]
+    rows = {name: scored(as_probabilities(outputs)) for name, outputs in zip(names, by_member, strict=True)}
+    made = {"mean": Combined(vote_all(by_member, votes, options.average), votes_by_file(members, votes))}
+    if options.soup is not None:
+        half = cut["chosen_half"] if options.soup == "greedy" else None
+        alone = [own["chosen_half"] for own in rows.values()] if half else []
+        made[f"{options.soup} soup"] = make_soup(members, alone, splits, half, options, outputs_of)
+    if options.select is not None:
+        made["selection"] = make_selection(members, by_member, dev, cut["chosen_half"], options)
+    combined = {name: scored(own.values) for name, own in made.items()}
+
     run = RunDirectory(Path(options.run_dir))
-    scores = score_and_write(tasks, averaged, splits, run.path)
-    votes_by_file = {str(member.path): member.votes for member in members}
-    run.write_json("scores.json", {"dev": scores, "members": rows, "votes": votes_by_file, "average": options.average})
-    say("\n" + score_table(tasks, {**rows, "ensemble": scores}))
-    say(f"scores and predictions in {run.path}")
+    tasks = {name: TASKS[name] for name in dev}
+    last, written = list(made.items())[-1]
+    scores = score_and_write(tasks, written.values, splits, run.path)
+    about = {"predictions": last, "votes": written.votes, "members": rows, "average": options.average}
+    by_name = {name: {"dev": combined[name], "votes": own.votes} for name, own in made.items()}
+    run.write_json("scores.json", {"dev": scores, **about, "combined": by_name})
+    say("\n" + score_table(tasks, {**rows, **combined}, tuple(cut)))
+    if cut:
+        say("chosen half: of dev, what choices were made by; held-out half: whether they hold for other examples")
+    for name, own in list(made.items())[1:]:
+        say(f"{name}: " + ", ".join(f"{path} x {count}" for path, count in own.votes.items()))
+    say(f"scores and predictions ({last}) in {run.path}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -206,6 +359,7 @@ def main(argv: Sequence[str]) -> None:
 
     options = groups_of(given, groups)
     members = find_members(names)
+    check_members(members, options["ensemble"])
     tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}
     own = {name: task_options(given, task, task_defaults(task)) for name, task in tasks.items()}
     splits = load_splits(DataOptions(**vars(options["data"])), own, tasks, ["dev", "test"], say)

@@ -12,7 +12,6 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from config import ARCHS, DataOptions, ModelOptions, TaskOptions, UserError
 from datasets import Examples, TaskData, load_splits
-from ensemble import vote, z_scores
 from evaluation import (
     correlation,
     decide,
@@ -26,6 +25,7 @@ from evaluation import (
 )
 from multitask_bert import MultitaskBERT
 from tasks import PARA, SST, STS, TASKS
+from training.ensembling import vote, z_scores
 
 rng = np.random.default_rng
 

@@ -395,7 +395,7 @@ def test_ensemble_of_two_archs(combine: Run, runs: Path, tmp_path: Path) -> None
     names = [runs / "yin" / "best.pt", runs / "cross" / "best.pt"]
     out = combine(*names, "--run_dir", "e")
     scores = read_json(tmp_path / "e" / "scores.json")
-    assert set(scores) == {"dev", "members", "votes", "average"}
+    assert set(scores) == {"dev", "predictions", "votes", "members", "average", "combined"}
     assert set(scores["dev"]) == {"sst", "para", "sts", "score", "score_raw_r"}
     assert scores["votes"] == {str(name): 1 for name in names} and scores["average"] == "probabilities"
     for name, run in zip(names, ("yin", "cross"), strict=True):
@@ -403,8 +403,10 @@ def test_ensemble_of_two_archs(combine: Run, runs: Path, tmp_path: Path) -> None
         assert f"{name}: predicted" in out
     assert sorted(os.listdir("e")) == ["predictions", "scores.json"]
     assert set(member_outputs(tmp_path / "e")) == set(member_outputs(runs / "yin"))
-    table = [line for line in out.splitlines() if line.startswith(("ensemble", str(runs)))]
+    table = [line for line in out.splitlines() if line.startswith(("mean", str(runs)))]
     assert f"{scores['dev']['score']:.4f}" in table[-1]
+    assert scores["predictions"] == "mean"
+    assert scores["combined"] == {"mean": {"dev": scores["dev"], "votes": scores["votes"]}}
     # similarities are means of z-scores
     own = [member_outputs(runs / run)["sts-dev-output.csv"] for run in ("yin", "cross")]
     wanted = np.mean([(values - values.mean()) / values.std() for values in own], axis=0)
@@ -491,7 +493,7 @@ def test_a_member_that_lacks_a_task_votes_where_it_can(combine: Run, runs: Path,
     assert set(scores["dev"]) == {"sst", "para", "sts", "score", "score_raw_r"}
     assert scores["dev"]["para"] == read_json(runs / "yin" / "scores.json")["dev"]["para"]
     assert set(scores["members"][str(sst)]) == {"sst", "score", "score_raw_r"}
-    assert out.splitlines()[-2].startswith("ensemble")
+    assert out.splitlines()[-2].startswith("mean")
 
 
 def test_an_ensemble_needs_only_its_members_tasks(runs: Path, small_data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -520,7 +522,7 @@ def test_ensemble_mistakes(combine: Run, runs: Path, tmp_path: Path) -> None:
 def test_ensemble_as_a_process(runs: Path, small_data: Path, tmp_path: Path) -> None:
     flags = ["--data_dir", small_data, "--run_dir", tmp_path / "e", "--cache", tmp_path / "cache", "--threads", 1]
     done = shell("ensemble.py", runs / "yin" / "best.pt", runs / "cross" / "best.pt", *flags)
-    assert done.returncode == 0 and "Traceback" not in done.stderr and "ensemble" in done.stdout
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "\nmean" in done.stdout
     done = shell("ensemble.py", "missing.pt", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --filepaths missing.pt: there is no such checkpoint; check the path\n"

@@ -161,14 +161,26 @@ def load_weights_into(
     model.load_state_dict({**own, **weights})
 
 
+def _foreign(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew")
+
+
+def saved_config(content: Mapping[str, Any], path: Path) -> Config:
+    """The options in a checkpoint's content. Raises UserError where this program does not know them."""
+    try:
+        return Config.from_dict(content["config"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _foreign(path, error) from error
+
+
 def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
     """The model, tokenizer and configuration of a checkpoint file (already read as `content`, if given).
 
     Raises UserError where the file is damaged or its parts do not fit together.
     """
     content = content or load(path)
+    config = saved_config(content, path)
     try:
-        config = Config.from_dict(content["config"])
         tasks: dict[str, Task] = {name: TASKS[name] for name in content["tasks"]}
         model = MultitaskBERT(config.model, BertConfig.from_dict(content["bert_config"], str(path)), tasks)
         weights, base_sha256, tokenizer_sha256 = (
@@ -178,7 +190,7 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
         if lora is None:
             tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew") from error
+        raise _foreign(path, error) from error
     if lora is not None:
         folder = resolve_pretrained(config.model.pretrained)
         model.load_backbones(folder)
