@@ -302,11 +302,8 @@ def cut_dev(dev: "Mapping[str, Examples]") -> "dict[str, Rows]":
 
 def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions, compute: ComputeOptions) -> None:
     """Combine the members over `splits`; print and write scores and predictions."""
-    from evaluation import score_and_write
-    from training.checkpoint import RunDirectory
     from training.device import choose_device
     from training.ensembling import score_dev, vote_all
-    from training.telemetry import score_table
 
     dev = splits["dev"]
     cut = cut_dev(dev) if options.select is not None or options.soup == "greedy" else {}
@@ -317,9 +314,9 @@ def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions
     device = choose_device(compute, say)
     outputs_of = partial(member_outputs, cache=Path(options.cache), device=device, batch_size=compute.eval_batch_size)
     by_member = [outputs_of(member, splits) for member in members]
-    votes = [member.votes for member in members]
     names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]
     rows = {name: scored(as_probabilities(outputs)) for name, outputs in zip(names, by_member, strict=True)}
+    votes = [member.votes for member in members]
     made = {"mean": Combined(vote_all(by_member, votes, options.average), votes_by_file(members, votes))}
     if options.soup is not None:
         half = cut["chosen_half"] if options.soup == "greedy" else None
@@ -327,17 +324,34 @@ def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions
         made[f"{options.soup} soup"] = make_soup(members, alone, splits, half, options, outputs_of)
     if options.select is not None:
         made["selection"] = make_selection(members, by_member, dev, cut["chosen_half"], options)
-    combined = {name: scored(own.values) for name, own in made.items()}
+    report(rows, made, {name: scored(own.values) for name, own in made.items()}, splits, options, tuple(cut))
+
+
+def report(
+    rows: Mapping[str, dict[str, Any]],
+    made: Mapping[str, Combined],
+    combined: Mapping[str, dict[str, Any]],
+    splits: Splits,
+    options: EnsembleOptions,
+    half_names: Sequence[str],
+) -> None:
+    """Print the scores of the members (`rows`) and of what was `made` of them, and write them all into the run folder.
+
+    Predictions are those of the last thing made.
+    """
+    from evaluation import score_and_write
+    from training.checkpoint import RunDirectory
+    from training.telemetry import score_table
 
     run = RunDirectory(Path(options.run_dir))
-    tasks = {name: TASKS[name] for name in dev}
+    tasks = {name: TASKS[name] for name in splits["dev"]}
     last, written = list(made.items())[-1]
     scores = score_and_write(tasks, written.values, splits, run.path)
     about = {"predictions": last, "votes": written.votes, "members": rows, "average": options.average}
     by_name = {name: {"dev": combined[name], "votes": own.votes} for name, own in made.items()}
     run.write_json("scores.json", {"dev": scores, **about, "combined": by_name})
-    say("\n" + score_table(tasks, {**rows, **combined}, tuple(cut)))
-    if cut:
+    say("\n" + score_table(tasks, {**rows, **combined}, half_names))
+    if half_names:
         say("chosen half: of dev, what choices were made by; held-out half: whether they hold for other examples")
     for name, own in list(made.items())[1:]:
         say(f"{name}: " + ", ".join(f"{path} x {count}" for path, count in own.votes.items()))
