@@ -6,6 +6,7 @@ A field made by `option` is one flag: its name, type, default, help, choices and
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import sys
@@ -113,6 +114,7 @@ ARCHS: dict[str, Arch] = {
         "per-task", "siamese", "mean", ("u", "v", "diff"), "none", "mlp", 1, False, "gelu", "cosine", False, "mse"
     ),
 }
+DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")  # no task has a given number of rounds
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 
 
@@ -254,7 +256,17 @@ class TrainOptions:
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
-    routine: str = option("sequential", "which task the next batch comes from", choices=("sequential", "interleave"))
+    routine: str = option(
+        "sequential",
+        "which task the next batch comes from",
+        choices=("sequential", "interleave", *DRAWING_ROUTINES),
+    )
+    steps_per_epoch: int | None = option(
+        None, "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)", low=1
+    )
+    anneal_factor: float = option(
+        0.8, "--routine annealed draws by size^a; a falls from 1 by this much", low=0.0, high=1.0
+    )
     clip: float | None = option(None, "largest gradient norm", above=0.0)
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
@@ -584,6 +596,18 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
     if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
         problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
+    if train.routine in DRAWING_ROUTINES:
+        problems += [
+            f"--num_{name}_trains belongs to --routine sequential and interleave, not {train.routine}; drop one"
+            for name, own in config.tasks.items()
+            if own.num_trains > 1
+        ]
+    elif train.steps_per_epoch is not None:
+        problems.append(
+            f"--steps_per_epoch belongs to --routine {', '.join(DRAWING_ROUTINES)}, not {train.routine}; drop one"
+        )
+    if train.anneal_factor != 0.8 and train.routine != "annealed":
+        problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     problems += check_embedding_losses(config, tasks)
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
@@ -630,6 +654,9 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

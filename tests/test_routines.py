@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.routines import ROUTINES, Plan, Step, interleave, sequential, shuffled, task_batches
+from config import DRAWING_ROUTINES
+from training.routines import (
+    ROUTINES,
+    Plan,
+    Step,
+    annealed,
+    annealed_shares,
+    interleave,
+    passes,
+    random_epoch,
+    round_robin,
+    sequential,
+    shuffled,
+    task_batches,
+)
 
 SIZES = {"sst": 5, "para": 7, "sts": 3}
 ROUNDS = {"sst": 2, "para": 1, "sts": 5}  # Run it Back
 PLAN = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=ROUNDS)
 ONCE = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=dict.fromkeys(SIZES, 1))
+
+
+WHOLE = (sequential, interleave)  # go through each task a given number of times
+DRAWING = {name: routine for name, routine in ROUTINES.items() if routine not in WHOLE}
 
 
 def trace(steps: list[Step]) -> list[tuple[str, int]]:
@@ -77,7 +96,7 @@ def test_both_routines_hold_the_same_batches() -> None:
 
 
 def test_each_example_comes_once_a_round() -> None:
-    for routine in ROUTINES.values():
+    for routine in WHOLE:
         steps = routine(PLAN, 2)
         for task, size in SIZES.items():
             found = order(steps, task)
@@ -149,7 +168,7 @@ def test_a_golden_order() -> None:
 
 def test_a_task_without_rounds_is_left_out() -> None:
     plan = Plan(0, 2, SIZES, {**ROUNDS, "para": 0})
-    for routine in ROUTINES.values():
+    for routine in WHOLE:
         assert {step.task for step in routine(plan, 0)} == {"sst", "sts"}
 
 
@@ -170,7 +189,7 @@ def test_the_order_of_tasks_is_that_of_the_plan() -> None:
 def test_any_plan_is_kept(sizes: list[int], rounds: list[int], batch_size: int, seed: int, epoch: int) -> None:
     names = ["sst", "para", "sts", "cfimdb"][: len(sizes)]
     plan = Plan(seed, batch_size, dict(zip(names, sizes, strict=True)), dict(zip(names, rounds, strict=False)))
-    for routine in ROUTINES.values():
+    for routine in WHOLE:
         steps = routine(plan, epoch)
         assert all(0 < len(step.indices) <= batch_size for step in steps)
         for name, size in plan.sizes.items():
@@ -199,7 +218,116 @@ def test_a_fraction_of_a_task_is_another_one_every_time() -> None:
 def test_a_late_task_waits_for_its_epoch() -> None:
     """Late Quora (R0, appendix G): the epochs before are those of a run without it."""
     plan = Plan(7, 4, {"sst": 6, "para": 9}, {"sst": 1, "para": 2}, from_epochs={"para": 3})
-    for routine in ROUTINES.values():
+    for routine in WHOLE:
         tasks = [{step.task for step in routine(plan, epoch)} for epoch in range(4)]
         assert tasks == [{"sst"}, {"sst"}, {"sst", "para"}, {"sst", "para"}]
         assert order(routine(plan, 2), "para") == order(routine(Plan(7, 4, plan.sizes, plan.rounds), 2), "para")
+
+
+# ------------------------------------------------------------------------------------------- routines that draw tasks
+
+
+def test_the_command_line_knows_the_drawing_routines() -> None:
+    assert tuple(DRAWING) == DRAWING_ROUTINES
+
+
+def test_round_robin_trace_begins_again_with_the_short_ones() -> None:
+    assert trace(round_robin(replace(ONCE, steps_per_epoch=11), 0)) == [
+        ("sst", 2), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 2), ("sts", 1),
+        ("sst", 1), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("routine", DRAWING)
+def test_a_drawn_task_is_gone_through_before_it_comes_again(routine: str) -> None:
+    """Round after round, each in an order of its own; another epoch has other orders."""
+    plan = replace(ONCE, steps_per_epoch=40)
+    for epoch in range(3):
+        steps = DRAWING[routine](plan, epoch)
+        assert len(steps) == 40
+        for task, size in SIZES.items():
+            found = order(steps, task)
+            for start in range(0, len(found) - size + 1, size):
+                assert sorted(found[start : start + size]) == list(range(size))
+            for round in range(len(found) // size):
+                assert found[round * size : (round + 1) * size] == shuffled(plan, epoch, task, round).tolist()
+
+
+@pytest.mark.parametrize("routine", DRAWING)
+def test_any_drawn_epoch_can_be_made_without_those_before_it(routine: str) -> None:
+    fresh = DRAWING[routine](ONCE, 4)
+    for epoch in range(4):
+        DRAWING[routine](ONCE, epoch)
+    again = DRAWING[routine](ONCE, 4)
+    assert [(s.task, s.indices.tolist()) for s in fresh] == [(s.task, s.indices.tolist()) for s in again]
+    assert all(type(step.task) is str for step in fresh)
+
+
+def test_without_a_number_of_steps_an_epoch_is_as_long_as_a_sequential_one() -> None:
+    for routine in ("random", "round-robin", "annealed"):
+        assert len(DRAWING[routine](ONCE, 0)) == len(sequential(ONCE, 0)) == 9
+
+
+def test_random_epoch_has_one_task_and_each_as_often() -> None:
+    plan = Plan(1, 2, SIZES, dict.fromkeys(SIZES, 1))
+    chosen = Counter()
+    for epoch in range(300):
+        steps = random_epoch(plan, epoch)
+        (task,) = {step.task for step in steps}
+        assert sorted(order(steps, task)) == list(range(SIZES[task]))
+        chosen[task] += 1
+    assert all(70 < times < 130 for times in chosen.values())
+
+
+def test_random_draws_each_task_as_often() -> None:
+    times = Counter(step.task for step in ROUTINES["random"](replace(ONCE, steps_per_epoch=3000), 0))
+    assert all(900 < times[task] < 1100 for task in SIZES)
+
+
+def test_random_golden_trace() -> None:
+    """The very draws: a changed address would make old runs impossible to repeat or resume."""
+    names = {routine: [step.task for step in DRAWING[routine](ONCE, 1)] for routine in ("random", "annealed")}
+    assert names == {
+        "random": ["para", "sst", "para", "sts", "sst", "sts", "sst", "sst", "para"],
+        "annealed": ["sts", "sts", "sst", "sst", "sts", "sst", "sts", "para", "sts"],
+    }
+
+
+def test_annealed_sampling_goes_through_the_tasks_as_often_as_in_r1() -> None:
+    sizes = {"sst": 10245, "para": 282841, "sts": 6040}
+    plan = Plan(0, 16, sizes, dict.fromkeys(sizes, 1), epochs=100, steps_per_epoch=300)
+    shares = sum(annealed_shares(plan, epoch) for epoch in range(100))
+    expected = shares * 300 * 16 / np.array(list(sizes.values()))
+    assert expected.round(1).tolist() == [5.8, 1.3, 7.7]
+    assert annealed_shares(plan, 0) == pytest.approx(np.array(list(sizes.values())) / sum(sizes.values()))
+    found = passes(replace(plan, epochs=10), "annealed", 10)
+    assert list(found.values()) == pytest.approx((expected / 10).tolist(), rel=0.2)
+
+
+def test_annealing_over_a_single_epoch_draws_by_size() -> None:
+    plan = Plan(0, 2, {"sst": 30, "sts": 10}, {"sst": 1, "sts": 1}, epochs=1)
+    assert annealed_shares(plan, 0).tolist() == [0.75, 0.25]
+    assert len(annealed(plan, 0)) == 20
+
+
+def test_annealing_by_another_factor_and_of_a_fraction() -> None:
+    plan = Plan(0, 2, {"sst": 16, "sts": 4}, {"sst": 1, "sts": 1}, {"sst": 0.25}, epochs=3, anneal=1.0)
+    assert annealed_shares(plan, 0).tolist() == [0.5, 0.5]
+    plan = replace(plan, fractions={})
+    assert annealed_shares(plan, 1) == pytest.approx([2 / 3, 1 / 3]) and annealed_shares(plan, 2).tolist() == [0.5, 0.5]
+
+
+def test_drawn_tasks_wait_for_their_epoch() -> None:
+    sizes, rounds = {"sst": 60, "para": 9, "sts": 4}, {"sst": 1, "para": 1, "sts": 0}
+    plan = Plan(7, 4, sizes, rounds, from_epochs={"para": 3}, epochs=4, steps_per_epoch=50)
+    for routine in ("random", "round-robin", "annealed"):
+        tasks = [{step.task for step in DRAWING[routine](plan, epoch)} for epoch in range(4)]
+        assert tasks == [{"sst"}, {"sst"}, {"sst", "para"}, {"sst", "para"}]
+
+
+def test_passes_count_what_the_batches_hold() -> None:
+    assert passes(PLAN, "sequential", 3) == {"sst": 6.0, "para": 3.0, "sts": 15.0}
+    late = replace(PLAN, from_epochs={"para": 3}, fractions={"sts": 1 / 3})
+    assert passes(late, "interleave", 3) == {"sst": 6.0, "para": 1.0, "sts": 5.0}

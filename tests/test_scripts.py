@@ -880,3 +880,13 @@ def test_every_other_arch_trains_from_the_command_line(train: Run, tmp_path: Pat
     train("--arch", arch, "--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--max_train_examples", 6)
     assert read_json(tmp_path / "run" / "config.json")["model"]["arch"] == arch
     assert set(read_json(tmp_path / "run" / "scores.json")["dev"]) == {*TASKS, "score", "score_raw_r"}
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_flags: list[str]) -> None:
+    """As in `multitask_classifier.py --dry_run | head -1`."""
+    words = [sys.executable, str(ROOT / "multitask_classifier.py"), *tiny_flags, "--dry_run"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 1

@@ -897,3 +897,17 @@ def test_a_first_epoch_without_a_task_is_refused(tiny_flags: list[str], tmp_path
     flags = ["--train_sst", "--train_sts", "--sst_from_epoch", "2", "--num_sts_trains", "0"]
     with pytest.raises(UserError, match="no task trains in epoch 1"):
         make_trainer(tiny_flags, tmp_path / "run", *flags)
+
+
+def test_an_epoch_of_one_task_shows_the_scores_of_all(tiny_flags: list[str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    flags = ["--routine", "random-epoch", "--steps_per_epoch", 4, "--epochs", 3]
+    make_trainer(tiny_flags, tmp_path / "run", *flags, say=lines.append).fit()
+    tables = [line for line in lines if line.startswith("\nEpoch")]
+    assert [table.count("accuracy") for table in tables] == [2, 2, 2]
+    assert [table.count("   0         -") for table in tables] == [2, 2, 2]
+    trained = [list(line["train"]) for line in metrics(tmp_path / "run")]
+    assert all(len(tasks) == 1 for tasks in trained)
+    assert all(
+        line["train"][task]["steps"] == 4 for line, (task,) in zip(metrics(tmp_path / "run"), trained, strict=True)
+    )

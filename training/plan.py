@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from config import Config
+from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.loop import describe_freezing
-from training.routines import ROUTINES, Plan
+from training.routines import ROUTINES, Plan, passes
 from training.telemetry import format_table, parameter_table
 
 OPTIMIZER_STATES = {"SGD": 1, "SparseAdam": 2}  # tensors of a parameter's size; the others keep two
@@ -38,6 +38,21 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
     return int(2 * weights + optimizers + 4 * tokens * per_token)
 
 
+BAR = 40  # characters of the longest bar
+
+
+def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> list[str]:
+    """A bar for each task: how often the run goes through it."""
+    counts = passes(plan, options.routine, options.epochs)
+    width = max(len(model.tasks[name].title) for name in counts)
+    longest = max(counts.values())
+    bars = [
+        f"{model.tasks[name].title:<{width}}  {'#' * round(BAR * number / longest):<{BAR}} {number:6.2f}"
+        for name, number in counts.items()
+    ]
+    return [f"passes over the training examples in {options.epochs} epochs:", *bars]
+
+
 def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData]) -> str:
     """The text of --dry_run."""
     options = config.train
@@ -59,7 +74,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}", config.tasks[name].loss]
         )
     header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
-    late = " (the last one)" if max(plan.from_epochs.values()) > 1 else ""
+    late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
     depth = model.bert_config.num_hidden_layers
     commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
@@ -73,6 +88,8 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             format_table(header, rows),
             f"{options.epochs} epochs of {len(steps):,} steps{late}, routine {options.routine}, batch size "
             f"{options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
+            "",
+            *passes_chart(model, plan, options),
             "",
             f"{options.fine_tune_mode}: {freezing}. In the last epoch:",
             parameter_table(model),

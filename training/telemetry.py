@@ -80,11 +80,12 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     """The table printed after each epoch."""
     title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
     rows = []
-    for name, done in epoch.tasks.items():
-        task = tasks[name]
-        train = f"{primary(task, done.train):.3f}" if done.train else "-"
+    for name, task in tasks.items():
+        done = epoch.tasks.get(name)
+        train = f"{primary(task, done.train):.3f}" if done and done.train else "-"
         dev = score_cells(task, epoch.dev[name]) if name in epoch.dev else ["-", "-"]
-        rows.append([task.title, str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}", train, *dev])
+        figures = [str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}"] if done else ["0", "-", "-"]
+        rows.append([task.title, *figures, train, *dev])
     table = format_table(["task", "steps", "last lr", "loss", "train", "dev", ""], rows)
     footer = (
         f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
