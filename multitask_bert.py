@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,9 @@ class BatchNorm(nn.Module):
     A layer that several tasks share sees batches of all of them; with one set of statistics the task trained last
     would set the scale on which every other task is evaluated. A batch with one value per channel has no variance and
     is normalised with the running statistics.
+
+    Running statistics forget by `momentum`, or, while `batches` is a counter, are the equal-weight mean over the
+    batches since it was empty.
     """
 
     momentum, eps = 0.1, 1e-5
@@ -46,12 +50,17 @@ class BatchNorm(nn.Module):
         for name in stats:
             self.register_buffer(f"running_mean_{name}", torch.zeros(channels))
             self.register_buffer(f"running_var_{name}", torch.ones(channels))
+        self.batches: Counter[str] | None = None
 
     def forward(self, x: Tensor, stats: str = "all") -> Tensor:
         """The normalised `x`; in training also updates the running statistics of `stats`."""
         mean, var = self.get_buffer(f"running_mean_{stats}"), self.get_buffer(f"running_var_{stats}")
         use_batch = self.training and x.numel() > x.shape[1]
-        return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, self.momentum, self.eps)
+        momentum = self.momentum
+        if use_batch and self.batches is not None:
+            self.batches[stats] += 1
+            momentum = 1 / self.batches[stats]
+        return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
 
 
 class PairLayer(nn.Module):
@@ -264,6 +273,12 @@ class MultitaskBERT(nn.Module):
             set_trainable(backbone, structure)
             if self.lora is not None:
                 apply_adapter_policy(backbone, self.lora, adapters_always)
+
+    def freeze_for_epoch(self, fine_tune_mode: str, epoch: int) -> str:
+        """Freeze what does not train in `epoch`, counted from 0; returns the command for `manage_freezing`."""
+        command = freezing_command(fine_tune_mode, epoch, self.bert_config.num_hidden_layers)
+        self.manage_freezing(command, adapters_always=fine_tune_mode == "last-layer")
+        return command
 
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         """The model's parts with their parameters, for tables: each backbone, its adapters, the pair layer, heads."""
