@@ -271,6 +271,20 @@ class TrainOptions:
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a better score", low=1)
+    average: str = option(
+        "none",
+        "evaluate and save a running average of the weights: exponential, or the mean of the ends of epochs",
+        choices=("none", "ema", "swa"),
+    )
+    ema_decay: float = option(
+        0.999,
+        "share of the average that an update keeps: it looks back over some 1 / (1 - X) updates",
+        low=0.0,
+        high=0.999999,
+    )
+    ema_every: str = option("step", "when --average ema is updated", choices=("step", "epoch"))
+    ema_warmup: bool = option(False, "keep no more than the share (1 + t) / (10 + t) at update t")
+    swa_from_epoch: int = option(1, "first epoch whose end counts in --average swa", low=1)
 
 
 @dataclass
@@ -609,6 +623,12 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     problems += check_embedding_losses(config, tasks)
+    for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
+        method = name.split("_")[0]
+        if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
+            problems.append(f"--{name} belongs to --average {method}, not {train.average}; drop one of the two")
+    if train.average == "swa" and train.swa_from_epoch > train.epochs:
+        problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
     elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:

@@ -26,6 +26,10 @@ class Device:
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
+    def autocast(self) -> torch.autocast:
+        """A context that computes in the run's precision."""
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it; needed before reading a clock."""
         if self.device.type == "cuda":

@@ -12,14 +12,15 @@ from torch import Tensor
 from config import Config, UserError
 from datasets import TaskData
 from evaluation import Scores, overall, predict, probabilities, progress, score_task
-from multitask_bert import MultitaskBERT, freezing_command
+from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
 from tasks import Task
 from tokenizer import Tokenizer
+from training.averaging import AVERAGES, REFRESH_BATCHES
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device
 from training.losses import LOSSES, Seen, terms_of
-from training.routines import ROUTINES, Plan, Step
+from training.routines import ROUTINES, Plan, Step, task_batches
 from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table, parameter_table
 
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
@@ -116,6 +117,7 @@ class Trainer:
         }
         self.terms = {name: terms_of(config.tasks[name]) for name in self.tasks}
         self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
+        self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
 
@@ -143,25 +145,18 @@ class Trainer:
     def train_epoch(self) -> Epoch:
         """One epoch of training, its evaluation if due, and its records."""
         started = time.perf_counter()
-        mode = self.config.train.fine_tune_mode
-        command = freezing_command(mode, self.epoch, self.model.bert_config.num_hidden_layers)
-        self.model.manage_freezing(command, adapters_always=mode == "last-layer")
+        command = self.model.freeze_for_epoch(self.config.train.fine_tune_mode, self.epoch)
         if command != self.command:
             self.command = command
             self.say(f"\nFrom epoch {self.epoch + 1}:\n{parameter_table(self.model)}")
         meters = self.run_steps()
         self.epoch += 1
+        self.average.after_epoch(self.epoch)
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
-        dev = self.evaluate(self.due())
-        record.dev = {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()}
-        if len(dev) == len(self.tasks):
-            record.dev = overall(self.tasks, record.dev)
-            record.is_best = record.dev["score"] > self.best
-            self.stale = 0 if record.is_best else self.stale + 1
-            if record.is_best:
-                self.best = record.dev["score"]
-                self.save_best(record.dev)
+        with self.average.applied():
+            dev = self.evaluate(self.due())
+            self.judge(record, dev)
         record.seconds = time.perf_counter() - started
         record.peak_memory = self.device.peak_memory()
         self.telemetry.epoch(record, dev)
@@ -201,8 +196,7 @@ class Trainer:
         """One optimizer step: returns loss, outputs, labels and the gradient's norm (NaN unless asked for)."""
         optimizer, data, device = self.optimizers[step.task], self.train_data[step.task], self.device.device
         batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
-        amp = self.device.amp
-        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+        with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
             outputs = self.model.outputs(step.task, embedding)
             seen = Seen(self.model, step.task, batch, embedding, outputs, labels)
@@ -216,8 +210,17 @@ class Trainer:
             norm = self.bound_gradient(step.task, measure)
             self.scaler.step(optimizer)
             self.scaler.update()
+            self.average.after_step()
             self.model.zero_grad(set_to_none=True)
         return loss, outputs, labels, norm
+
+    def pass_batches(self) -> None:
+        """Run the first batches that the last epoch had of each task through the model, if an evaluation is due."""
+        names = self.tasks if self.due() else ()
+        steps = [step for name in names for step in task_batches(self.plan, self.epoch - 1, name)[:REFRESH_BATCHES]]
+        with self.device.autocast():
+            for step in progress(steps, "batch norm", "batch", leave=False):
+                self.model(step.task, self.train_data[step.task].batch(step.indices).to(self.device.device))
 
     def bound_gradient(self, task: str, measure: bool) -> Tensor:
         """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
@@ -244,6 +247,17 @@ class Trainer:
             out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
         return out
 
+    def judge(self, record: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Put the scores of `dev` into the epoch's record; if all tasks have one and it is the best, save the model."""
+        record.dev = {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()}
+        if len(dev) == len(self.tasks):
+            record.dev = overall(self.tasks, record.dev)
+            record.is_best = record.dev["score"] > self.best
+            self.stale = 0 if record.is_best else self.stale + 1
+            if record.is_best:
+                self.best = record.dev["score"]
+                self.save_best(record.dev)
+
     def save_best(self, scores: Scores) -> None:
         """Write best.pt, and --filepath as well."""
         content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
@@ -265,6 +279,7 @@ class Trainer:
             "weights": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict(),
             "generators": generators,
         }
         save(self.run.resume, content)
@@ -278,6 +293,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])
+        self.average.load_state_dict(content["average"])
         torch.set_rng_state(content["generators"]["cpu"])
         if "cuda" in content["generators"] and self.device.device.type == "cuda":
             torch.cuda.set_rng_state(content["generators"]["cuda"], self.device.device)

@@ -7,6 +7,7 @@ import numpy as np
 from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
+from training.averaging import averaged_tensors
 from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan, passes
 from training.telemetry import format_table, parameter_table
@@ -23,19 +24,27 @@ def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:
     return 4 * weights, 4 * optimizers
 
 
+def average_bytes(model: MultitaskBERT, config: Config) -> int:
+    """Bytes of the running average of the weights."""
+    if config.train.average == "none":
+        return 0
+    return 4 * sum(tensor.numel() for tensor in averaged_tensors(model, config.train).values())
+
+
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
     """About the most that checkpoints take on disk: best.pt, resume.pt, and its successor while that is written."""
     weights, optimizers = state_bytes(model, config)
-    return int(1.05 * (weights + 2 * (weights + optimizers))) + (1 << 20)  # and room for what surrounds the tensors
+    resume = weights + optimizers + average_bytes(model, config)
+    return int(1.05 * (weights + 2 * resume)) + (1 << 20)  # and room for what surrounds the tensors
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:
-    """About the memory of training: weights, gradients, optimizer states and the largest batch's activations."""
+    """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations."""
     shape = model.bert_config
     tokens = max(config.train.batch_size * float(np.mean(own.lengths)) for own in data.values())
     per_token = ACTIVATIONS_PER_LAYER * shape.hidden_size * shape.num_hidden_layers
     weights, optimizers = state_bytes(model, config)
-    return int(2 * weights + optimizers + 4 * tokens * per_token)
+    return int(2 * weights + optimizers + average_bytes(model, config) + 4 * tokens * per_token)
 
 
 BAR = 40  # characters of the longest bar
@@ -79,7 +88,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
     commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
     freezing = "; ".join(f"from epoch {i + 1} {describe_freezing(commands[i])}" for i in changes)
-    model.manage_freezing(commands[-1], adapters_always=options.fine_tune_mode == "last-layer")
+    model.freeze_for_epoch(options.fine_tune_mode, options.epochs - 1)
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
