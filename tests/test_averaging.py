@@ -359,19 +359,27 @@ def test_batches_of_one_keep_the_statistics_finite(tiny_flags: list[str], tmp_pa
     assert torch.equal(state["pair_layer.norm.running_var_sts"], torch.ones(64))  # no batch had a variance
 
 
-def test_the_batches_are_bounded_and_only_for_batchnorm(
-    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--arch", "yin-yang"], ["sst", "sst", "para", "para"]),
+        (["--arch", "yin-yang", "--sst_epoch_eval", 2], ["sst", "sst", "para", "para"]),
+        (["--arch", "yin-yang", "--eval_every", 2], []),
+        (["--arch", "r4"], []),
+    ],
+)
+def test_batches_are_bounded_and_passed_for_batchnorm_alone(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[Any], wanted: list[str]
 ) -> None:
+    """STS does not train, so nothing is known of it; where no evaluation is due there is nothing to prepare."""
     monkeypatch.setattr(loop, "REFRESH_BATCHES", 2)
     assert REFRESH_BATCHES >= 19  # what the running statistics of a plain run are worth
-    flags = ["--num_sts_trains", 0]
-    for arch, wanted in {"yin-yang": ["sst", "sst", "para", "para"], "r4": []}.items():
-        trainer = trained_a_little(tiny_flags, tmp_path / arch, "--arch", arch, *flags)
-        seen: list[str] = []
-        trainer.model.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
-        with trainer.average.applied():
-            pass
-        assert seen == wanted
+    trainer = trained_a_little(tiny_flags, tmp_path / "run", "--num_sts_trains", 0, *flags)
+    seen: list[str] = []
+    trainer.model.register_forward_pre_hook(lambda model, arguments: seen.append(arguments[0]))
+    with trainer.average.applied():
+        pass
+    assert seen == wanted
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
