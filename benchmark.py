@@ -192,7 +192,7 @@ class Minbert:
         return self.model(self.work.task.name, self.work.train.batch(indices).to(self.work.device.device))
 
     def train_step(self, indices: np.ndarray) -> object:
-        return self.trainer.train_step(Step(self.work.task.name, indices), LR, False)
+        return self.trainer.train_step(Step(self.work.task.name, indices), False)
 
     def evaluate(self) -> object:
         device = self.work.device

@@ -114,7 +114,8 @@ ARCHS: dict[str, Arch] = {
         "per-task", "siamese", "mean", ("u", "v", "diff"), "none", "mlp", 1, False, "gelu", "cosine", False, "mse"
     ),
 }
-DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")  # no task has a given number of rounds
+DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")
+ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they do not go through a task a given number of times
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 
 
@@ -259,7 +260,7 @@ class TrainOptions:
     routine: str = option(
         "sequential",
         "which task the next batch comes from",
-        choices=("sequential", "interleave", *DRAWING_ROUTINES),
+        choices=("sequential", "interleave", *ROUTINES_WITHOUT_ROUNDS),
     )
     steps_per_epoch: int | None = option(
         None, "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)", low=1
@@ -267,6 +268,7 @@ class TrainOptions:
     anneal_factor: float = option(
         0.8, "--routine annealed draws by size^a; a falls from 1 by this much", low=0.0, high=1.0
     )
+    pcgrad: bool = option(False, "--routine joint: take out of each task's gradient what works against another task's")
     clip: float | None = option(None, "largest gradient norm", above=0.0)
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
@@ -330,6 +332,7 @@ class TaskOptions:
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
     num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
     loss: str = option("", "loss of {title}", template="{task}_loss")
+    weight: float = option(1.0, "factor on the loss of {title}", template="{task}_weight", above=0.0)
     train: str | None = option(None, "training file of {title}", template="{task}_train")
     dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
     test: str | None = option(None, "test file of {title}", template="{task}_test")
@@ -610,16 +613,18 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
     if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
         problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
-    if train.routine in DRAWING_ROUTINES:
+    if train.routine in ROUTINES_WITHOUT_ROUNDS:
         problems += [
             f"--num_{name}_trains belongs to --routine sequential and interleave, not {train.routine}; drop one"
             for name, own in config.tasks.items()
             if own.num_trains > 1
         ]
-    elif train.steps_per_epoch is not None:
+    if train.steps_per_epoch is not None and train.routine not in DRAWING_ROUTINES:
         problems.append(
             f"--steps_per_epoch belongs to --routine {', '.join(DRAWING_ROUTINES)}, not {train.routine}; drop one"
         )
+    if train.pcgrad and train.routine != "joint":
+        problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     problems += check_embedding_losses(config, tasks)

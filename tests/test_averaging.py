@@ -278,7 +278,7 @@ def trained_a_little(tiny_flags: list[str], run_dir: Path, *more: object) -> Tra
     trainer.model.train()
     for task in TASKS:
         for step in task_batches(trainer.plan, 0, task):
-            trainer.train_step(step, 1e-2, False)
+            trainer.train_step(step, False)
     trainer.epoch = 1
     return trainer
 

@@ -409,7 +409,7 @@ def test_every_loss_of_a_task_trains(tiny_flags: list[str], tmp_path: Path, task
     trainer.model.train()
     before = {key: tensor.clone() for key, tensor in trainer.model.named_parameters()}
     for indices in (np.arange(8), np.arange(8, 13)):
-        loss, outputs, labels, norm = trainer.train_step(Step(task, indices), 1e-3, measure=True)
+        loss, outputs, labels, norm = trainer.train_step(Step(task, indices), measure=True)
         assert loss.item() == pytest.approx(LOSSES[name](outputs, labels).item()) and len(outputs) == len(indices)
         assert loss.isfinite() and norm.isfinite() and norm > 0
     after = dict(trainer.model.named_parameters())
@@ -437,7 +437,7 @@ def step_gradients(trainer: Trainer, task: str, indices: np.ndarray) -> dict[str
 
     optimizer.step = take  # type: ignore[method-assign]
     torch.manual_seed(3)
-    trainer.train_step(Step(task, indices), 1e-3, False)
+    trainer.train_step(Step(task, indices), False)
     return found
 
 

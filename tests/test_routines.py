@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import DRAWING_ROUTINES
+from config import DRAWING_ROUTINES, ROUTINES_WITHOUT_ROUNDS
 from training.routines import (
     ROUTINES,
     Plan,
@@ -19,6 +19,7 @@ from training.routines import (
     annealed,
     annealed_shares,
     interleave,
+    joint,
     passes,
     random_epoch,
     round_robin,
@@ -34,7 +35,7 @@ ONCE = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=dict.fromkeys(SIZES, 1
 
 
 WHOLE = (sequential, interleave)  # go through each task a given number of times
-DRAWING = {name: routine for name, routine in ROUTINES.items() if routine not in WHOLE}
+DRAWING = {name: routine for name, routine in ROUTINES.items() if routine not in (*WHOLE, joint)}
 
 
 def trace(steps: list[Step]) -> list[tuple[str, int]]:
@@ -229,6 +230,7 @@ def test_a_late_task_waits_for_its_epoch() -> None:
 
 def test_the_command_line_knows_the_drawing_routines() -> None:
     assert tuple(DRAWING) == DRAWING_ROUTINES
+    assert tuple(ROUTINES)[2:] == ROUTINES_WITHOUT_ROUNDS
 
 
 def test_round_robin_trace_begins_again_with_the_short_ones() -> None:
@@ -331,3 +333,17 @@ def test_passes_count_what_the_batches_hold() -> None:
     assert passes(PLAN, "sequential", 3) == {"sst": 6.0, "para": 3.0, "sts": 15.0}
     late = replace(PLAN, from_epochs={"para": 3}, fractions={"sts": 1 / 3})
     assert passes(late, "interleave", 3) == {"sst": 6.0, "para": 1.0, "sts": 5.0}
+
+
+def test_joint_trace_cuts_the_tasks_to_the_smallest() -> None:
+    steps = joint(ONCE, 0)
+    assert trace(steps) == [("sst", 2), ("para", 2), ("sts", 2), ("sst", 1), ("para", 1), ("sts", 1)]
+    assert [step.moves for step in steps] == [False, False, True] * 2
+    assert [step.share for step in steps] == [1 / 3] * 6
+
+
+def test_joint_takes_other_examples_of_the_large_tasks_in_each_epoch() -> None:
+    taken = [frozenset(order(joint(ONCE, epoch), "para")) for epoch in range(60)]
+    assert all(len(own) == 3 for own in taken) and len(set(taken)) > 10
+    assert frozenset.union(*taken) == frozenset(range(7))
+    assert all(sorted(order(joint(ONCE, epoch), "sts")) == [0, 1, 2] for epoch in range(5))

@@ -183,7 +183,8 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def one_step(trainer: Trainer, task: str, rows: range = range(8), lr: float = 1e-3) -> Tensor:
     """One optimizer step of a task; returns the gradient's norm before clipping."""
-    return trainer.train_step(loop.Step(task, np.arange(rows.start, rows.stop)), lr, True)[3]
+    trainer.optimizers[task].param_groups[0]["lr"] = lr
+    return trainer.train_step(loop.Step(task, np.arange(rows.start, rows.stop)), True)[3]
 
 
 @pytest.mark.parametrize("optim", ["Adamax", "AdamW", "SGD"])
@@ -327,7 +328,7 @@ def test_gradient_norm_is_that_of_the_whole_gradient(tiny_flags: list[str], tmp_
     grads = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
     wanted = torch.cat(grads).norm().item()
     trainer.model.zero_grad(set_to_none=True)
-    assert trainer.train_step(step, 1e-3, True)[3].item() == pytest.approx(wanted, rel=1e-5)
+    assert trainer.train_step(step, True)[3].item() == pytest.approx(wanted, rel=1e-5)
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
@@ -911,3 +912,86 @@ def test_an_epoch_of_one_task_shows_the_scores_of_all(tiny_flags: list[str], tmp
     assert all(
         line["train"][task]["steps"] == 4 for line, (task,) in zip(metrics(tmp_path / "run"), trained, strict=True)
     )
+
+
+# ------------------------------------------------------------------------------------------------- joint steps, PCGrad
+
+
+def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[str], tmp_path: Path) -> None:
+    """SGD without decay moves by the gradient of (w1 L1 + w2 L2 + w3 L3) / 3, by each group's own rate."""
+    flags = ["--routine", "joint", "--optim", "SGD", "--fine_tune_mode", "full-model", "--sts_weight", 0.5]
+    flags += [f"--{task}_weight_decay=0" for task in TASKS]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r1-baseline", *flags)
+    model, indices = trainer.model.eval(), np.arange(8)  # no dropout, so that the gradient can be had a second time
+    total = torch.zeros(())
+    for task, weight in (("sst", 1.0), ("para", 1.0), ("sts", 0.5)):
+        data = trainer.train_data[task]
+        loss = loop.LOSSES[trainer.config.tasks[task].loss](model(task, data.batch(indices)), data.labels(indices))
+        total = total + weight * loss / 3
+    total.backward()
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    for number, task in enumerate(TASKS):
+        trainer.set_rates(task, 0.0)
+        trainer.train_step(loop.Step(task, indices, 1 / 3, moves=number == 2), False)
+        moved = any(not torch.equal(before[name][0], p) for name, p in model.named_parameters() if name in before)
+        assert moved == (number == 2)
+    multipliers = {"heads.sst.": 4, "heads.para.": 5, "heads.sts.": 3, "backbones.": 4}  # 4 is the mean of all three
+    for name, parameter in model.named_parameters():
+        if name in before:
+            rate = next(1e-3 * own for part, own in multipliers.items() if name.startswith(part))
+            start, gradient = before[name]
+            nesterov = 1.9  # Nesterov's first step: the gradient and .9 of the momentum, which is the gradient too
+            torch.testing.assert_close(parameter.detach(), start - nesterov * rate * gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("arch", ["yin-yang", "r1-baseline"])
+def test_pcgrad_without_conflict_is_the_joint_step(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
+    """All three tasks are one and the same, so nothing conflicts; only the order of additions differs."""
+    runs = []
+    for name, more in (("plain", []), ("surgery", ["--pcgrad"])):
+        flags = ["--routine", "joint", "--arch", arch, "--fine_tune_mode", "full-model", "--train_sts", *more]
+        trainer = make_trainer(tiny_flags, tmp_path / name, *flags, "--epochs", 1)
+        trainer.fit()
+        runs.append(copied(trainer.model))
+    for name, own in runs[0].items():
+        torch.testing.assert_close(runs[1][name], own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_mode", "attn-only"], ["--clip", 0.1, "--average", "ema"]])
+def test_pcgrad_trains_and_counts_conflicts(tiny_flags: list[str], tmp_path: Path, more: list[object]) -> None:
+    """Through every stage of unfreezing; what is frozen keeps no gradient and does not move."""
+    flags = ["--routine", "joint", "--pcgrad", "--arch", "v2", "--epochs", 5, *more]
+    lines: list[str] = []
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, say=lines.append)
+    start = copied(trainer.model)
+    trainer.fit()
+    epochs = metrics(tmp_path / "run")
+    assert "conflicts" not in epochs[0] or epochs[0]["conflicts"] == 0  # heads alone train: nothing is shared
+    assert all(0 <= epoch["conflicts"] <= 1 for epoch in epochs[1:]) and any(epoch["conflicts"] for epoch in epochs[1:])
+    assert "of the pairs of tasks in conflict" in lines[-1]
+    moved = changed(start, copied(trainer.model))
+    assert any(name.startswith("backbones.") for name in moved)
+    if "--lora_mode" in more:
+        assert not any(name.startswith("backbones.") and "lora_" not in name for name in moved)
+
+
+def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--routine", "joint", "--pcgrad", "--epochs", 3, "--fine_tune_mode", "full-model"]
+    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
+    whole.fit()
+    first = make_trainer(tiny_flags, tmp_path / "part", *flags)
+    after = first.train_epoch
+
+    def stop_after_one() -> Any:
+        if first.epoch == 1:
+            raise KeyboardInterrupt
+        return after()
+
+    first.train_epoch = stop_after_one  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
+    resumed.fit()
+    assert changed(copied(whole.model), copied(resumed.model)) == set()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()

@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from config import Config, UserError
 from datasets import TaskData
@@ -19,10 +21,12 @@ from tokenizer import Tokenizer
 from training.averaging import AVERAGES, REFRESH_BATCHES
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device
+from training.gradient_surgery import NoSurgery, PCGrad
 from training.losses import LOSSES, Seen, terms_of
 from training.routines import ROUTINES, Plan, Step, task_batches
 from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table, parameter_table
 
+NOT_MEASURED = torch.tensor(math.nan)
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
 
 
@@ -32,6 +36,32 @@ def diverged(task: Task, what: str) -> UserError:
         f"{task.title}: {what} is not finite any more; lower --lr or set --clip "
         "(the best.pt of an earlier epoch, if there is one, stands unharmed)"
     )
+
+
+def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str], dict[str, Optimizer]]:
+    """The name of each task's optimizer, and the optimizers: one for each task, or a single one for --routine joint.
+
+    A group of parameters has the rates and decays of the tasks that it serves, in the mean.
+    """
+    reach = {name: model.task_parameters(name) for name in model.tasks}
+    joint = config.train.routine == "joint"
+    optimizer_of = {name: "joint" if joint else name for name in reach}
+    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in dict.fromkeys(optimizer_of.values())}
+    if joint:
+        served: dict[tuple[str, ...], list[torch.nn.Parameter]] = {}
+        for parameter in dict.fromkeys(p for own in reach.values() for p in own):
+            names = tuple(name for name, own in reach.items() if any(parameter is p for p in own))
+            served.setdefault(names, []).append(parameter)
+        groups["joint"] = [{"params": own, "tasks": names} for names, own in served.items()]
+    else:
+        groups = {name: [{"params": own, "tasks": (name,)}] for name, own in reach.items()}
+    for group in (group for own in groups.values() for group in own):
+        count = len(group["tasks"])
+        group["lr"] = sum(config.train.lr * config.tasks[name].lr_multiplier for name in group["tasks"]) / count
+        group["weight_decay"] = sum(config.tasks[name].weight_decay for name in group["tasks"]) / count
+    decoupled = {"decoupled": True} if config.train.decoupled else {}
+    kind = OPTIMIZERS[config.train.optim]
+    return optimizer_of, {name: kind(own, lr=config.train.lr, **decoupled) for name, own in groups.items()}
 
 
 class TaskMeter:
@@ -93,16 +123,9 @@ class Trainer:
         self.tasks = model.tasks
         options = config.train
         self.plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
-        decoupled = {"decoupled": True} if options.decoupled else {}
-        self.optimizers = {
-            name: OPTIMIZERS[options.optim](
-                model.task_parameters(name),
-                lr=options.lr,
-                weight_decay=config.tasks[name].weight_decay,
-                **decoupled,
-            )
-            for name in self.tasks
-        }
+        self.optimizer_of, self.optimizers = make_optimizers(config, model)
+        everything = list(dict.fromkeys(p for name in self.tasks for p in model.task_parameters(name)))
+        self.surgery = PCGrad(everything, options.seed) if options.pcgrad else NoSurgery()
         self.schedules = {
             name: Schedule(
                 options.lr_schedule,
@@ -154,6 +177,7 @@ class Trainer:
         self.average.after_epoch(self.epoch)
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
+        record.conflicts = self.surgery.conflicting()
         with self.average.applied():
             dev = self.evaluate(self.due())
             self.judge(record, dev)
@@ -177,9 +201,9 @@ class Trainer:
         bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for number, step in enumerate(bar):
             started = time.perf_counter()
-            lr = self.schedules[step.task].at(self.epoch + number / len(steps))
+            lr = self.set_rates(step.task, self.epoch + number / len(steps))
             log = len(meters[step.task].losses) % LOG_EVERY == 0
-            loss, outputs, labels, norm = self.train_step(step, lr, log)
+            loss, outputs, labels, norm = self.train_step(step, log)
             meters[step.task].add(loss, outputs, labels, time.perf_counter() - started, lr)
             if log:
                 if not loss.isfinite():
@@ -192,27 +216,45 @@ class Trainer:
         meters[steps[-1].task].seconds += time.perf_counter() - started
         return meters
 
-    def train_step(self, step: Step, lr: float, measure: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One optimizer step: returns loss, outputs, labels and the gradient's norm (NaN unless asked for)."""
-        optimizer, data, device = self.optimizers[step.task], self.train_data[step.task], self.device.device
+    def set_rates(self, task: str, position: float) -> float:
+        """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
+        rates = {name: schedule.at(position) for name, schedule in self.schedules.items()}
+        for group in self.optimizers[self.optimizer_of[task]].param_groups:
+            group["lr"] = sum(rates[name] for name in group["tasks"]) / len(group["tasks"])
+        return rates[task]
+
+    def train_step(self, step: Step, measure: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One batch and, if it moves the weights, an optimizer step.
+
+        Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
+        """
+        data, device = self.train_data[step.task], self.device.device
+        own = self.config.tasks[step.task]
         batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
             outputs = self.model.outputs(step.task, embedding)
             seen = Seen(self.model, step.task, batch, embedding, outputs, labels)
             terms = [term(seen) for term in self.terms[step.task]]
-        loss = sum(terms, start=LOSSES[self.config.tasks[step.task].loss](outputs, labels))
-        norm = torch.tensor(math.nan)
+        loss = sum(terms, start=LOSSES[own.loss](outputs, labels))
         if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            self.scaler.scale(loss).backward()
-            norm = self.bound_gradient(step.task, measure)
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            self.average.after_step()
-            self.model.zero_grad(set_to_none=True)
+            self.scaler.scale(loss * (step.share * own.weight)).backward()
+            self.surgery.take()
+        norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
         return loss, outputs, labels, norm
+
+    def move(self, optimizer: Optimizer, measure: bool) -> Tensor:
+        """An optimizer step by the gradients at hand, if there are any; returns their norm as `bound_gradient` does."""
+        self.surgery.put()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return NOT_MEASURED
+        norm = self.bound_gradient(optimizer, parameters, measure)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.average.after_step()
+        self.model.zero_grad(set_to_none=True)
+        return norm
 
     def pass_batches(self) -> None:
         """Run the first batches that the last epoch had of each task through the model, if an evaluation is due."""
@@ -222,13 +264,12 @@ class Trainer:
             for step in progress(steps, "batch norm", "batch", leave=False):
                 self.model(step.task, self.train_data[step.task].batch(step.indices).to(self.device.device))
 
-    def bound_gradient(self, task: str, measure: bool) -> Tensor:
+    def bound_gradient(self, optimizer: Optimizer, parameters: Sequence[Tensor], measure: bool) -> Tensor:
         """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
         clip = self.config.train.clip
         if clip is None and not measure:
-            return torch.tensor(math.nan)
-        self.scaler.unscale_(self.optimizers[task])
-        parameters = [p for group in self.optimizers[task].param_groups for p in group["params"]]
+            return NOT_MEASURED
+        self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)

@@ -8,7 +8,7 @@ from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.averaging import averaged_tensors
-from training.loop import describe_freezing
+from training.loop import describe_freezing, make_optimizers
 from training.routines import ROUTINES, Plan, passes
 from training.telemetry import format_table, parameter_table
 
@@ -20,7 +20,9 @@ def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:
     """Bytes of the weights, and of the optimizers' states once every parameter has trained."""
     weights = sum(p.numel() for p in model.parameters())
     states = OPTIMIZER_STATES.get(config.train.optim, 2)
-    optimizers = sum(states * sum(p.numel() for p in model.task_parameters(name)) for name in model.tasks)
+    _, by_name = make_optimizers(config, model)
+    reached = [p for own in by_name.values() for group in own.param_groups for p in group["params"]]
+    optimizers = states * sum(p.numel() for p in reached)
     return 4 * weights, 4 * optimizers
 
 
@@ -95,8 +97,8 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
             "",
             format_table(header, rows),
-            f"{options.epochs} epochs of {len(steps):,} steps{late}, routine {options.routine}, batch size "
-            f"{options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
+            f"{options.epochs} epochs of {sum(step.moves for step in steps):,} steps{late}, routine {options.routine}, "
+            f"batch size {options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
             "",
             *passes_chart(model, plan, options),
             "",

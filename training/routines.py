@@ -16,10 +16,12 @@ from config import TaskOptions, TrainOptions
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: a task and the examples of its batch."""
+    """A batch of a task. Its loss counts by `share`; gradients add up until a batch that `moves` the weights."""
 
     task: str
     indices: np.ndarray  # [B] int64
+    share: float = 1.0
+    moves: bool = True
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,21 @@ def annealed(plan: Plan, epoch: int) -> list[Step]:
     return drawn(plan, epoch, generator.choice(plan.tasks_in(epoch), steps_in(plan, epoch), p=shares))
 
 
+def joint(plan: Plan, epoch: int) -> list[Step]:
+    """A batch of each task, then one step on the mean of their losses (R3, section 4.2).
+
+    All tasks are cut to the smallest one's number of examples, which are others in each epoch.
+    """
+    names = plan.tasks_in(epoch)
+    orders = [shuffled(plan, epoch, name, 0) for name in names]
+    smallest = min(map(len, orders))
+    return [
+        Step(name, order[i : min(i + plan.batch_size, smallest)], 1 / len(names), moves=name == names[-1])
+        for i in range(0, smallest, plan.batch_size)
+        for name, order in zip(names, orders, strict=True)
+    ]
+
+
 ROUTINES: dict[str, Callable[[Plan, int], list[Step]]] = {
     "sequential": sequential,
     "interleave": interleave,
@@ -154,6 +171,7 @@ ROUTINES: dict[str, Callable[[Plan, int], list[Step]]] = {
     "random": random,
     "round-robin": round_robin,
     "annealed": annealed,
+    "joint": joint,
 }
 
 

@@ -5,6 +5,7 @@ memory go to timing.jsonl.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class Epoch:
     seconds: float = 0.0
     peak_memory: int = 0
     is_best: bool = False
+    conflicts: float | None = None  # share of the pairs of tasks whose gradients work against each other
 
     @property
     def examples_per_second(self) -> float:
@@ -90,6 +92,8 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     footer = (
         f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
     )
+    if epoch.conflicts is not None:
+        footer += f", {epoch.conflicts:.0%} of the pairs of tasks in conflict"
     if "score" in epoch.dev:
         best = "  <- best so far, saved" if epoch.is_best else ""
         footer = f"dev score {epoch.dev['score']:.4f}{best}   ({footer})"
@@ -126,7 +130,9 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
         name: {"loss": done.loss, "lr": done.lr, "steps": done.steps, **done.train}
         for name, done in epoch.tasks.items()
     }
-    return {"epoch": epoch.number, "step": epoch.step, "trains": epoch.trains, "train": train, "dev": epoch.dev}
+    conflicts = {} if epoch.conflicts is None else {"conflicts": epoch.conflicts}
+    common = {"epoch": epoch.number, "step": epoch.step, "trains": epoch.trains}
+    return {**common, "train": train, "dev": epoch.dev, **conflicts}
 
 
 def timing_line(epoch: Epoch) -> dict[str, Any]:
@@ -202,7 +208,8 @@ class Telemetry:
         if self.writer is not None:
             self.writer.add_scalar(f"{task}/loss", loss, number)
             self.writer.add_scalar(f"{task}/lr", lr, number)
-            self.writer.add_scalar(f"{task}/gradient_norm", grad_norm, number)
+            if not math.isnan(grad_norm):
+                self.writer.add_scalar(f"{task}/gradient_norm", grad_norm, number)
 
     def epoch(self, epoch: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Record an epoch. `dev` maps tasks to values and labels on dev, for the figures."""
@@ -215,6 +222,8 @@ class Telemetry:
                 self._scalars(f"{name}/train", done.train, epoch.step)
         self.writer.add_scalar("speed/examples_per_second", epoch.examples_per_second, epoch.step)
         self.writer.add_scalar("memory/peak_gigabytes", epoch.peak_memory / 1e9, epoch.step)
+        if epoch.conflicts is not None:
+            self.writer.add_scalar("gradients/conflicting_pairs", epoch.conflicts, epoch.step)
         if "score" in epoch.dev:
             self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
         for name, (values, labels) in dev.items():
