@@ -320,6 +320,7 @@ class RunOptions:
     )
     predict: str | None = option(None, "label the sentences of this file (- for standard input)", metavar="FILE")
     task: str | None = option(None, "task of --predict")
+    test_predictions: bool = option(True, "predict the test files too")
     tensorboard: bool = option(True, "write TensorBoard events")
 
 

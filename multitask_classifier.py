@@ -63,6 +63,11 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     return model, tokenizer
 
 
+def scored_splits(config: Config) -> list[str]:
+    """The splits that a trained model predicts: test is left out under --no_test_predictions."""
+    return ["dev", "test"] if config.run.test_predictions else ["dev"]
+
+
 def train(config: Config) -> None:
     """Train, then score and predict with the best checkpoint."""
     from datasets import load_splits, tokenise
@@ -72,7 +77,7 @@ def train(config: Config) -> None:
     from training.plan import checkpoint_bytes, describe
 
     tasks = {name: TASKS[name] for name in config.tasks}
-    splits = load_splits(config.data, config.tasks, tasks, ["train", "dev", "test"], say)
+    splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
     device = choose_device(config.compute, say)
     model, tokenizer = build_model(config, tasks)
     data = tokenise(splits, tokenizer, str(config.model.pair_encoding), say)
@@ -111,7 +116,7 @@ def report(
         (split, name): probabilities(
             model.tasks[name], predict(model, own, device.device, config.compute.eval_batch_size, device.amp)
         )
-        for split in ("dev", "test")
+        for split in scored_splits(config)
         for name, own in data[split].items()
     }
     splits = {split: {name: own.examples for name, own in by_task.items()} for split, by_task in data.items()}
@@ -132,7 +137,7 @@ def evaluate(config: Config) -> None:
     model, tokenizer, saved = load_model(path)
     model.to(device.device)
     options = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
-    splits = load_splits(config.data, options, model.tasks, ["dev", "test"], say)
+    splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     report(model, data, device, config, run, {"checkpoint": str(path)})

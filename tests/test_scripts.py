@@ -113,11 +113,16 @@ def test_files_of_a_run(runs: Path) -> None:
 
 def test_timing_holds_what_metrics_must_not(runs: Path) -> None:
     timing = json.loads((runs / "yin" / "timing.jsonl").read_text().splitlines()[0])
-    assert set(timing) == {"epoch", "seconds", "train_seconds", "examples_per_second", "peak_memory_bytes"}
+    assert set(timing) == {"epoch", "seconds", "train_seconds", "examples_per_second", "peak_memory_bytes", "device"}
     assert set(timing["train_seconds"]) == set(TASKS) and timing["peak_memory_bytes"] > 1e7
     assert timing["examples_per_second"] > 1 and timing["seconds"] > 0
-    metrics = json.loads((runs / "yin" / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(metrics) == {"epoch", "step", "trains", "train", "dev"}
+    assert re.fullmatch(r"cpu \(.+, \d+ threads\)", timing["device"])
+    metrics = [json.loads(line) for line in (runs / "yin" / "metrics.jsonl").read_text().splitlines()]
+    assert set(metrics[0]) == {"epoch", "step", "trains", "trainable_parameters", "train", "dev"}
+    # iterative unfreezing: the heads alone, then one layer and the pooler, then the other layer
+    counts = [line["trainable_parameters"] for line in metrics]
+    layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 2 * 32
+    assert np.diff(counts).tolist() == [2 * (layer + 32 * 32 + 32), 0, 2 * layer]  # in two backbones
 
 
 def test_scores_have_the_documented_structure(runs: Path) -> None:
@@ -235,6 +240,14 @@ def test_a_missing_test_file_is_told_and_no_obstacle(train: Run, small_data: Pat
     assert "STS similarity: there is no test file sts-test-student.csv" in out
     assert "sts-dev-output.csv" in os.listdir("run/predictions")
     assert "sts-test-output.csv" not in os.listdir("run/predictions")
+
+
+def test_the_test_files_can_be_left_alone(train: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train("--train_sst", "--epochs", 1, "--no_tensorboard", "--no_test_predictions", "--run_dir", run)
+    train("--evaluate", run / "best.pt", "--no_test_predictions", "--run_dir", tmp_path / "again")
+    for folder in (run, tmp_path / "again"):
+        assert os.listdir(folder / "predictions") == ["sst-dev-output.csv"]
 
 
 def test_dry_run_prints_the_plan_and_creates_nothing(train: Run, tmp_path: Path) -> None:

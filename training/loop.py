@@ -178,6 +178,8 @@ class Trainer:
         figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
         record.conflicts = self.surgery.conflicting()
+        record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        record.device = self.device.name
         with self.average.applied():
             dev = self.evaluate(self.due())
             self.judge(record, dev)

@@ -45,6 +45,8 @@ class Epoch:
     dev: Scores = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: int = 0
+    trainable_parameters: int = 0
+    device: str = ""
     is_best: bool = False
     conflicts: float | None = None  # share of the pairs of tasks whose gradients work against each other
 
@@ -131,12 +133,19 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
         for name, done in epoch.tasks.items()
     }
     conflicts = {} if epoch.conflicts is None else {"conflicts": epoch.conflicts}
-    common = {"epoch": epoch.number, "step": epoch.step, "trains": epoch.trains}
-    return {**common, "train": train, "dev": epoch.dev, **conflicts}
+    return {
+        "epoch": epoch.number,
+        "step": epoch.step,
+        "trains": epoch.trains,
+        "trainable_parameters": epoch.trainable_parameters,
+        "train": train,
+        "dev": epoch.dev,
+        **conflicts,
+    }
 
 
 def timing_line(epoch: Epoch) -> dict[str, Any]:
-    """The line of timing.jsonl: seconds, examples per second and bytes."""
+    """The line of timing.jsonl: seconds, examples per second, bytes, and the device that they were measured on."""
     seconds = {name: round(done.seconds, 3) for name, done in epoch.tasks.items()}
     return {
         "epoch": epoch.number,
@@ -144,6 +153,7 @@ def timing_line(epoch: Epoch) -> dict[str, Any]:
         "train_seconds": seconds,
         "examples_per_second": round(epoch.examples_per_second, 2),
         "peak_memory_bytes": epoch.peak_memory,
+        "device": epoch.device,
     }
 
 
