@@ -108,7 +108,7 @@ def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Sco
 
 def primary(task: Task, scores: Scores) -> float:
     """The one figure a task is compared by: accuracy, or Pearson correlation."""
-    return float(scores["pearson" if task.kind == "similarity" else "accuracy"])
+    return float(scores[task.metric])
 
 
 def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:

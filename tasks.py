@@ -47,6 +47,11 @@ class Task:
         """Width of the head's output: one logit a class, or a single number."""
         return int(self.label_range[1]) + 1 if self.kind == "classes" else 1
 
+    @property
+    def metric(self) -> str:
+        """The one figure that the task is compared by."""
+        return "pearson" if self.kind == "similarity" else "accuracy"
+
 
 SENTENCE_PAIR = ("sentence1", "sentence2")
 
