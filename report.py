@@ -28,6 +28,7 @@ from config import (
     groups_of,
     option,
     run_script,
+    say,
 )
 from tasks import TASKS
 
@@ -251,13 +252,13 @@ def main(argv: Sequence[str]) -> None:
 
     note, baseline = small_print(rows), reference(trials, "full-model")
     if baseline is None:
-        print("without a trial of --lora_mode none --fine_tune_mode full-model there is nothing to be relative to")
+        say("without a trial of --lora_mode none --fine_tune_mode full-model there is nothing to be relative to")
     write_text(out / "results.md", f"{markdown(rows, baseline)}\n\n{note}\n")
-    print(out / "results.md")
+    say(str(out / "results.md"))
     if rank_lines(trials):
         figure = draw_ranks(trials, note)
         write_atomically(out / "lora-ranks.png", lambda temporary: figure.savefig(temporary, format="png"))
-        print(out / "lora-ranks.png")
+        say(str(out / "lora-ranks.png"))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config import Config, UserError, assemble, build_parser, expand_arguments, groups_of, option, run_script
+from config import Config, UserError, assemble, build_parser, expand_arguments, groups_of, option, run_script, say
 from tasks import TASKS
 
 SCRIPT = "multitask_classifier.py"
@@ -367,11 +367,13 @@ class Study:
                     if len(jobs) < self.options.jobs and (job := self.take(trial)) is not None:
                         jobs.append(job)
                 if not jobs and not waiting:
-                    bar.write(f"waiting for {len(todo)} trials that another process runs")
+                    with bar.external_write_mode():
+                        say(f"waiting for {len(todo)} trials that another process runs")
                     waiting = True
                 time.sleep(POLL)
                 for job in [job for job in jobs if job.done]:
-                    bar.write(self.finish(job))
+                    with bar.external_write_mode():
+                        say(self.finish(job))
                     jobs.remove(job)
                 rows = self.results.rows()  # of other sweeps too
                 bar.update(sum(trial.name in rows for trial in todo))
@@ -448,11 +450,11 @@ def main(argv: Sequence[str]) -> None:
     feasible = [trial for trial in trials if trial.config is not None]
     for trial in trials:
         if trial.config is None:
-            print(f"refused {trial.name}: {trial.refusal}")
+            say(f"refused {trial.name}: {trial.refusal}")
         elif options.dry_run:
-            print(trial.name)
+            say(trial.name)
     if options.dry_run:
-        print(f"{len(feasible)} trials, {len(trials) - len(feasible)} refused")
+        say(f"{len(feasible)} trials, {len(trials) - len(feasible)} refused")
         return
 
     from training.checkpoint import probe_folder
@@ -465,9 +467,8 @@ def main(argv: Sequence[str]) -> None:
     study.run(feasible)
     rows = study.results.rows()
     counts = Counter(rows[trial.name]["status"] for trial in trials)
-    print(
-        ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]), study.results.path, sep=": "
-    )
+    summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    say(f"{summary}: {study.results.path}")
     if counts["failed"]:
         sys.exit(1)
 
