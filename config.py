@@ -333,7 +333,6 @@ class TaskOptions:
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
     num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
     loss: str = option("", "loss of {title}", template="{task}_loss")
-    weight: float = option(1.0, "factor on the loss of {title}", template="{task}_weight", above=0.0)
     train: str | None = option(None, "training file of {title}", template="{task}_train")
     dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
     test: str | None = option(None, "test file of {title}", template="{task}_test")
@@ -341,6 +340,7 @@ class TaskOptions:
         1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
     )
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
+    weight: float = option(1.0, "factor on the loss of {title}", template="{task}_weight", above=0.0)
     epoch_eval: int = option(
         1,
         "epochs between evaluations of {title} on dev; best.pt is chosen where all tasks are evaluated",
