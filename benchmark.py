@@ -128,6 +128,8 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
         "model.hidden_dropout_prob": bert_config.hidden_dropout_prob,
         "train.batch_size": options.batch_size,
         "train.optim": "AdamW",
+        "train.lr": LR,
+        f"tasks.{name}.lr_multiplier": 1.0,
         f"tasks.{name}.enabled": True,
         f"tasks.{name}.loss": LOSS[TASKS[name].kind],
     }
