@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from base_bert import init_weights
 from config import BertConfig
-from packing import Group, Grouping, PackedBatch, pack_padded, unpack
+from packing import Batch, EncodedBatch, Group, Grouping, PackedBatch, pack_padded, unpack
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
@@ -218,12 +218,12 @@ class BertModel(nn.Module):
         )
         return self.embed_dropout(self.embed_layer_norm(summed))
 
-    def encode(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False) -> Tensor:
-        """Embedding output [T, H] to the last hidden state [T, H].
+    def encode(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False, done: int = 0) -> Tensor:
+        """Output of the lowest `done` layers [T, H] (0: embedding output) to the last hidden state [T, H].
 
         With `first_only`, [S, H]: the last layer does the work of the first tokens only, with the same numbers.
         """
-        *lower, last = self.bert_layers
+        *lower, last = self.bert_layers[done:]
         for layer in lower:
             hidden = layer(hidden, batch)
         return last(hidden, batch, first_only)
@@ -232,13 +232,30 @@ class BertModel(nn.Module):
         """tanh pooler: [S, H] hidden states of the first tokens to [S, H]."""
         return torch.tanh(self.pooler_dense(first))
 
-    def sentence_embedding(self, batch: PackedBatch, pooling: str) -> Tensor:
+    def sentence_embedding(self, batch: Batch, pooling: str) -> Tensor:
         """[S, H] in the caller's order: the pooled first token (`cls`) or the mean over real tokens (`mean`)."""
-        hidden = self.encode(self.embed(batch), batch, first_only=pooling == "cls")
+        start = batch if isinstance(batch, EncodedBatch) else EncodedBatch(self.embed(batch), 0, batch)
+        if start.packed is None:
+            return start.hidden
+        batch = start.packed
+        hidden = self.encode(start.hidden, batch, pooling == "cls", start.layers)
         if pooling == "cls":
             return self.pool(hidden)[batch.restore]
         sums = hidden.new_zeros(batch.num_sequences, hidden.shape[1]).index_add(0, batch.sequence_ids, hidden)
         return (sums / batch.lengths[:, None])[batch.restore]
+
+    def frozen_layers(self) -> int:
+        """How many of the lowest layers neither train nor stand above anything that trains.
+
+        The pooler counts with the last layer: all layers are frozen only where nothing at all trains.
+        """
+        lowest = depth = len(self.bert_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                part, number = name.split(".")[:2]
+                own = int(number) if part == "bert_layers" else depth - 1 if part == "pooler_dense" else 0
+                lowest = min(lowest, own)
+        return lowest
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

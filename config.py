@@ -257,6 +257,9 @@ class TrainOptions:
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
+    cache_frozen: bool = option(
+        False, "compute what the frozen lower layers put out once, with dropout off in them, and keep it in memory"
+    )
     routine: str = option(
         "sequential",
         "which task the next batch comes from",
@@ -628,7 +631,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
-    problems += check_embedding_losses(config, tasks)
+    problems += check_embedding_losses(config, tasks) + check_cache_frozen(config)
     for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
         method = name.split("_")[0]
         if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
@@ -654,6 +657,30 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
         if own.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
             problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
+    return problems
+
+
+def check_cache_frozen(config: Config) -> list[str]:
+    """What is wrong with --cache_frozen."""
+    if not config.train.cache_frozen:
+        return []
+    problems = []
+    mode, lora = config.train.fine_tune_mode, config.lora
+    if mode == "full-model":
+        problems.append(
+            "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode full-model freezes none; "
+            "use last-layer or iterative, or drop --cache_frozen"
+        )
+    if mode == "last-layer" and (lora.lora_mode != "none" or lora.lora_dict or lora.init_peft):
+        problems.append(
+            "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode last-layer trains the adapters "
+            "(--lora_mode) in every layer; use --fine_tune_mode iterative or drop --cache_frozen"
+        )
+    problems += [
+        f"--{name}_embedding_loss simcse needs dropout, but --cache_frozen switches it off in frozen layers; drop one"
+        for name, own in config.tasks.items()
+        if own.embedding_loss == "simcse"
+    ]
     return problems
 
 

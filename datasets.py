@@ -13,13 +13,14 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from config import DataOptions, OneLineParser, TaskOptions, UserError, run_script
-from packing import PackedBatch, pack, ragged_rows
+from packing import Batch, PackedBatch, pack, ragged_rows
 from tasks import Task
 from tokenizer import Tokenizer
 
@@ -298,6 +299,24 @@ def load_splits(
 # Token ids and packed batches
 
 
+class Batches(Protocol):
+    """What training and evaluation need of a split of a task."""
+
+    examples: Examples
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example [N]."""
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples [B] as the model takes them."""
+
+    def labels(self, indices: np.ndarray) -> torch.Tensor:
+        """The examples' labels [B]."""
+
+
 class TaskData:
     """One tokenised split of one task, from which any batch can be made."""
 
@@ -332,6 +351,12 @@ class TaskData:
             lengths.append(own)
             second.append(tokens.second_start[indices])
         return pack(np.concatenate(ids), np.concatenate(lengths), np.concatenate(second))
+
+    def first_tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Number of the first token of each sequence of `batch(indices)` [S], all first texts counted before second."""
+        sizes = [len(tokens.input_ids) for tokens in self.tokens]
+        before = np.cumsum([0, *sizes[:-1]])
+        return np.concatenate([n + tokens.offsets[indices] for n, tokens in zip(before, self.tokens, strict=True)])
 
     def labels(self, indices: np.ndarray) -> torch.Tensor:
         """The examples' labels [B]: int64 classes and 0/1, or float32 similarities."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from datasets import Examples, TaskData
+from datasets import Batches, Examples
 from lora import merged
 from tasks import Task
 
@@ -35,7 +35,7 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
 
 
 def predict(
-    model: nn.Module, data: TaskData, device: torch.device, batch_size: int, amp: torch.dtype | None = None
+    model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
 ) -> np.ndarray:
     """The model's raw outputs for every example of `data`, in its order: [N, classes] or [N], float32.
 

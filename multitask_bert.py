@@ -22,7 +22,7 @@ from lora import (
     frozen_by_policy,
     inject,
 )
-from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
+from packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 from tasks import Task
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -189,12 +189,12 @@ class MultitaskBERT(nn.Module):
         """Whether a batch of B examples of this task holds 2B sequences, all first texts before all second ones."""
         return self.tasks[task].is_pair and self.options.pair_encoding == "siamese"
 
-    def forward(self, task: str, batch: PackedBatch) -> Tensor:
-        """Outputs of `task` for a packed batch: logits [B, classes], or [B] for one logit or one similarity."""
+    def forward(self, task: str, batch: Batch) -> Tensor:
+        """Outputs of `task`: logits [B, classes], or [B] for one logit or one similarity."""
         return self.outputs(task, self.embed(task, batch))
 
-    def embed(self, task: str, batch: PackedBatch) -> Tensor:
-        """Sentence embeddings of a packed batch: [B, H], or [2B, H] for siamese pairs, first texts before second."""
+    def embed(self, task: str, batch: Batch) -> Tensor:
+        """Sentence embeddings of a batch: [B, H], or [2B, H] for siamese pairs, first texts before second."""
         return self.backbone(task).sentence_embedding(batch, str(self.options.pooling))
 
     def outputs(self, task: str, embedding: Tensor) -> Tensor:
@@ -317,6 +317,13 @@ def set_trainable(backbone: BertModel, structure: str) -> None:
         backbone.pooler_dense.requires_grad_(True)
         for layer in backbone.bert_layers[depth - int(match[1]) :]:
             layer.requires_grad_(True)
+
+
+def layers_left_frozen(structure: str, depth: int) -> int:
+    """How many of the lowest of `depth` layers a freezing command leaves frozen."""
+    if structure == "freezeall":
+        return depth
+    return 0 if structure == "unfreezeall" else depth - int(structure.removeprefix("unfreezetop"))
 
 
 def freezing_command(fine_tune_mode: str, epoch: int, depth: int) -> str:

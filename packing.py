@@ -100,6 +100,27 @@ class PackedBatch:
         )
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch that is on its way through a backbone: `hidden` [T, H] is what the lowest `layers` layers put out.
+
+    With 0 layers that is the embedding output. Without `packed`, `hidden` is [S, H], the sentence embeddings
+    themselves in the caller's order.
+    """
+
+    hidden: Tensor
+    layers: int
+    packed: PackedBatch | None
+
+    def to(self, device: torch.device) -> "EncodedBatch":
+        """The same batch on another device."""
+        packed = None if self.packed is None else self.packed.to(device)
+        return EncodedBatch(self.hidden.to(device, non_blocking=True), self.layers, packed)
+
+
+Batch = PackedBatch | EncodedBatch
+
+
 def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Rows start, start+1, .. of every sequence, end to end: [sum(lengths)] int64."""
     ends = np.cumsum(lengths)

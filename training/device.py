@@ -1,10 +1,13 @@
 """Where a run computes, and in what precision."""
 
+import os
 import platform
+import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -41,6 +44,34 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_limits(root: Path) -> Iterator[int]:
+    """Limits in bytes that control groups, of either version, set this process and those around it."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        folder = root / "sys/fs/cgroup" / kinds
+        name = "memory.limit_in_bytes" if kinds else "memory.max"
+        if kinds in ("", "memory"):
+            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+                file = folder / group.relative_to("/") / name
+                text = file.read_text().strip() if file.is_file() else ""
+                if text.isdigit():  # else "max"
+                    yield int(text)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this process can still take, inside a container or a batch job too.
+
+    Half of the machine's where the system does not say. `root` is where /proc and /sys are.
+    """
+    try:
+        available = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert available
+        return max(0, min([int(available[1]) * 1024, *(limit - used for limit in memory_limits(root))]))
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def cpu_has_bf16() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from config import Config, UserError
-from datasets import TaskData
+from datasets import Batches, TaskData
 from evaluation import Scores, overall, predict, probabilities, progress, score_task
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
@@ -21,6 +21,7 @@ from tokenizer import Tokenizer
 from training.averaging import AVERAGES, REFRESH_BATCHES
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device
+from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
 from training.losses import LOSSES, Seen, terms_of
 from training.routines import ROUTINES, Plan, Step, task_batches
@@ -118,8 +119,13 @@ class Trainer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model.to(device.device), tokenizer
-        self.train_data, self.dev_data = train, dev
+        self.train_data: Mapping[str, Batches] = train
+        self.dev_data: Mapping[str, Batches] = dev
         self.device, self.run, self.say = device, run, say
+        self.frozen = None
+        if config.train.cache_frozen:
+            self.frozen = FrozenCache(config, model, train, dev, device, say)
+            self.train_data, self.dev_data = self.frozen.train, self.frozen.dev
         self.tasks = model.tasks
         options = config.train
         self.plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
@@ -199,6 +205,8 @@ class Trainer:
         """All optimizer steps of the current epoch."""
         self.model.train()
         steps = ROUTINES[self.config.train.routine](self.plan, self.epoch)
+        if self.frozen is not None:
+            self.frozen.begin_epoch(steps)
         meters = {name: TaskMeter() for name in self.tasks if any(step.task == name for step in steps)}
         bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for number, step in enumerate(bar):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import TaskOptions
 from multitask_bert import MultitaskBERT
-from packing import PackedBatch
+from packing import Batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,7 +125,7 @@ class Seen:
 
     model: MultitaskBERT
     task: str
-    batch: PackedBatch
+    batch: Batch
     embedding: Tensor
     outputs: Tensor
     labels: Tensor

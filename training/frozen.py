@@ -1,0 +1,206 @@
+"""--cache_frozen: the frozen lower layers of a backbone see every example once, and what they put out is kept.
+
+What is kept has to be constant, so dropout is off in these layers. As unfreezing goes on fewer layers are frozen; the
+outputs that later epochs will start from are kept in the same pass. An output is dropped as soon as a layer below it
+begins to train, so that it can never be out of date.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert import BertModel
+from config import Config
+from datasets import TaskData
+from evaluation import progress
+from lora import merged
+from multitask_bert import MultitaskBERT, freezing_command, layers_left_frozen
+from packing import Batch, EncodedBatch, PackedBatch, ragged_rows
+from training.device import Device, free_memory
+from training.routines import Step
+
+SHARE = 0.5  # of the memory that is free before training
+
+
+@dataclass(eq=False)
+class Kept:
+    """Outputs of one layer: hidden states [tokens, H] of a split or, of the last layer, its sentence embeddings.
+
+    Those are [C, N, H] with C sequences for each example. `filled` [N] says which examples have been computed.
+    """
+
+    values: Tensor
+    filled: np.ndarray
+
+
+class FrozenData:
+    """A split of a task whose batches come out of the frozen layers; in all else like the TaskData it is made of."""
+
+    def __init__(self, data: TaskData, backbone: BertModel, pooling: str, device: Device, batch_size: int) -> None:
+        """`batch_size` examples of similar length go through the frozen layers together."""
+        self.data, self.examples, self.lengths = data, data.examples, data.lengths
+        self.backbone, self.pooling, self.device, self.batch_size = backbone, pooling, device, batch_size
+        self.depth = len(backbone.bert_layers)
+        self.layers = 0  # how many are frozen
+        self.due = np.arange(0)  # examples that this epoch will ask for
+        self.kept: dict[int, Kept] = {}  # by number of layers
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def title(self) -> str:
+        """The split's name for people."""
+        return f"{self.examples.task.title} {self.examples.split}"
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """The examples' labels [B]."""
+        return self.data.labels(indices)
+
+    def begin_epoch(self, due: np.ndarray) -> None:
+        """Look what is frozen now, drop what is no longer constant, and expect batches of the examples `due`."""
+        self.layers, self.due = self.backbone.frozen_layers(), due
+        self.kept = {layers: kept for layers, kept in self.kept.items() if layers <= self.layers}
+
+    def shape(self, layers: int) -> tuple[int, ...]:
+        """The shape of what is kept of so many layers."""
+        width = self.backbone.config.hidden_size
+        if layers == self.depth:
+            return len(self.data.tokens), len(self), width
+        return int(self.lengths.sum()), width
+
+    def bytes(self, layers: int) -> int:
+        """The memory that these take."""
+        return int(np.prod(self.shape(layers))) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what precision they are kept: autocast's, where there is one, which halves the memory."""
+        return self.device.amp or torch.float32
+
+    def keep(self, layers: int) -> None:
+        """From now on keep the output of so many layers. The system hands out the memory as it is filled."""
+        self.kept[layers] = Kept(torch.empty(self.shape(layers), dtype=self.dtype), np.zeros(len(self), dtype=bool))
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples [B] as they come out of the frozen layers; as the TaskData's own where none is frozen."""
+        if not self.layers:
+            return self.data.batch(indices)
+        kept = self.kept.get(self.layers)
+        if kept is None:
+            encoded = self.compute(indices, [self.layers])[self.layers]
+            return replace(encoded, hidden=encoded.hidden.to(self.dtype).float())
+        if not kept.filled[indices].all():
+            self.fill(np.union1d(self.due, indices))
+        if self.layers == self.depth:
+            chosen = kept.values.index_select(1, torch.from_numpy(indices))  # [C, B, H]
+            return EncodedBatch(chosen.flatten(0, 1).float(), self.layers, None)
+        packed = self.data.batch(indices)
+        rows = self.rows(indices, packed)
+        return EncodedBatch(kept.values.index_select(0, rows).float(), self.layers, packed)
+
+    def rows(self, indices: np.ndarray, packed: PackedBatch) -> Tensor:
+        """For each row of a packed batch [T], its token's number in the split."""
+        starts = self.data.first_tokens(indices)[packed.order.cpu().numpy()]
+        return torch.from_numpy(ragged_rows(starts, packed.lengths.cpu().numpy()))
+
+    def fill(self, indices: np.ndarray) -> None:
+        """Compute what is kept of those of these examples that lack it."""
+        missing = indices[~self.kept[self.layers].filled[indices]]
+        by_length = missing[np.argsort(-self.lengths[missing], kind="stable")]
+        blocks = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        for block in progress(blocks, f"{self.title}: frozen layers", "batch", leave=False):
+            for layers, encoded in self.compute(block, self.kept).items():
+                self.kept[layers].filled[block] = True
+                values = encoded.hidden.to("cpu", self.dtype)
+                if encoded.packed is None:
+                    values = values.unflatten(0, (-1, len(block)))  # [C * B, H] -> [C, B, H]
+                    self.kept[layers].values.index_copy_(1, torch.from_numpy(block), values)
+                else:
+                    self.kept[layers].values.index_copy_(0, self.rows(block, encoded.packed), values)
+
+    @torch.no_grad()
+    def compute(self, indices: np.ndarray, wanted: Iterable[int]) -> dict[int, EncodedBatch]:
+        """The examples after each number of layers in `wanted`, by one pass without dropout."""
+        packed = self.data.batch(indices).to(self.device.device)
+        out: dict[int, EncodedBatch] = {}
+        training = self.backbone.training
+        self.backbone.eval()
+        with merged(self.backbone), self.device.autocast():
+            hidden, done = self.backbone.embed(packed), 0
+            for layers in sorted(wanted):
+                if layers == self.depth:
+                    embedding = self.backbone.sentence_embedding(EncodedBatch(hidden, done, packed), self.pooling)
+                    out[layers] = EncodedBatch(embedding, layers, None)
+                    break
+                for layer in self.backbone.bert_layers[done:layers]:
+                    hidden = layer(hidden, packed)
+                out[layers] = EncodedBatch(hidden, layers, packed)
+                done = layers
+        self.backbone.train(training)
+        return out
+
+
+class FrozenCache:
+    """All splits of a run behind their frozen layers, and the memory that they share."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskBERT,
+        train: Mapping[str, TaskData],
+        dev: Mapping[str, TaskData],
+        device: Device,
+        say: Callable[[str], None],
+    ) -> None:
+        pooling, size = str(config.model.pooling), config.compute.eval_batch_size
+        self.train, self.dev = (
+            {name: FrozenData(data, model.backbone(name), pooling, device, size) for name, data in split.items()}
+            for split in (train, dev)
+        )
+        self.all = [*self.train.values(), *self.dev.values()]
+        self.say = say
+        mode, depth = config.train.fine_tune_mode, model.bert_config.num_hidden_layers
+        commands = [freezing_command(mode, epoch, depth) for epoch in range(config.train.epochs)]
+        self.stages = {layers_left_frozen(command, depth) for command in commands}
+        self.budget = int(SHARE * free_memory())
+
+    def begin_epoch(self, steps: Sequence[Step]) -> None:
+        """Make ready for an epoch of these `steps`, when what trains in it has been settled."""
+        before = [data.layers for data in self.all]
+        for name, data in self.train.items():
+            own = [step.indices for step in steps if step.task == name]
+            data.begin_epoch(np.unique(np.concatenate(own)) if own else np.arange(0))
+        for data in self.dev.values():
+            data.begin_epoch(np.arange(len(data)))
+        for layers in sorted({*self.stages, *(data.layers for data in self.all)}, reverse=True):
+            for data in self.all:
+                wanted = 0 < layers <= data.layers and layers not in data.kept
+                if wanted and self.taken() + data.bytes(layers) <= self.budget:
+                    data.keep(layers)
+        if [data.layers for data in self.all] != before:
+            self.say(self.describe())
+
+    def taken(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(data.bytes(layers) for data in self.all for layers in data.kept)
+
+    def describe(self) -> str:
+        """What is frozen and what is kept of it, for people."""
+        most = max(data.layers for data in self.all)
+        if not most:
+            return "--cache_frozen: nothing is frozen any more; dropout is on in all layers from here on"
+        lines = [
+            f"--cache_frozen: the embeddings and the lowest {most} of {self.all[0].depth} layers are frozen; dropout "
+            f"is off in them, and what they put out is computed once and kept ({self.taken() / 1e9:.2f} GB)"
+        ]
+        lines += [
+            f"--cache_frozen: {data.title} would take {data.bytes(data.layers) / 1e9:.2f} GB, more than is left of "
+            f"{self.budget / 1e9:.2f} GB ({SHARE:.0%} of the free memory); its frozen layers run for every batch"
+            for data in self.all
+            if data.layers and data.layers not in data.kept
+        ]
+        return "\n".join(lines)
