@@ -272,6 +272,10 @@ class TrainOptions:
         0.8, "--routine annealed draws by size^a; a falls from 1 by this much", low=0.0, high=1.0
     )
     pcgrad: bool = option(False, "--routine joint: take out of each task's gradient what works against another task's")
+    smart_epsilon: float = option(1e-5, "largest perturbation of an embedding's coordinate in SMART", above=0.0)
+    smart_sigma: float = option(1e-5, "deviation of the noise that SMART's perturbation starts from", low=0.0)
+    smart_eta: float = option(1e-3, "length of SMART's ascent steps", above=0.0)
+    smart_steps: int = option(1, "SMART's ascent steps, each a pass forward and one back", low=1)
     clip: float | None = option(None, "largest gradient norm", above=0.0)
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
@@ -358,6 +362,15 @@ class TaskOptions:
     )
     embedding_weight: float = option(
         1.0, "factor on the further loss of {title}", template="{task}_embedding_weight", above=0.0
+    )
+    smart: float = option(
+        0.0, "weight of SMART's adversarial regularisation of {title}", template="{task}_smart", low=0.0
+    )
+    bregman: float = option(
+        0.0,
+        "weight of staying close to the slow average of the weights, for {title}",
+        template="{task}_bregman",
+        low=0.0,
     )
 
 
@@ -629,6 +642,14 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         )
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
+    smart = [name for name, own in config.tasks.items() if own.smart > 0.0]
+    for name in ("smart_epsilon", "smart_sigma", "smart_eta", "smart_steps"):
+        if getattr(train, name) != getattr(TrainOptions(), name) and not smart:
+            problems.append(f"--{name} belongs to SMART; choose tasks for it with --NAME_smart, such as --sst_smart 1")
+    if smart and train.cache_frozen:
+        problems.append(
+            f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen leaves out; drop one of them"
+        )
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     problems += check_embedding_losses(config, tasks) + check_cache_frozen(config)

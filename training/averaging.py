@@ -48,6 +48,10 @@ class NoAverage:
         """Inside, the model has the averaged weights; after it, those that train again, to the bit."""
         return nullcontext()
 
+    def swapped(self) -> AbstractContextManager[None]:
+        """The same, with the statistics of BatchNorm left alone."""
+        return nullcontext()
+
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
         return {}
@@ -80,10 +84,15 @@ class RunningAverage(NoAverage):
         if not self.updates:
             yield
             return
+        with self.swapped(), refreshed_batchnorm(self.model, self.pass_batches):
+            yield
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, and their statistics of BatchNorm as they are."""
         self.swap()
         try:
-            with refreshed_batchnorm(self.model, self.pass_batches):
-                yield
+            yield
         finally:
             self.swap()
 

@@ -18,14 +18,17 @@ from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
 from tasks import Task
 from tokenizer import Tokenizer
-from training.averaging import AVERAGES, REFRESH_BATCHES
+from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
-from training.device import Device
+from training.device import Device, random_state
 from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
-from training.losses import LOSSES, Seen, terms_of
+from training.losses import LOSSES
 from training.routines import ROUTINES, Plan, Step, task_batches
+from training.seen import Seen
+from training.smart import Teacher
 from training.telemetry import Epoch, TaskEpoch, Telemetry, epoch_table, parameter_table
+from training.terms import terms_of
 
 NOT_MEASURED = torch.tensor(math.nan)
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
@@ -144,9 +147,13 @@ class Trainer:
             )
             for name, task in self.tasks.items()
         }
-        self.terms = {name: terms_of(config.tasks[name]) for name in self.tasks}
+        self.terms = {name: terms_of(config, name) for name in self.tasks}
         self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
         self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
+        self.teacher = NoAverage(self.model, options, self.pass_batches)
+        if any(own.bregman > 0.0 for own in config.tasks.values()):
+            moves = sum(step.moves for epoch in range(options.epochs) for step in self.steps_of(epoch))
+            self.teacher = Teacher(self.model, options, moves)
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
 
@@ -201,10 +208,14 @@ class Trainer:
             return []
         return [name for name in self.tasks if last or self.epoch % self.config.tasks[name].epoch_eval == 0]
 
+    def steps_of(self, epoch: int) -> list[Step]:
+        """The batches of an epoch."""
+        return ROUTINES[self.config.train.routine](self.plan, epoch)
+
     def run_steps(self) -> dict[str, TaskMeter]:
         """All optimizer steps of the current epoch."""
         self.model.train()
-        steps = ROUTINES[self.config.train.routine](self.plan, self.epoch)
+        steps = self.steps_of(self.epoch)
         if self.frozen is not None:
             self.frozen.begin_epoch(steps)
         meters = {name: TaskMeter() for name in self.tasks if any(step.task == name for step in steps)}
@@ -241,10 +252,11 @@ class Trainer:
         data, device = self.train_data[step.task], self.device.device
         own = self.config.tasks[step.task]
         batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
+        state = random_state(device)
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
             outputs = self.model.outputs(step.task, embedding)
-            seen = Seen(self.model, step.task, batch, embedding, outputs, labels)
+            seen = Seen(self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher)
             terms = [term(seen) for term in self.terms[step.task]]
         loss = sum(terms, start=LOSSES[own.loss](outputs, labels))
         if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
@@ -263,6 +275,7 @@ class Trainer:
         self.scaler.step(optimizer)
         self.scaler.update()
         self.average.after_step()
+        self.teacher.after_step()
         self.model.zero_grad(set_to_none=True)
         return norm
 
@@ -331,6 +344,7 @@ class Trainer:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict(),
+            "teacher": self.teacher.state_dict(),
             "generators": generators,
         }
         save(self.run.resume, content)
@@ -345,6 +359,7 @@ class Trainer:
             optimizer.load_state_dict(content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])
         self.average.load_state_dict(content["average"])
+        self.teacher.load_state_dict(content["teacher"])
         torch.set_rng_state(content["generators"]["cpu"])
         if "cuda" in content["generators"] and self.device.device.type == "cuda":
             torch.cuda.set_rng_state(content["generators"]["cuda"], self.device.device)

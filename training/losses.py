@@ -1,19 +1,11 @@
-"""Losses: functions of a batch's outputs and labels, found by the names that the task table lists.
-
-Terms are what a loss can have beside that: functions of all that one training pass has seen.
-"""
+"""Losses: functions of a batch's outputs and labels, found by the names that the task table lists."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from config import TaskOptions
-from multitask_bert import MultitaskBERT
-from packing import Batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -117,44 +109,3 @@ LOSSES: dict[str, Loss] = {
     "log-cosh": log_cosh,
     "mixed": mixed,
 }
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One training pass: a batch of `task`, its sentence embeddings [S, H], the outputs and the labels [B]."""
-
-    model: MultitaskBERT
-    task: str
-    batch: Batch
-    embedding: Tensor
-    outputs: Tensor
-    labels: Tensor
-
-
-Term = Callable[[Seen], Tensor]
-
-
-def contrastive_term(seen: Seen) -> Tensor:
-    """`contrastive` of a siamese pair batch; a similarity counts as the share of its highest label."""
-    first, second = seen.embedding.chunk(2)  # [B, H] each
-    return contrastive(first, second, seen.labels / seen.model.tasks[seen.task].label_range[1])
-
-
-def simcse_term(seen: Seen) -> Tensor:
-    """`simcse` of the batch's embeddings and of those that a second pass gives under other dropout masks."""
-    return simcse(seen.embedding, seen.model.embed(seen.task, seen.batch))
-
-
-EMBEDDING_TERMS: dict[str, Term] = {"contrastive": contrastive_term, "simcse": simcse_term}
-
-
-def weighted(term: Term, weight: float) -> Term:
-    """`term` times `weight`."""
-    return lambda seen: weight * term(seen)
-
-
-def terms_of(options: TaskOptions) -> list[Term]:
-    """The further terms that a task's options ask for."""
-    if options.embedding_loss == "none":
-        return []
-    return [weighted(EMBEDDING_TERMS[options.embedding_loss], options.embedding_weight)]

@@ -64,6 +64,15 @@ def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> lis
     return [f"passes over the training examples in {options.epochs} epochs:", *bars]
 
 
+def smart_cost(config: Config, model: MultitaskBERT) -> list[str]:
+    """What SMART costs, a line for each of its tasks."""
+    return [
+        f"SMART on {model.tasks[name].title}: {config.train.smart_steps + 1} more passes forward and back a batch"
+        for name, own in config.tasks.items()
+        if own.smart > 0.0
+    ]
+
+
 def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData]) -> str:
     """The text of --dry_run."""
     options = config.train
@@ -101,6 +110,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             f"batch size {options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
             "",
             *passes_chart(model, plan, options),
+            *smart_cost(config, model),
             "",
             f"{options.fine_tune_mode}: {freezing}. In the last epoch:",
             parameter_table(model),
