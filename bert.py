@@ -3,7 +3,8 @@
 Every layer works on [T, H], the tokens of all sequences end to end; only `attention` knows where a sequence begins.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -150,6 +151,23 @@ def attention(
     return _GroupedAttention.apply(query, key, value, batch.grouping, heads, dropout, first_only)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What is added to one layer from outside: `function(hidden, batch, first_only)` of the layer's input [T, H].
+
+    Its result, [T, H] or with `first_only` [S, H], joins the `residual` sum of the layer's `attention` or of its
+    `feed-forward`, before the LayerNorm.
+    """
+
+    function: Callable[[Tensor, PackedBatch, bool], Tensor]
+    residual: str
+
+
+def output_rows(hidden: Tensor, batch: PackedBatch, first_only: bool) -> Tensor:
+    """The rows of [T, H] that a layer has outputs for: all of them, or the first token of each sequence [S, H]."""
+    return hidden[batch.cu_seqlens[:-1]] if first_only else hidden
+
+
 class BertSelfAttention(nn.Module):
     """Multi-head self-attention, without the output projection."""
 
@@ -163,7 +181,7 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False) -> Tensor:
         """[T, H] to [T, H], or to [S, H] for the first token of each sequence only."""
-        asking = hidden[batch.cu_seqlens[:-1]] if first_only else hidden
+        asking = output_rows(hidden, batch, first_only)
         dropout = self.dropout if self.training else 0.0
         return attention(
             self.query(asking), self.key(hidden), self.value(hidden), batch, self.heads, dropout, first_only
@@ -184,13 +202,22 @@ class BertLayer(nn.Module):
         self.out_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False) -> Tensor:
+    def forward(
+        self, hidden: Tensor, batch: PackedBatch, first_only: bool = False, adapter: Adapter | None = None
+    ) -> Tensor:
         """[T, H] to [T, H], or to [S, H] for the first token of each sequence only."""
+
+        def adapted(total: Tensor, residual: str) -> Tensor:
+            if adapter is None or adapter.residual != residual:
+                return total
+            return total + adapter.function(hidden, batch, first_only)
+
         context = self.self_attention(hidden, batch, first_only)
-        residual = hidden[batch.cu_seqlens[:-1]] if first_only else hidden
-        attended = self.attention_layer_norm(residual + self.dropout(self.attention_dense(context)))
+        total = output_rows(hidden, batch, first_only) + self.dropout(self.attention_dense(context))
+        attended = self.attention_layer_norm(adapted(total, "attention"))
         expanded = F.gelu(self.interm_dense(attended))
-        return self.out_layer_norm(attended + self.dropout(self.out_dense(expanded)))
+        total = attended + self.dropout(self.out_dense(expanded))
+        return self.out_layer_norm(adapted(total, "feed-forward"))
 
 
 class BertModel(nn.Module):
@@ -218,27 +245,37 @@ class BertModel(nn.Module):
         )
         return self.embed_dropout(self.embed_layer_norm(summed))
 
-    def encode(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False, done: int = 0) -> Tensor:
+    def encode(
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        first_only: bool = False,
+        done: int = 0,
+        adapters: Sequence[Adapter] = (),
+    ) -> Tensor:
         """Output of the lowest `done` layers [T, H] (0: embedding output) to the last hidden state [T, H].
 
         With `first_only`, [S, H]: the last layer does the work of the first tokens only, with the same numbers.
+        `adapters`, if any, has one for each layer.
         """
-        *lower, last = self.bert_layers[done:]
-        for layer in lower:
-            hidden = layer(hidden, batch)
-        return last(hidden, batch, first_only)
+        slots: Sequence[Adapter | None] = adapters or [None] * len(self.bert_layers)
+        *lower, last = list(zip(self.bert_layers, slots, strict=True))[done:]
+        for layer, adapter in lower:
+            hidden = layer(hidden, batch, adapter=adapter)
+        layer, adapter = last
+        return layer(hidden, batch, first_only, adapter)
 
     def pool(self, first: Tensor) -> Tensor:
         """tanh pooler: [S, H] hidden states of the first tokens to [S, H]."""
         return torch.tanh(self.pooler_dense(first))
 
-    def sentence_embedding(self, batch: Batch, pooling: str) -> Tensor:
+    def sentence_embedding(self, batch: Batch, pooling: str, adapters: Sequence[Adapter] = ()) -> Tensor:
         """[S, H] in the caller's order: the pooled first token (`cls`) or the mean over real tokens (`mean`)."""
         start = batch if isinstance(batch, EncodedBatch) else EncodedBatch(self.embed(batch), 0, batch)
         if start.packed is None:
             return start.hidden
         batch = start.packed
-        hidden = self.encode(start.hidden, batch, pooling == "cls", start.layers)
+        hidden = self.encode(start.hidden, batch, pooling == "cls", start.layers, adapters)
         if pooling == "cls":
             return self.pool(hidden)[batch.restore]
         sums = hidden.new_zeros(batch.num_sequences, hidden.shape[1]).index_add(0, batch.sequence_ids, hidden)
