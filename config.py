@@ -6,6 +6,7 @@ A field made by `option` is one flag: its name, type, default, help, choices and
 
 import argparse
 import logging
+import math
 import os
 import re
 import shlex
@@ -234,6 +235,27 @@ class LoraOptions:
 
 
 @dataclass
+class PalOptions:
+    """Projected attention and low-rank layers beside the backbones."""
+
+    pal: str = option(
+        "none",
+        "layers of a task's own beside the backbone's: projected attention (pal), also with V_E and V_D shared by all "
+        "layers (shared-v) or the attention too (shared-attention); low-rank; or mixed: shared-v below, low-rank above",
+        choices=("none", "pal", "low-rank", "shared-v", "shared-attention", "mixed"),
+    )
+    pal_residual: str = option(
+        "feed-forward",
+        "sum that they are added to, at the end of the layer or after its attention (R1's alternative architecture AA)",
+        choices=("feed-forward", "attention"),
+    )
+    pal_size: int = option(204, "width d_s of projected attention", low=1)
+    pal_heads: int = option(12, "heads of projected attention (6 in its authors' code)", low=1)
+    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1)
+    pal_tasks: tuple[str, ...] | None = option(None, "comma-separated tasks that have them (default: all of the run)")
+
+
+@dataclass
 class TrainOptions:
     """Training."""
 
@@ -381,6 +403,7 @@ class Config:
     data: DataOptions
     model: ModelOptions
     lora: LoraOptions
+    pal: PalOptions
     train: TrainOptions
     compute: ComputeOptions
     run: RunOptions
@@ -392,9 +415,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_dict`. Raises TypeError for an option that does not exist."""
-        groups = {name: group(**values[name]) for name, group in GROUPS.items()}
-        for group, name in (("model", "pair_features"), ("lora", "lora_targets")):
+        """The inverse of `to_dict`; what is not there has its default, as in a configuration saved before it was.
+
+        Raises TypeError for an option that does not exist.
+        """
+        groups = {name: group(**values.get(name, {})) for name, group in GROUPS.items()}
+        for group, name in (("model", "pair_features"), ("lora", "lora_targets"), ("pal", "pal_tasks")):
             if getattr(groups[group], name) is not None:
                 setattr(groups[group], name, tuple(getattr(groups[group], name)))  # json has lists only
         return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
@@ -404,6 +430,7 @@ GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
     "lora": LoraOptions,
+    "pal": PalOptions,
     "train": TrainOptions,
     "compute": ComputeOptions,
     "run": RunOptions,
@@ -457,7 +484,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
         if typing.get_origin(kind) is tuple:
             items = tuple(part for part in re.split(r"[,\s]+", text) if part)
             for item in items:
-                if item not in metadata["choices"]:
+                if item not in metadata.get("choices", items):
                     raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")
             return items
         try:
@@ -590,6 +617,9 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
         raise UserError("no task is left to train on; give at least one --train_NAME")
     config = Config(tasks={name: replace(options[name], enabled=True) for name in options if name in chosen}, **groups)
     problems = check(config, tasks)
+    if config.pal.pal_tasks is not None:
+        known = names_of(tasks)
+        config.pal.pal_tasks = tuple(dict.fromkeys(known.get(name, name) for name in config.pal.pal_tasks))
     try:
         config.model = config.model.resolved()
     except UserError as error:
@@ -597,6 +627,11 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     if problems:
         raise UserError("; ".join(problems))
     return config
+
+
+def names_of(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Every name and alias that a task answers to, mapped to its name."""
+    return {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
 
 
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
@@ -617,7 +652,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
-    known = {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
+    known = names_of(tasks)
     if run.task is not None and run.task not in known:
         problems.append(f"--task {run.task} is none of {', '.join(known)}")
     if run.overwrite and run.resume:
@@ -652,7 +687,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         )
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
-    problems += check_embedding_losses(config, tasks) + check_cache_frozen(config)
+    problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
     for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
         method = name.split("_")[0]
         if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
@@ -697,11 +732,37 @@ def check_cache_frozen(config: Config) -> list[str]:
             "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode last-layer trains the adapters "
             "(--lora_mode) in every layer; use --fine_tune_mode iterative or drop --cache_frozen"
         )
+    if config.pal.pal != "none":
+        problems.append(
+            f"--cache_frozen keeps what frozen layers put out, but --pal {config.pal.pal} trains beside every layer; "
+            "drop one of the two"
+        )
     problems += [
         f"--{name}_embedding_loss simcse needs dropout, but --cache_frozen switches it off in frozen layers; drop one"
         for name, own in config.tasks.items()
         if own.embedding_loss == "simcse"
     ]
+    return problems
+
+
+def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
+    """What is wrong with --pal and the flags that belong to it."""
+    pal, known = config.pal, names_of(tasks)
+    given = [name for name, value in vars(pal).items() if value != getattr(PalOptions(), name)]
+    if pal.pal == "none":
+        return [f"--{given[0]} belongs to --pal; choose a kind with --pal or drop it"] if given else []
+    without = {"low-rank": ("pal_size", "pal_heads"), "mixed": ()}.get(pal.pal, ("pal_low_rank_size",))
+    problems = [f"--{name} has no effect on --pal {pal.pal}; drop one of the two" for name in without if name in given]
+    if pal.pal != "low-rank" and pal.pal_size % pal.pal_heads:
+        problems.append(
+            f"--pal_size {pal.pal_size} is not a multiple of --pal_heads {pal.pal_heads}; "
+            f"give --pal_size {pal.pal_heads * math.ceil(pal.pal_size / pal.pal_heads)} or other heads"
+        )
+    for name in pal.pal_tasks or ():
+        if name not in known:
+            problems.append(f"--pal_tasks {name} is none of {', '.join(known)}")
+        elif known[name] not in config.tasks:
+            problems.append(f"--pal_tasks {name} is not trained in this run; add --train_{name} or drop it")
     return problems
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import load_weights
-from bert import BertModel
-from config import BertConfig, ModelOptions, UserError
+from bert import Adapter, BertModel
+from config import BertConfig, ModelOptions, PalOptions, UserError
 from lora import (
     LoRAConfig,
     adapter_state,
@@ -23,6 +23,7 @@ from lora import (
     inject,
 )
 from packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
+from pals import TaskAdapter
 from tasks import Task
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -170,6 +171,7 @@ class MultitaskBERT(nn.Module):
             else:
                 width = feature_width if task.is_pair else hidden
                 self.heads[name] = build_head(options, width, hidden, task.num_outputs)
+        self.pals = nn.ModuleDict()
 
     def _backbone_name(self, task: Task) -> str:
         return {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}[
@@ -195,7 +197,15 @@ class MultitaskBERT(nn.Module):
 
     def embed(self, task: str, batch: Batch) -> Tensor:
         """Sentence embeddings of a batch: [B, H], or [2B, H] for siamese pairs, first texts before second."""
-        return self.backbone(task).sentence_embedding(batch, str(self.options.pooling))
+        return self.backbone(task).sentence_embedding(batch, str(self.options.pooling), self.adapters(task))
+
+    def adapters(self, task: str) -> list[Adapter]:
+        """What the task adds to each layer of its backbone; empty where it adds nothing."""
+        if task not in self.pals:
+            return []
+        module = self.pals[task]
+        assert isinstance(module, TaskAdapter)
+        return module.slots()
 
     def outputs(self, task: str, embedding: Tensor) -> Tensor:
         """What `forward` returns, in fp32, from the sentence embeddings."""
@@ -243,6 +253,12 @@ class MultitaskBERT(nn.Module):
         for backbone in self.backbones.values():
             inject(backbone, config)
 
+    def add_pals(self, options: PalOptions) -> None:
+        """Give tasks, all or those of `options.pal_tasks`, layers of their own beside the backbone that serves them."""
+        if options.pal != "none":
+            for name in options.pal_tasks or self.tasks:
+                self.pals[name] = TaskAdapter(options, self.bert_config)
+
     def load_backbones(self, folder: Path) -> None:
         """Give every backbone the pretrained weights in `folder`."""
         weights = load_weights(folder, self.bert_config)
@@ -264,9 +280,9 @@ class MultitaskBERT(nn.Module):
     def manage_freezing(self, structure: str, adapters_always: bool = False) -> None:
         """Freeze or unfreeze the backbones: `freezeall`, `unfreezeall` or `unfreezetopN` (R0, appendix B).
 
-        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads always train. With adapters,
-        trainable is what this command AND the adapters' policy let train; `adapters_always` trains them whatever the
-        command.
+        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads and PALs, which
+        no pre-training has seen, always train. With LoRA adapters, trainable is what this command AND the adapters'
+        policy let train; `adapters_always` trains them whatever the command.
         """
         for backbone in self.backbones.values():
             assert isinstance(backbone, BertModel)
@@ -281,13 +297,15 @@ class MultitaskBERT(nn.Module):
         return command
 
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
-        """The model's parts with their parameters, for tables: each backbone, its adapters, the pair layer, heads."""
+        """The model's parts with their parameters, for tables: backbones, their adapters, PALs, pair layer, heads."""
         for name, backbone in self.backbones.items():
             adapters = adapter_state(backbone)
             named = dict(backbone.named_parameters())
             yield f"backbone {name}", [own for key, own in named.items() if key not in adapters]
             if adapters:
                 yield f"adapters {name}", [named[key] for key in adapters]
+        for name, pal in self.pals.items():
+            yield f"pal {name}", list(pal.parameters())
         if self.pair_layer is not None:
             yield "pair layer", list(self.pair_layer.parameters())
         for name, head in self.heads.items():
@@ -296,6 +314,8 @@ class MultitaskBERT(nn.Module):
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """Every parameter that a batch of `task` can reach."""
         reached: list[nn.Module] = [self.backbone(task), self.heads[task]]
+        if task in self.pals:
+            reached.append(self.pals[task])
         if self.pair_layer is not None and self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task]):
             reached.append(self.pair_layer)
         return [parameter for module in reached for parameter in module.parameters()]

@@ -54,6 +54,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
             load_adapter_state(backbone, adapters, f"--init_peft {source}")
     elif (chosen := LoRAConfig.from_options(config.lora)) is not None:
         model.add_adapters(chosen)
+    model.add_pals(config.pal)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     if tokenizer.vocab_size > bert_config.vocab_size:
         raise UserError(
@@ -153,6 +154,12 @@ def export(config: Config) -> None:
     from training.checkpoint import load_model
 
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
+    if model.pals:
+        flag = "--export" if config.run.export is not None else "--export_peft"
+        raise UserError(
+            f"{flag}: {config.run.evaluate} has --pal {saved.pal.pal} beside its backbones, for which transformers and "
+            "peft have no place; export a model without --pal"
+        )
     if config.run.export_peft is not None:
         only = model.lora is not None and (model.lora.freezes_rest or saved.train.fine_tune_mode == "last-layer")
         if not only:

@@ -626,10 +626,24 @@ def test_config_round_trip(words: tuple[Any, ...]) -> None:
     assert Config.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("words", [(), ("--arch", "v2", "--clip", 1, "--train_sst"), ("--pair_features", "u,v,cos")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--arch", "v2", "--clip", 1, "--train_sst"),
+        ("--pair_features", "u,v,cos"),
+        ("--pal", "pal", "--pal_tasks", "sst"),
+    ],
+)
 def test_config_round_trip_through_json(words: tuple[Any, ...]) -> None:
     config = configure(*words)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_options_younger_than_a_saved_configuration_have_their_defaults() -> None:
+    saved = configure("--epochs", 3).to_dict()
+    del saved["pal"], saved["train"]["anneal_factor"]
+    assert Config.from_dict(saved) == configure("--epochs", 3)
 
 
 def test_an_unknown_option_in_a_saved_configuration_is_refused() -> None:

@@ -206,6 +206,7 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
                 f"{path}: was trained with another tokenizer than {config.model.pretrained} has here; "
                 "put the original one there"
             )
+    model.add_pals(config.pal)
     load_weights_into(model, weights, path, model.never_trained(config.train.fine_tune_mode))
     return model, tokenizer, config
 

@@ -154,7 +154,7 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
                 f"--soup: {path} has adapters, and averages of their factors A and B do not make the average of their "
                 "products; leave --soup out, predictions can be averaged"
             )
-        alike[path] = _meaning_of_weights(content, vars(config.model))
+        alike[path] = _meaning_of_weights(content, vars(config.model) | vars(config.pal))
     first, wanted = next(iter(alike.items()))
     for path, found in alike.items():
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
