@@ -137,7 +137,7 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
     splits = load_splits(config.data, config.tasks, {name: TASKS[name]}, ["train", "dev"], say)
     splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * options.batch_size, config.train.seed)
     tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
-    data = {split: own[name] for split, own in tokenise(splits, tokenizer, "siamese", say).items()}
+    data = {split: own[name] for split, own in tokenise(splits, tokenizer, "siamese", False, say).items()}
     size = len(data["train"])
     if size < options.batch_size:
         raise UserError(

@@ -134,6 +134,9 @@ class DataOptions(FileOptions):
 
     max_train_examples: int | None = option(None, "use at most this many training examples of each task", low=1)
     max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
+    extra_clean: bool = option(
+        False, "clean texts by nltk: expand contractions, drop punctuation and stopwords but no negation, lemmatise"
+    )
 
 
 @dataclass

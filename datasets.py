@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cleaning import Cleaner
 from config import DataOptions, OneLineParser, TaskOptions, UserError, run_script
 from packing import Batch, PackedBatch, pack, ragged_rows
 from tasks import Task
@@ -320,13 +321,18 @@ class Batches(Protocol):
 class TaskData:
     """One tokenised split of one task, from which any batch can be made."""
 
-    def __init__(self, examples: Examples, tokenizer: Tokenizer, pair_encoding: str) -> None:
-        """Tokenise `examples`; with `cross`, the two texts of a pair become one sequence."""
+    def __init__(
+        self, examples: Examples, tokenizer: Tokenizer, pair_encoding: str, cleaner: Cleaner | None = None
+    ) -> None:
+        """Clean and tokenise `examples`; with `cross`, the two texts of a pair become one sequence."""
         self.examples = examples
+        texts = examples.texts
+        if cleaner is not None:
+            texts = tuple([cleaner.clean(text) for text in column] for column in texts)
         if examples.task.is_pair and pair_encoding == "cross":
-            self.tokens = [tokenizer.encode(examples.texts[0], examples.texts[1])]
+            self.tokens = [tokenizer.encode(texts[0], texts[1])]
         else:
-            self.tokens = [tokenizer.encode(texts) for texts in examples.texts]
+            self.tokens = [tokenizer.encode(column) for column in texts]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -365,11 +371,19 @@ class TaskData:
 
 
 def tokenise(
-    splits: Mapping[str, Mapping[str, Examples]], tokenizer: Tokenizer, pair_encoding: str, say: Callable[[str], None]
+    splits: Mapping[str, Mapping[str, Examples]],
+    tokenizer: Tokenizer,
+    pair_encoding: str,
+    extra_clean: bool,
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, TaskData]]:
-    """Token ids for every split; `say` hears of sequences that had to be cut."""
+    """Token ids for every split; `say` hears of sequences that had to be cut.
+
+    Raises UserError where `extra_clean` is asked for and nltk or its data cannot be had.
+    """
+    cleaner = Cleaner() if extra_clean else None
     data = {
-        split: {name: TaskData(examples, tokenizer, pair_encoding) for name, examples in by_task.items()}
+        split: {name: TaskData(examples, tokenizer, pair_encoding, cleaner) for name, examples in by_task.items()}
         for split, by_task in splits.items()
     }
     truncated = sum(own.truncated for by_task in data.values() for own in by_task.values())

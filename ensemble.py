@@ -175,9 +175,9 @@ def member_outputs(
     if outputs is not None:
         say(f"{member.path}: predictions from {cache}")
         return outputs
-    model, tokenizer, _ = load_model(member.path, read and read())
+    model, tokenizer, saved = load_model(member.path, read and read())
     model.to(device.device)
-    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
+    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
     outputs = {
         (split, name): predict(model, task_data, device.device, batch_size, device.amp)
         for split, by_task in data.items()

@@ -81,7 +81,7 @@ def train(config: Config) -> None:
     splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
     device = choose_device(config.compute, say)
     model, tokenizer = build_model(config, tasks)
-    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), say)
+    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
     if config.run.dry_run:
         say(describe(config, model, data["train"]))
         return
@@ -139,7 +139,7 @@ def evaluate(config: Config) -> None:
     model.to(device.device)
     options = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
-    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), say)
+    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     report(model, data, device, config, run, {"checkpoint": str(path)})
 
@@ -180,12 +180,13 @@ def export(config: Config) -> None:
 
 def label_sentences(config: Config) -> None:
     """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
+    from cleaning import Cleaner
     from datasets import Examples, TaskData
     from evaluation import decide, predict, probabilities
     from training.checkpoint import load_model
     from training.device import choose_device
 
-    model, tokenizer, _ = load_model(Path(str(config.run.evaluate)))
+    model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     task = names[str(config.run.task)]
     if task.name not in model.tasks:
@@ -199,7 +200,8 @@ def label_sentences(config: Config) -> None:
     ids = [str(i) for i in range(len(texts))]
     columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
     examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
-    data = TaskData(examples, tokenizer, str(model.options.pair_encoding))
+    cleaner = Cleaner() if saved.data.extra_clean else None
+    data = TaskData(examples, tokenizer, str(model.options.pair_encoding), cleaner)
     values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
     labels = decide(task, values)
     for row, value, label in zip(texts, values, labels, strict=True):

@@ -22,6 +22,7 @@ ROWS: list[tuple[str, ...]] = [
     ("lora",),
     ("base_bert",),
     ("datasets",),
+    ("cleaning",),
     ("tokenizer",),
     ("packing",),
     ("optimizer",),

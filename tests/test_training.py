@@ -52,7 +52,7 @@ def make_trainer(flags: list[str], run_dir: Path, *more: object, say: Callable[[
     tasks = {name: TASKS[name] for name in config.tasks}
     splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], print)
     model, tokenizer = multitask_classifier.build_model(config, tasks)
-    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), print)
+    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, print)
     run = RunDirectory(run_dir)
     run.prepare(config.run.overwrite, config.run.resume, 0)
     run.begin(config)

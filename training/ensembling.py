@@ -144,7 +144,8 @@ def average_weights(members: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict
 def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
     """See that the weights of these checkpoints can be averaged.
 
-    Raises UserError for adapters, and for another arch, shape, tokenizer, start weights or tasks than the first has.
+    Raises UserError for adapters, and for another arch, shape, cleaning, tokenizer, start weights or tasks than the
+    first has.
     """
     alike = {}
     for path, content in contents.items():
@@ -154,7 +155,8 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
                 f"--soup: {path} has adapters, and averages of their factors A and B do not make the average of their "
                 "products; leave --soup out, predictions can be averaged"
             )
-        alike[path] = _meaning_of_weights(content, vars(config.model) | vars(config.pal))
+        texts = {"extra_clean": config.data.extra_clean}
+        alike[path] = _meaning_of_weights(content, vars(config.model) | vars(config.pal) | texts)
     first, wanted = next(iter(alike.items()))
     for path, found in alike.items():
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
