@@ -7,7 +7,6 @@ and the weights of all-MiniLM-L6-v2 have one known hash.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
+from files import cache_folder
 from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
@@ -279,7 +279,7 @@ def _from_hub(repo: str) -> Path:
 
 
 def _minilm_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert" / MINILM
+    return cache_folder() / MINILM
 
 
 def _from_minilm_cache() -> Path:

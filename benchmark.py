@@ -2,25 +2,30 @@
 
     python benchmark.py
     python benchmark.py --tasks sst,sts --modes train --steps 40 --data_dir data
+    python benchmark.py --modes tokenise
 
 The peer is what one writes with transformers: batches padded to their longest text, SDPA, torch's fused AdamW.
+The mode tokenise has no peer: it reads and tokenises a generated file of Quora's size, at first and from the cache.
 """
 
 import json
 import multiprocessing
 import os
 import platform
+import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,11 +45,11 @@ from config import (
     option,
     run_script,
 )
-from datasets import TaskData, load_splits, tokenise
+from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation import predict, progress
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
-from tasks import TASKS, Task
+from tasks import PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.checkpoint import RunDirectory, git_commit, write_text
 from training.device import Device, choose_device
@@ -59,6 +64,11 @@ LOSS = {"classes": "ce", "binary": "bce", "similarity": "mse"}
 TOLERANCE = 1e-4  # largest difference between two sides' outputs that still counts as the same numbers
 EVAL_BATCHES, EVAL_PASSES = 16, 5  # evaluation goes over this many batches at most, at most this often
 MEMORY_STEPS = 5
+LEGEND = """ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens
+need; peak: a layer's matrix products alone. MB: of a process with its libraries, or of a GPU's tensors."""
+PAIRS = 283_000  # rows of Quora's training file
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,7 +81,9 @@ class Options:
         choices=("full-model", "lora", "dora", "lora-over-full", "dora-over-lora"),
     )
     tasks: tuple[str, ...] = option(tuple(TASKS), "comma-separated tasks", choices=tuple(TASKS))
-    modes: tuple[str, ...] = option(("train", "eval"), "comma-separated: train, eval", choices=("train", "eval"))
+    modes: tuple[str, ...] = option(
+        ("train", "eval"), "comma-separated: train, eval, tokenise", choices=("train", "eval", "tokenise")
+    )
     batch_size: int = option(64, "examples per step", low=1)
     steps: int = option(20, "timed training steps of each side", low=1)
     warmup: int = option(3, "training steps of each side before the clock starts", low=0)
@@ -463,14 +475,56 @@ def all_memory(options: Options) -> dict[tuple[str, str, str], dict[str, int]]:
     Linux counts the size that a parent had at the start as its child's: this comes first, while we are small.
     """
     cases = [(row, name, task) for row in options.comparisons for name in COMPARISONS[row] for task in options.tasks]
-    peaks = {}
-    for case in progress(cases, "memory", "process"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                peaks[case] = pool.submit(measure_memory, options, *case).result()
-            except BrokenProcessPool:
-                raise UserError(f"{' '.join(case)}: the process died, of too little memory perhaps") from None
-    return peaks
+    return {
+        case: in_own_process(" ".join(case), measure_memory, options, *case)
+        for case in progress(cases, "memory", "process")
+    }
+
+
+def in_own_process(label: str, function: Callable[..., T], *arguments: object) -> T:
+    """What `function` returns in a fresh process. Raises UserError, naming `label`, where the process dies."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(f"{label}: the process died, of too little memory perhaps") from None
+
+
+def write_pairs(path: Path, tokenizer: Tokenizer) -> None:
+    """A file of PAIRS labelled questions of about thirteen tokens, random words of the vocabulary."""
+    words = [word for word in json.loads(tokenizer.to_json())["model"]["vocab"] if word.isalpha()]
+    generator = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("\t".join(["", "id", *PARA.text_columns, PARA.label_column]) + "\n")
+        for number in range(PAIRS):
+            texts = [" ".join(generator.choices(words, k=10)).capitalize() + "?" for _ in PARA.text_columns]
+            row = [str(number), f"{generator.getrandbits(100):025x}", *texts, f"{generator.randrange(2)}.0"]
+            file.write("\t".join(row) + "\n")
+
+
+def tokenise_file(path: Path, weights: Path, cache: Path) -> dict[str, float]:
+    """Seconds from a file to token ids, peak bytes of the process with its libraries, and tokens a text."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    tokenizer = load_tokenizer(weights, MAX_LENGTH)
+    started = time.perf_counter()
+    examples = read_examples(path, PARA, "train", BadRows(0, say))
+    data = TaskData(examples, tokenizer, "siamese")
+    seconds = time.perf_counter() - started
+    tokens = float(data.lengths.mean()) / len(PARA.text_columns)
+    return {"seconds": seconds, "peak": Device(torch.device("cpu")).peak_memory(), "tokens": tokens}
+
+
+def measure_tokenising(options: Options) -> dict[str, Any]:
+    """tokenise_file of PAIRS pairs, with an empty cache and with a full one, each in a process of its own."""
+    weights = resolve_pretrained(options.pretrained)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pairs(folder / "pairs.csv", load_tokenizer(weights, MAX_LENGTH))
+        runs = {
+            label: in_own_process("tokenise", tokenise_file, folder / "pairs.csv", weights, folder / "cache")
+            for label in progress(("first", "cached"), "tokenise", "process")
+        }
+    return {"mode": "tokenise", "pairs": PAIRS, **runs}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,6 +549,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return format_table(header, rows)
 
 
+def tokenise_line(record: Mapping[str, Any]) -> str:
+    """What measure_tokenising measured."""
+    runs = [f"{run} {record[run]['seconds']:.2f} s, {record[run]['peak'] / 1e6:,.0f} MB" for run in ("first", "cached")]
+    return f"tokenise {record['pairs']:,} pairs of {record['first']['tokens']:.1f} tokens a text: {'; '.join(runs)}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what the command line asks for, print a table and write everything into a file."""
     groups = {"benchmark": Options}
@@ -507,15 +567,20 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
     started = time.strftime("%Y%m%d-%H%M%S")
-    memory = all_memory(options)
+    modes = tuple(mode for mode in options.modes if mode != "tokenise")
+    compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
+    tokenising = [measure_tokenising(options)] if "tokenise" in options.modes else []
+    memory = all_memory(compared)
     records = [
         {**record, "memory": {name: memory[row, name, task] for name in COMPARISONS[row]}}
-        for row in options.comparisons
+        for row in compared.comparisons
         for task in options.tasks
-        for record in measure_speed(options, row, task)
+        for record in measure_speed(compared, row, task)
     ]
     device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), lambda line: None)
-    packages = {"torch": torch, "numpy": np, "transformers": import_transformers()}
+    packages = {"torch": torch, "numpy": np, "tokenizers": tokenizers}
+    if records:
+        packages["transformers"] = import_transformers()
     content = {
         "config": asdict(options),
         "git_commit": git_commit(),
@@ -523,13 +588,15 @@ def main(argv: Sequence[str]) -> None:
         "device": device.name,
         "amp": device.amp and str(device.amp),
         "started": started,
-        "results": records,
+        "results": records + tokenising,
     }
     path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"
     write_text(path, json.dumps(content, indent=2) + "\n")
-    say(f"{device.name}; --pretrained {options.pretrained} --batch_size {options.batch_size}\n{table(records)}")
-    say("ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens")
-    say("need; peak: a layer's matrix products alone. MB: of a process with its libraries, or of a GPU's tensors.")
+    say(f"{device.name}; --pretrained {options.pretrained} --batch_size {options.batch_size}")
+    if records:
+        say(f"{table(records)}\n{LEGEND}")
+    for record in tokenising:
+        say(tokenise_line(record))
     say(f"every round: {path}")
 
 

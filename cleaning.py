@@ -16,7 +16,6 @@ from config import UserError
 
 logger = logging.getLogger("minbert")
 
-RULE = 1  # to be raised whenever a text is cleaned to another one than before: token caches hold to it
 DATA = ("stopwords", "wordnet")
 NEGATIONS = frozenset(("no", "nor", "not"))  # all those among nltk's stopwords
 FETCH = f"python -m nltk.downloader {' '.join(DATA)}"
@@ -69,8 +68,9 @@ class Cleaner:
 
     @property
     def fingerprint(self) -> str:
-        """What a cleaned text depends on beside the text; nltk's package wordnet is WordNet 3.0 for good."""
-        return f"{RULE} {hashlib.sha256(' '.join(sorted(self._stopwords)).encode()).hexdigest()}"
+        """What of nltk a cleaned text depends on; its package wordnet is WordNet 3.0 for good."""
+        stopwords = hashlib.sha256(" ".join(sorted(self._stopwords)).encode()).hexdigest()
+        return f"{self._nltk.__version__} {stopwords}"
 
     @functools.cached_property
     def _lemma(self) -> Callable[[str], str]:

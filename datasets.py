@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import tokenizers
 import torch
 from tqdm import tqdm
 
+from cache import Arrays, cache_key, cached, pack_texts, unpack_texts
 from cleaning import Cleaner
 from config import DataOptions, OneLineParser, TaskOptions, UserError, run_script
 from packing import Batch, PackedBatch, pack, ragged_rows
 from tasks import Task
-from tokenizer import Tokenizer
+from tokenizer import TokenArrays, Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Examples
@@ -99,6 +101,7 @@ class BadRows:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
+LARGE_FILE = 8 << 20  # bytes from which on the rows are kept between runs; SST's and STS's are one or two million
 _SOURCE = "fetch the course's files with `python datasets.py --out data` or try --data_dir data/sample"
 
 
@@ -187,6 +190,65 @@ def _header(content: bytes, path: Path, task: Task, split: str) -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What a file holds for a task, column by column, and the lines that cannot be read with the reasons."""
+
+    ids: list[str]
+    texts: tuple[list[str], ...]
+    labels: np.ndarray | None  # [N]
+    bad: list[tuple[int, str]]
+
+    @classmethod
+    def parse(cls, lines: Sequence[bytes], header: Sequence[str], task: Task) -> "_Rows":
+        """The rows of `lines`, the first of which is line 2 of the file."""
+        seen: dict[str, int] = {}  # id -> its line
+        rows: list[tuple[list[str], float]] = []
+        bad: list[tuple[int, str]] = []
+        for number, line in enumerate(lines, start=2):
+            try:
+                row_id, row_texts, label = _row(line, header, task)
+                if row_id in seen:
+                    raise _BadRow(f"id {row_id[:40]!r} was already used in line {seen[row_id]}")
+            except _BadRow as error:
+                bad.append((number, str(error)))
+            else:
+                seen[row_id] = number
+                rows.append((row_texts, label))
+        texts = tuple([row_texts[i] for row_texts, _ in rows] for i in range(len(task.text_columns)))
+        labels = None
+        if task.label_column in header:
+            dtype = np.float32 if task.kind == "similarity" else np.int64
+            labels = np.array([label for _, label in rows], dtype=dtype)
+        return cls(list(seen), texts, labels, bad)
+
+    def pack(self) -> Arrays:
+        """The same as arrays."""
+        columns = {"ids": self.ids, "reasons": [reason for _, reason in self.bad]}
+        columns |= {f"texts/{i}": column for i, column in enumerate(self.texts)}
+        arrays = {name: pack_texts(column) for name, column in columns.items()}
+        arrays["lines"] = np.array([number for number, _ in self.bad], np.int64)
+        return arrays if self.labels is None else {**arrays, "labels": self.labels}
+
+    @classmethod
+    def unpack(cls, arrays: Arrays) -> "_Rows":
+        """The inverse of `pack`."""
+        texts = tuple(unpack_texts(own) for name, own in arrays.items() if name.startswith("texts/"))
+        bad = zip(arrays["lines"].tolist(), unpack_texts(arrays["reasons"]), strict=True)
+        return cls(unpack_texts(arrays["ids"]), texts, arrays.get("labels"), list(bad))
+
+
+def _rows(content: bytes, header: Sequence[str], task: Task) -> _Rows:
+    """The rows of a file's content; those of a large file are kept between runs."""
+
+    def parse() -> _Rows:
+        return _Rows.parse(content.split(b"\n")[1:], header, task)
+
+    if len(content) < LARGE_FILE:
+        return parse()
+    return _Rows.unpack(cached("examples", cache_key(content, task), lambda: parse().pack()))
+
+
 def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Examples:
     """All readable rows of a file; the others go to `bad_rows`, whose limit is checked when every row was bad.
 
@@ -203,32 +265,18 @@ def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Exam
     if not content:
         raise UserError(f"{path}: the file is empty; {_SOURCE}")
     header = _header(content, path, task, split)
-    lines = content.split(b"\n")[1:]
-    if not lines:
+    if b"\n" not in content:
         raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
-    seen: dict[str, int] = {}  # id -> its line
-    rows: list[tuple[list[str], float]] = []
-    first_bad = ""
-    for number, line in enumerate(lines, start=2):
-        try:
-            row_id, row_texts, label = _row(line, header, task)
-            if row_id in seen:
-                raise _BadRow(f"id {row_id[:40]!r} was already used in line {seen[row_id]}")
-        except _BadRow as error:
-            first_bad = first_bad or f"line {number}: {error}"
-            bad_rows.add(path, number, str(error))
-        else:
-            seen[row_id] = number
-            rows.append((row_texts, label))
-    if not seen:
+    rows = _rows(content, header, task)
+    for number, reason in rows.bad:
+        bad_rows.add(path, number, reason)
+    if not rows.ids:
         bad_rows.check()
-        raise UserError(f"{path}: none of its {len(lines)} rows can be read ({first_bad}); mend the file")
-    texts = tuple([row_texts[i] for row_texts, _ in rows] for i in range(len(task.text_columns)))
-    labels = None
-    if task.label_column in header:
-        dtype = np.float32 if task.kind == "similarity" else np.int64
-        labels = np.array([label for _, label in rows], dtype=dtype)  # [N]
-    return Examples(task, split, path, list(seen), texts, labels)
+        number, reason = rows.bad[0]
+        raise UserError(
+            f"{path}: none of its {len(rows.bad)} rows can be read (line {number}: {reason}); mend the file"
+        )
+    return Examples(task, split, path, rows.ids, rows.texts, rows.labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,6 +347,41 @@ def load_splits(
 # ----------------------------------------------------------------------------------------------------------------------
 # Token ids and packed batches
 
+MANY_TEXTS = 20_000  # from which on token ids are kept between runs; fewer are tokenised in less than a second
+
+
+def token_arrays(
+    texts: tuple[list[str], ...], tokenizer: Tokenizer, joined: bool, cleaner: Cleaner | None
+) -> list[TokenArrays]:
+    """Clean and tokenise columns of texts; with `joined`, two columns become one of pairs."""
+    if cleaner is not None:
+        texts = tuple([cleaner.clean(text) for text in column] for column in texts)
+    return [tokenizer.encode(*texts)] if joined else [tokenizer.encode(column) for column in texts]
+
+
+def kept_token_arrays(
+    texts: tuple[list[str], ...], tokenizer: Tokenizer, joined: bool, cleaner: Cleaner | None
+) -> list[TokenArrays]:
+    """The same; those of many texts are kept between runs."""
+    if sum(map(len, texts)) < MANY_TEXTS:
+        return token_arrays(texts, tokenizer, joined, cleaner)
+
+    def make() -> Arrays:
+        made = token_arrays(texts, tokenizer, joined, cleaner)
+        return {f"{name}/{i}": np.asarray(value) for i, own in enumerate(made) for name, value in vars(own).items()}
+
+    parts = [tokenizer.sha256, tokenizer.max_length, tokenizers.__version__, joined, cleaner and cleaner.fingerprint]
+    arrays = cached("tokens", cache_key(*parts, *("\n".join(column) for column in texts)), make)
+    return [
+        TokenArrays(
+            input_ids=arrays[f"input_ids/{i}"],
+            offsets=arrays[f"offsets/{i}"],
+            second_start=arrays[f"second_start/{i}"],
+            truncated=int(arrays[f"truncated/{i}"]),
+        )
+        for i in range(1 if joined else len(texts))
+    ]
+
 
 class Batches(Protocol):
     """What training and evaluation need of a split of a task."""
@@ -326,13 +409,8 @@ class TaskData:
     ) -> None:
         """Clean and tokenise `examples`; with `cross`, the two texts of a pair become one sequence."""
         self.examples = examples
-        texts = examples.texts
-        if cleaner is not None:
-            texts = tuple([cleaner.clean(text) for text in column] for column in texts)
-        if examples.task.is_pair and pair_encoding == "cross":
-            self.tokens = [tokenizer.encode(texts[0], texts[1])]
-        else:
-            self.tokens = [tokenizer.encode(column) for column in texts]
+        joined = examples.task.is_pair and pair_encoding == "cross"
+        self.tokens = kept_token_arrays(examples.texts, tokenizer, joined, cleaner)
 
     def __len__(self) -> int:
         return len(self.examples)

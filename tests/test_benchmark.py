@@ -203,6 +203,24 @@ def test_the_script(bert: Path, small_data: Path, tmp_path: Path) -> None:
     assert str(path) in done.stdout
 
 
+def test_tokenising_a_large_file(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own-cache"))
+    monkeypatch.setattr(benchmark, "PAIRS", 12_000)
+    monkeypatch.setattr(benchmark, "import_transformers", lambda: pytest.fail("there is no peer"))
+    benchmark.main(["--modes", "tokenise", "--pretrained", str(tiny_bert), "--out", str(tmp_path / "results")])
+    (path,) = (tmp_path / "results").iterdir()
+    (record,) = json.loads(path.read_text())["results"]
+    assert (record["mode"], record["pairs"]) == ("tokenise", 12_000)
+    first, cached = record["first"], record["cached"]
+    assert first["tokens"] == cached["tokens"] == pytest.approx(13, abs=0.1)
+    assert 0 < cached["seconds"] < first["seconds"] and min(first["peak"], cached["peak"]) > 50e6
+    line = f"tokenise 12,000 pairs of 13.0 tokens a text: first {first['seconds']:.2f} s"
+    assert line in capsys.readouterr().out
+    assert not (tmp_path / "own-cache").exists()  # it has a cache of its own, which is gone
+
+
 # Mistakes
 
 

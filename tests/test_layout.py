@@ -26,6 +26,8 @@ ROWS: list[tuple[str, ...]] = [
     ("tokenizer",),
     ("packing",),
     ("optimizer",),
+    ("cache",),
+    ("files",),
     ("config",),
     ("tasks",),
 ]

@@ -4,7 +4,6 @@ A checkpoint is a torch.save file of tensors and plain containers; it is read wi
 otherwise, so a foreign file cannot run code.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from base_bert import resolve_pretrained
 from config import BertConfig, Config, UserError
+from files import cause, first_line, write_atomically, write_text
 from lora import LoRAConfig
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
@@ -28,46 +28,6 @@ from tokenizer import Tokenizer, load_tokenizer
 FORMAT = 1
 OWN_FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt")
 OWN_FOLDERS = ("predictions", "tensorboard")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and rename it: `path` is never half a file.
-
-    Raises UserError where the folder cannot be written or the disk is full; the old file then stands unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({_cause(error, path.parent)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cause(error: Exception, folder: Path) -> str:
-    """The reason of a failed write. torch's file writer hides a full disk behind a RuntimeError of its own."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
-        return "no space left on the disk; free some, or choose another --run_dir"
-    return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -316,4 +276,4 @@ class RunDirectory:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")
         except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({_cause(error, self.path)})") from error
+            raise UserError(f"{self.path / name}: cannot be written ({cause(error, self.path)})") from error
