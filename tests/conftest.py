@@ -78,9 +78,10 @@ def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
     words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **shape}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"max_position_embeddings": 64, **shape}
     # A wide initialisation, so that sentences have embeddings that differ.
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.2, **sizes)
+    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertModel(config)
