@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all gpu-check lint clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -56,7 +56,14 @@ test: lint
 
 # make test-all   the same with the long checks
 test-all: lint
-	$(BIN)/python -m pytest -q --durations=20 -m "long or not long"
+	$(BIN)/python -m pytest -q --durations=20 -m "not gpu"
+
+# make gpu-check   the tests that need a GPU, and the benchmark on it; GPU_PYTHON names an environment of your own
+GPU_PYTHON = $(BIN)/python
+GPU_WEIGHTS := all-MiniLM-L6-v2
+gpu-check: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/dev.done)
+	$(GPU_PYTHON) -m pytest -q -m gpu
+	$(GPU_PYTHON) benchmark.py --use_gpu --amp --pretrained $(GPU_WEIGHTS) --data_dir $(DATA)
 
 clean:
 	rm -rf $(VENV) runs

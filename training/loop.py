@@ -16,6 +16,7 @@ from datasets import Batches, TaskData
 from evaluation import Scores, overall, predict, probabilities, progress, score_task
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
+from packing import to_device
 from tasks import Task
 from tokenizer import Tokenizer
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
@@ -251,7 +252,7 @@ class Trainer:
         """
         data, device = self.train_data[step.task], self.device.device
         own = self.config.tasks[step.task]
-        batch, labels = data.batch(step.indices).to(device), data.labels(step.indices).to(device)
+        batch, labels = data.batch(step.indices).to(device), to_device(data.labels(step.indices), device)
         state = random_state(device)
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
