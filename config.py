@@ -305,6 +305,9 @@ class TrainOptions:
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a better score", low=1)
+    refresh_batchnorm: bool = option(
+        False, "evaluate with statistics of batch normalisation measured anew, without dropout (averages always do)"
+    )
     average: str = option(
         "none",
         "evaluate and save a running average of the weights: exponential, or the mean of the ends of epochs",

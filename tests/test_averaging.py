@@ -537,3 +537,16 @@ def test_the_tensors_are_the_models_own(tiny_flags: list[str], tmp_path: Path) -
     state = trainer.model.state_dict(keep_vars=True)
     found = averaged_tensors(trainer.model, trainer.config.train)
     assert found and all(tensor is state[name] for name, tensor in found.items())
+
+
+def test_statistics_can_be_measured_anew_without_an_average(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Training is the same to the bit; what is evaluated and saved has the weights that train and new statistics."""
+    runs = {}
+    for name, more in (("plain", []), ("anew", ["--refresh_batchnorm"])):
+        trainer = make_trainer(tiny_flags, tmp_path / name, "--fine_tune_mode", "full-model", "--epochs", 1, *more)
+        trainer.fit()
+        runs[name] = copied(trainer.model), load(trainer.run.best)["weights"]
+    plain, anew = runs["plain"], runs["anew"]
+    assert changed(plain[0], anew[0]) == set() and changed(plain[0], plain[1]) == set()
+    different = changed(anew[0], anew[1])
+    assert different == {name for name in anew[0] if "running_" in name}

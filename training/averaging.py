@@ -37,6 +37,7 @@ class NoAverage:
 
     def __init__(self, model: MultitaskBERT, options: TrainOptions, pass_batches: Callable[[], None]) -> None:
         """Average the weights that `model` has from now on; `pass_batches` runs training batches through it."""
+        self.model, self.options, self.pass_batches = model, options, pass_batches
 
     def after_step(self) -> None:
         """Take note of an optimizer step."""
@@ -46,7 +47,7 @@ class NoAverage:
 
     def applied(self) -> AbstractContextManager[None]:
         """Inside, the model has the averaged weights; after it, those that train again, to the bit."""
-        return nullcontext()
+        return refreshed_batchnorm(self.model, self.pass_batches) if self.options.refresh_batchnorm else nullcontext()
 
     def swapped(self) -> AbstractContextManager[None]:
         """The same, with the statistics of BatchNorm left alone."""
@@ -64,7 +65,7 @@ class RunningAverage(NoAverage):
     """An average that moves towards the weights at each update; at first it is the start weights."""
 
     def __init__(self, model: MultitaskBERT, options: TrainOptions, pass_batches: Callable[[], None]) -> None:
-        self.model, self.options, self.pass_batches = model, options, pass_batches
+        super().__init__(model, options, pass_batches)
         self.tensors = averaged_tensors(model, options)
         self.averages = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         self.updates = 0
