@@ -279,6 +279,9 @@ class TrainOptions:
         "--lr_schedule cyclic: each 2-epoch cycle starts again, or goes on from where the last one ended",
         choices=("restart", "cumulative"),
     )
+    init_from: str | None = option(
+        None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
+    )
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
@@ -651,6 +654,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{whole} says all that {others} says; give one or the other")
     if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
         problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
+    if train.init_from is not None and (adapters or lora.init_peft is not None):
+        problems.append(
+            f"--init_from trains on from weights that no --pretrained holds, and --{adapters[0]} would save adapters "
+            "without them; drop one of the two"
+        )
     if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
         problems.append("--dora_norm belongs to --dora; add that or drop it")
     for name in ("predict", "export", "export_peft"):

@@ -33,6 +33,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     from lora import LoRAConfig, import_peft, load_adapter_state
     from multitask_bert import MultitaskBERT
     from tokenizer import load_tokenizer
+    from training.checkpoint import hand_over
 
     folder = resolve_pretrained(config.model.pretrained)
     dropout = config.model.backbone_dropout_prob
@@ -45,6 +46,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     torch.manual_seed(config.train.seed)
     model = MultitaskBERT(config.model, bert_config, tasks)
     model.load_backbones(folder)
+    tokenizer = load_tokenizer(folder, config.data.max_length)
     if config.lora.init_peft is not None:
         source = config.lora.init_peft
         lora, adapters = import_peft(Path(source))
@@ -55,7 +57,8 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     elif (chosen := LoRAConfig.from_options(config.lora)) is not None:
         model.add_adapters(chosen)
     model.add_pals(config.pal)
-    tokenizer = load_tokenizer(folder, config.data.max_length)
+    if config.train.init_from is not None:
+        hand_over(model, tokenizer, Path(config.train.init_from), say)
     if tokenizer.vocab_size > bert_config.vocab_size:
         raise UserError(
             f"--pretrained {config.model.pretrained}: its tokenizer has {tokenizer.vocab_size} words but its weights "

@@ -22,7 +22,7 @@ import ensemble
 import multitask_classifier
 from config import UserError
 from tasks import TASKS
-from training.checkpoint import save, write_atomically
+from training.checkpoint import load_model, save, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., str]
@@ -903,3 +903,54 @@ def test_a_reader_that_goes_away_is_no_error(tiny_flags: list[str]) -> None:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 1
+
+
+# ------------------------------------------------------------------------------------------- starting from a checkpoint
+
+
+def weights_at_start(tiny_flags: list[str], run: Path, *more: object) -> dict[str, torch.Tensor]:
+    return make_trainer(tiny_flags, run, *more).model.state_dict()
+
+
+def test_a_trained_model_can_be_the_start_of_another(runs: Path, tiny_flags: list[str], tmp_path: Path) -> None:
+    """The weights are handed over to the bit, into another fine-tune mode; optimizers are fresh."""
+    wanted = torch.load(runs / "yin" / "best.pt", weights_only=True)["weights"]
+    flags = ["--init_from", runs / "yin" / "best.pt", "--fine_tune_mode", "last-layer"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    found = trainer.model.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not any(optimizer.state for optimizer in trainer.optimizers.values())
+    trainer.fit()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], wanted[name]) for name in wanted if name.startswith("backbones."))
+    assert any(not torch.equal(after[name], wanted[name]) for name in wanted if name.startswith("heads."))
+
+
+def test_a_stage_on_one_task_before_all_of_them(runs: Path, tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    """From a model of SST alone: its backbone and head are taken, the other heads are those of a run without."""
+    flags = ["--backbones", "shared", "--pair_layer", "none"]
+    make_trainer(tiny_flags, tmp_path / "sst", *flags, "--train_sst").fit()
+    trained = torch.load(tmp_path / "sst" / "best.pt", weights_only=True)["weights"]
+    capsys.readouterr()
+    found = weights_at_start(tiny_flags, tmp_path / "a", *flags, "--init_from", tmp_path / "sst" / "best.pt")
+    assert "knows nothing of para, sts" in capsys.readouterr().out
+    plain = weights_at_start(tiny_flags, tmp_path / "b", *flags)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, trained[name] if name in trained else plain[name]), name
+
+
+def test_adapters_are_merged_into_the_start(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--arch", "v2", "--train_sst"]
+    first = make_trainer(tiny_flags, tmp_path / "lora", *flags, "--lora_mode", "all-lin", "--lora_rank", 3)
+    first.fit()
+    again = make_trainer(tiny_flags, tmp_path / "next", *flags, "--init_from", tmp_path / "lora" / "best.pt")
+    model, _, _ = load_model(tmp_path / "lora" / "best.pt")
+    batch = first.train_data["sst"].batch(np.arange(9))
+    torch.testing.assert_close(again.model.eval()("sst", batch), model.eval()("sst", batch), rtol=0, atol=1e-6)
+
+
+def test_another_arch_is_no_start(train: Run, runs: Path) -> None:
+    message = refusal(train, "--init_from", runs / "cross" / "best.pt", "--run_dir", "run")
+    assert "--init_from" in message and "another arch" in message
+    message = refusal(train, "--init_from", runs / "yin" / "best.pt", "--lora_mode", "attn")
+    assert "--init_from" in message and "--lora_mode" in message

@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from base_bert import resolve_pretrained
 from config import BertConfig, Config, UserError
 from files import cause, first_line, write_atomically, write_text
-from lora import LoRAConfig
+from lora import LoRAConfig, merged_state
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from tokenizer import Tokenizer, load_tokenizer
@@ -131,6 +131,28 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
         return Config.from_dict(content["config"])
     except (KeyError, TypeError, AttributeError) as error:
         raise _foreign(path, error) from error
+
+
+def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
+    """--init_from: give `model` the weights of a checkpoint, adapters merged; `say` hears what stays as it was.
+
+    Only what belongs to tasks that the checkpoint does not know may be missing from it. Raises UserError, and leaves
+    the model as it was, where anything else is missing or of another shape, or the tokenizer is another one.
+    """
+    source, its_tokenizer, _ = load_model(path)
+    if its_tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(f"--init_from {path}: was trained with another tokenizer than --pretrained has; name its own")
+    weights = source.state_dict()
+    for name, backbone in source.backbones.items():
+        weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
+    own = model.state_dict()
+    new = [name for name in model.tasks if name not in source.tasks]
+    fresh = {key for key in own if any(key.startswith((f"heads.{name}.", f"pals.{name}.")) for name in new)}
+    fresh |= {key for key in own if any(key.endswith((f"_mean_{name}", f"_var_{name}")) for name in new)}
+    kept = {key: tensor for key, tensor in weights.items() if key in own}
+    load_weights_into(model, kept, Path(f"--init_from {path}"), fresh)
+    if new:
+        say(f"--init_from {path}: knows nothing of {', '.join(new)}, whose heads are new")
 
 
 def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
