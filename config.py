@@ -378,7 +378,9 @@ class TaskOptions:
         1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
     )
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
-    weight: float = option(1.0, "factor on the loss of {title}", template="{task}_weight", above=0.0)
+    weight: float = option(
+        1.0, "factor on the loss of {title}; its further losses have their own", template="{task}_weight", low=0.0
+    )
     epoch_eval: int = option(
         1,
         "epochs between evaluations of {title} on dev; best.pt is chosen where all tasks are evaluated",
@@ -389,7 +391,7 @@ class TaskOptions:
         "none",
         "further loss on the sentence embeddings of {title}",
         template="{task}_embedding_loss",
-        choices=("none", "contrastive", "simcse"),
+        choices=("none", "contrastive", "simcse", "ranking", "cosine"),
     )
     embedding_weight: float = option(
         1.0, "factor on the further loss of {title}", template="{task}_embedding_weight", above=0.0
@@ -723,7 +725,9 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
         flag = f"--{name}_embedding_loss {own.embedding_loss}"
         if own.embedding_loss == "none" and own.embedding_weight != 1.0:
             problems.append(f"--{name}_embedding_weight belongs to --{name}_embedding_loss; add that or drop it")
-        if own.embedding_loss == "contrastive" and not (tasks[name].is_pair and pairs == "siamese"):
+        if own.embedding_loss in ("contrastive", "ranking", "cosine") and not (
+            tasks[name].is_pair and pairs == "siamese"
+        ):
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
         if own.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
             problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
@@ -752,9 +756,9 @@ def check_cache_frozen(config: Config) -> list[str]:
             "drop one of the two"
         )
     problems += [
-        f"--{name}_embedding_loss simcse needs dropout, but --cache_frozen switches it off in frozen layers; drop one"
+        f"--{name}_embedding_loss {own.embedding_loss} looks at more than --cache_frozen keeps; drop one of the two"
         for name, own in config.tasks.items()
-        if own.embedding_loss == "simcse"
+        if own.embedding_loss in ("simcse", "ranking")
     ]
     return problems
 

@@ -566,6 +566,8 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--routine joint --steps_per_epoch 3", ("--steps_per_epoch", "joint")),
         ("--steps_per_epoch 10", ("--steps_per_epoch", "--routine")),
         ("--anneal_factor 0.5 --routine random", ("--anneal_factor", "--routine annealed")),
+        ("--cache_frozen --sts_embedding_loss ranking", ("--cache_frozen", "--sts_embedding_loss ranking")),
+        ("--sst_embedding_loss ranking", ("--sst_embedding_loss ranking", "pair task")),
         ("--sts_embedding_weight 2", ("--sts_embedding_weight", "--sts_embedding_loss")),
         ("--sst_embedding_loss contrastive", ("--sst_embedding_loss contrastive", "pair task")),
         ("--arch v2 --para_embedding_loss contrastive", ("--para_embedding_loss contrastive", "--pair_encoding")),

@@ -17,16 +17,19 @@ from training.losses import (
     LOSSES,
     binary_cross_entropy,
     contrastive,
+    cosine_embedding,
     cross_entropy,
     kl_divergence,
     log_cosh,
     mean_squared_error,
     mixed,
+    multiple_negatives_ranking,
     ordinal_cross_entropy,
     pearson,
     simcse,
 )
 from training.routines import Step
+from training.terms import text_hashes
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
 
@@ -441,21 +444,33 @@ def step_gradients(trainer: Trainer, task: str, indices: np.ndarray) -> dict[str
     return found
 
 
-@pytest.mark.parametrize(("task", "kind"), [("sts", "contrastive"), ("para", "contrastive"), ("sst", "simcse")])
+TERMS = [
+    ("sts", "contrastive"), ("para", "contrastive"), ("sst", "simcse"),
+    ("sts", "ranking"), ("para", "ranking"), ("sts", "cosine"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "kind"), TERMS)
 def test_a_term_adds_its_weighted_gradient(tiny_flags: list[str], tmp_path: Path, task: str, kind: str) -> None:
     flags = [f"--{task}_embedding_loss", kind, f"--{task}_embedding_weight", 0.25, "--fine_tune_mode", "full-model"]
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r4", *flags)
-    model, data, indices = trainer.model.train(), trainer.train_data[task], np.array([3, 0, 7, 5, 11, 2])
+    model, data = trainer.model.train(), trainer.train_data[task]
+    indices = np.array([3, 0, 7, 5, 11, 2, 14, 16, 9, 18, 1, 6, 19, 12])
     found = step_gradients(trainer, task, indices)
     torch.manual_seed(3)  # the same dropout masks, drawn in the same order
     batch, labels = data.batch(indices), data.labels(indices)
     embedding = model.embed(task, batch)
     loss = LOSSES[trainer.config.tasks[task].loss](model.outputs(task, embedding), labels)
-    if kind == "contrastive":
-        first, second = embedding[: len(indices)], embedding[len(indices) :]
-        extra = contrastive(first, second, labels / (5 if task == "sts" else 1))
-    else:
+    if kind == "simcse":
         extra = simcse(embedding, model.embed(task, batch))
+    else:
+        first, second = embedding[: len(indices)], embedding[len(indices) :]
+        share = labels / (5 if task == "sts" else 1)
+        extra = {
+            "contrastive": lambda: contrastive(first, second, share),
+            "ranking": lambda: multiple_negatives_ranking(first, second, share >= 0.8, torch.eye(len(indices)) > 0),
+            "cosine": lambda: cosine_embedding(first, second, share >= 0.7, share < 0.2),
+        }[kind]()
     wanted = gradients(trainer, loss + 0.25 * extra)
     torch.testing.assert_close(found, wanted)
     torch.manual_seed(3)
@@ -478,3 +493,49 @@ def test_two_dropout_views_of_a_sentence_become_alike(tiny_flags: list[str], tmp
     trainer.terms["sst"] = [lambda view: (seen.append((out := term(view)).item()), out)[1]]
     trainer.fit()
     assert len(seen) == 25 and np.mean(seen[-3:]) < 0.7 * np.mean(seen[:3])
+
+
+def test_ranking_equals_the_float64_formula() -> None:
+    """Over positive pairs only; the seconds of other pairs are no candidates."""
+    u, v = normal(9, 6), normal(9, 6, seed=4)
+    positive = torch.tensor([1, 0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool)
+    kept_u, kept_v = (own[positive].double().numpy() for own in (u, v))
+    unit_u, unit_v = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in (kept_u, kept_v))
+    logits = 20 * unit_u @ unit_v.T
+    wanted = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))
+    found = multiple_negatives_ranking(u, v, positive, torch.eye(9) > 0)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_ranking_leaves_duplicates_out_and_bears_no_positive_pair() -> None:
+    """A text that comes twice is no negative of itself: with all else orthogonal nothing is left to lose."""
+    u = torch.eye(4)
+    u[3] = u[0]
+    same = torch.eye(4) > 0
+    assert multiple_negatives_ranking(u, u, torch.ones(4) > 0, same).item() > 0.3
+    same[0, 3] = same[3, 0] = True
+    assert multiple_negatives_ranking(u, u, torch.ones(4) > 0, same).item() < 1e-6
+    w = normal(4, 6).requires_grad_()
+    nothing = multiple_negatives_ranking(w, w, torch.zeros(4) > 0, torch.eye(4) > 0)
+    nothing.backward()
+    assert nothing.item() == 0 and w.grad is not None and w.grad.isfinite().all()
+
+
+def test_cosine_embedding_is_torchs_on_the_pairs_that_count() -> None:
+    u, v = normal(8, 5), normal(8, 5, seed=4)
+    similar = torch.tensor([1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.bool)
+    different = torch.tensor([0, 0, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
+    chosen = similar | different
+    wanted = nn.functional.cosine_embedding_loss(u[chosen], v[chosen], torch.where(similar, 1, -1)[chosen])
+    assert cosine_embedding(u, v, similar, different).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert cosine_embedding(u, v, similar & different, similar & different).item() == 0
+
+
+def test_equal_texts_have_equal_hashes(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Whatever the batch and the place; another order of the words is another text."""
+    data = make_trainer(tiny_flags, tmp_path / "run").train_data["sts"]
+    hashes = text_hashes(data.batch(np.array([3, 5, 3, 7])))  # [2 * 4]
+    alone = text_hashes(data.batch(np.array([3])))
+    assert hashes[[0, 2]].tolist() == [alone[0]] * 2 and hashes[[4, 6]].tolist() == [alone[1]] * 2
+    texts = [(column[i]) for column in data.examples.texts for i in (3, 5, 3, 7)]
+    assert len(set(hashes.tolist())) == len(set(texts))

@@ -259,9 +259,9 @@ class Trainer:
             outputs = self.model.outputs(step.task, embedding)
             seen = Seen(self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher)
             terms = [term(seen) for term in self.terms[step.task]]
-        loss = sum(terms, start=LOSSES[own.loss](outputs, labels))
+        loss = sum(terms, start=own.weight * LOSSES[own.loss](outputs, labels))
         if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-            self.scaler.scale(loss * (step.share * own.weight)).backward()
+            self.scaler.scale(loss * step.share).backward()
             self.surgery.take()
         norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
         return loss, outputs, labels, norm

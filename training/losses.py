@@ -99,6 +99,33 @@ def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
     return F.cross_entropy(cosines / temperature, torch.arange(len(cosines), device=cosines.device))
 
 
+def multiple_negatives_ranking(
+    first: Tensor, second: Tensor, positive: Tensor, same: Tensor, scale: float = 20.0
+) -> Tensor:
+    """In-batch cross-entropy in nats over the `positive` [B] bool pairs of embeddings [B, H] and [B, H], in fp32.
+
+    Each first embedding has to find its own second one among those of all positive pairs by cosine x scale (Henderson
+    et al. 2017; R4, section 4.3, whose scale of 1 has a floor of over 2 nats at 64 pairs). `same` [B, B] bool marks the
+    pairs that are no negatives of each other, as they have a text in common. 0 where nothing is positive.
+    """
+    with torch.autocast(first.device.type, enabled=False):  # it would round the cosines
+        cosines = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T  # [B, B]
+    own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    allowed = own | (positive[None, :] & ~same)
+    rows = -(scale * cosines).masked_fill(~allowed, -torch.inf).log_softmax(dim=1).diagonal()  # [B]
+    return (rows * positive).sum() / positive.sum().clamp_min(1)
+
+
+def cosine_embedding(first: Tensor, second: Tensor, similar: Tensor, different: Tensor) -> Tensor:
+    """Mean of 1 - cos over the `similar` [B] bool pairs of embeddings [B, H] and max(0, cos) over the `different` ones.
+
+    In fp32 (R4, section 4.3); other pairs do not count; 0 where there is none of both.
+    """
+    cosine = F.cosine_similarity(first.float(), second.float())  # [B]
+    each = torch.where(similar, 1 - cosine, torch.where(different, cosine.clamp_min(0), 0.0))
+    return each.sum() / (similar | different).sum().clamp_min(1)
+
+
 LOSSES: dict[str, Loss] = {
     "ce": cross_entropy,
     "bce": binary_cross_entropy,
