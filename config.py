@@ -378,6 +378,11 @@ class TaskOptions:
         1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
     )
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
+    extra: tuple[str, ...] | None = option(
+        None,
+        "comma-separated further training files of {title}; if all labels of one are 0 or 1, 1 counts as the highest",
+        template="{task}_extra",
+    )
     weight: float = option(
         1.0, "factor on the loss of {title}; its further losses have their own", template="{task}_weight", low=0.0
     )
@@ -434,7 +439,10 @@ class Config:
         for group, name in (("model", "pair_features"), ("lora", "lora_targets"), ("pal", "pal_tasks")):
             if getattr(groups[group], name) is not None:
                 setattr(groups[group], name, tuple(getattr(groups[group], name)))  # json has lists only
-        return cls(tasks={name: TaskOptions(**own) for name, own in values["tasks"].items()}, **groups)
+        tasks = {name: TaskOptions(**own) for name, own in values["tasks"].items()}
+        for task in tasks.values():
+            task.extra = None if task.extra is None else tuple(task.extra)
+        return cls(tasks=tasks, **groups)
 
 
 GROUPS: dict[str, type] = {

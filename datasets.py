@@ -11,7 +11,8 @@ import math
 import os
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -298,6 +299,29 @@ def find_file(data_dir: Path, override: str | None, task: Task, split: str) -> P
     return None
 
 
+def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
+    """A further training file (--NAME_extra), in the task's own format.
+
+    Where a task has more than two classes and all labels are 0 or 1, as CFIMDB's, they become the lowest and the
+    highest class (R1, section 5.1).
+    """
+    examples = read_examples(path, task, "train", bad_rows)
+    assert examples.labels is not None  # a training file has them
+    if task.kind == "classes" and examples.labels.max() <= 1:
+        return replace(examples, labels=examples.labels * int(task.label_range[1]))
+    return examples
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several files of one task, one file after the other."""
+    first, *others = parts
+    if not others:
+        return first
+    texts = tuple(list(chain.from_iterable(columns)) for columns in zip(*(part.texts for part in parts), strict=True))
+    labels = np.concatenate([part.labels for part in parts if part.labels is not None])
+    return replace(first, ids=[own for part in parts for own in part.ids], texts=texts, labels=labels)
+
+
 def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
     """The examples of a split, at most --max_train_examples of train; None for a test file that does not exist.
 
@@ -313,6 +337,8 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
             f"name it with --{task.name}_{split} or its folder with --data_dir, or {_SOURCE}"
         )
     examples = read_examples(path, task, split, bad_rows)
+    if split == "train":
+        examples = joined([examples, *(read_extra(Path(name), task, bad_rows) for name in options.extra or ())])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
         return examples.take(data.max_train_examples, SUBSET_SEED)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import datasets
-from config import DataOptions, TaskOptions, UserError
-from datasets import BadRows, Examples, fetch, find_file, git_blob_id, load_split, read_examples
+from config import DataOptions, TaskOptions, UserError, parse
+from datasets import BadRows, Examples, fetch, find_file, git_blob_id, load_split, load_splits, read_examples
 from tasks import PARA, SST, STS, TASKS, Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,3 +425,37 @@ def test_the_script_without_a_network(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ids-cfimdb-dev.csv: cannot be fetched") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- further training files
+
+
+def extra_splits(tmp_path: Path, content: str, *more: str) -> Examples:
+    (tmp_path / "extra.csv").write_text(content, encoding="utf-8")
+    words = ["--train_sst", "--data_dir", str(SAMPLE), "--sst_extra", str(tmp_path / "extra.csv"), *more]
+    config = parse(words, TASKS, "test", "Test.")
+    return load_splits(config.data, config.tasks, {"sst": SST}, ["train"], print)["train"]["sst"]
+
+
+def test_binary_labels_of_an_extra_file_become_the_ends_of_the_scale(tmp_path: Path) -> None:
+    """As CFIMDB's in R1."""
+    plain = load_splits(DataOptions(str(SAMPLE)), {"sst": TaskOptions()}, {"sst": SST}, ["train"], print)["train"][
+        "sst"
+    ]
+    found = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tdreadful\t0\nb\tfine\t1\nc\tgood\t1\n")
+    assert plain.labels is not None and found.labels is not None
+    assert len(found) == len(plain) + 3 and found.texts[0][-3:] == ["dreadful", "fine", "good"]
+    assert found.labels.tolist() == [*plain.labels.tolist(), 0, 4, 4] and found.ids == [*plain.ids, "a", "b", "c"]
+
+
+def test_other_labels_of_an_extra_file_stay(tmp_path: Path) -> None:
+    found = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tdreadful\t0\nb\tmiddling\t2\n")
+    assert found.labels is not None and found.labels[-2:].tolist() == [0, 2]
+    cut = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n", "--max_train_examples", "50")
+    assert len(cut) == 50
+
+
+def test_a_missing_extra_file_is_named(tmp_path: Path) -> None:
+    config = parse(["--train_sst", "--data_dir", str(SAMPLE), "--sst_extra", "no.csv"], TASKS, "test", "Test.")
+    with pytest.raises(UserError, match="no.csv"):
+        load_splits(config.data, config.tasks, {"sst": SST}, ["train"], print)
