@@ -285,6 +285,9 @@ class TrainOptions:
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
+    unfreeze_every: int | None = option(
+        None, "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)", low=1
+    )
     cache_frozen: bool = option(
         False, "compute what the frozen lower layers put out once, with dropout off in them, and keep it in memory"
     )
@@ -325,6 +328,13 @@ class TrainOptions:
     ema_every: str = option("step", "when --average ema is updated", choices=("step", "epoch"))
     ema_warmup: bool = option(False, "keep no more than the share (1 + t) / (10 + t) at update t")
     swa_from_epoch: int = option(1, "first epoch whose end counts in --average swa", low=1)
+
+    def stage(self, epoch: int) -> int:
+        """The stage of iterative unfreezing in `epoch`, both counted from 0.
+
+        With the cyclic schedule each deepening begins a cycle of the learning rate, which has two epochs (R0, E.2).
+        """
+        return epoch // (self.unfreeze_every or (2 if self.lr_schedule == "cyclic" else 1))
 
 
 @dataclass
@@ -687,6 +697,10 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     if train.decoupled and train.optim not in ("Adam", "Adamax", "RAdam"):
         problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
+    if train.unfreeze_every is not None and train.fine_tune_mode != "iterative":
+        problems.append(
+            f"--unfreeze_every belongs to --fine_tune_mode iterative, not {train.fine_tune_mode}; drop one of the two"
+        )
     if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
         problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
     if train.routine in ROUTINES_WITHOUT_ROUNDS:

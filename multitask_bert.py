@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from base_bert import load_weights
 from bert import Adapter, BertModel
-from config import BertConfig, ModelOptions, PalOptions, UserError
+from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
 from lora import (
     LoRAConfig,
     adapter_state,
@@ -290,10 +290,11 @@ class MultitaskBERT(nn.Module):
             if self.lora is not None:
                 apply_adapter_policy(backbone, self.lora, adapters_always)
 
-    def freeze_for_epoch(self, fine_tune_mode: str, epoch: int) -> str:
+    def freeze_for_epoch(self, options: TrainOptions, epoch: int) -> str:
         """Freeze what does not train in `epoch`, counted from 0; returns the command for `manage_freezing`."""
-        command = freezing_command(fine_tune_mode, epoch, self.bert_config.num_hidden_layers)
-        self.manage_freezing(command, adapters_always=fine_tune_mode == "last-layer")
+        depth = self.bert_config.num_hidden_layers
+        command = freezing_command(options.fine_tune_mode, options.stage(epoch), depth)
+        self.manage_freezing(command, adapters_always=options.fine_tune_mode == "last-layer")
         return command
 
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -346,13 +347,13 @@ def layers_left_frozen(structure: str, depth: int) -> int:
     return 0 if structure == "unfreezeall" else depth - int(structure.removeprefix("unfreezetop"))
 
 
-def freezing_command(fine_tune_mode: str, epoch: int, depth: int) -> str:
-    """What trains in `epoch` (counted from 0) of backbones with `depth` layers.
+def freezing_command(fine_tune_mode: str, stage: int, depth: int) -> str:
+    """What trains in a `stage` (counted from 0; see TrainOptions.stage) of backbones with `depth` layers.
 
     iterative (R0, B.2): heads only, then the top quarter, half and three quarters of the layers, then everything.
     """
     if fine_tune_mode == "last-layer":
         return "freezeall"
-    if fine_tune_mode == "full-model" or epoch >= 4:
+    if fine_tune_mode == "full-model" or stage >= 4:
         return "unfreezeall"
-    return "freezeall" if epoch == 0 else f"unfreezetop{math.ceil(depth * epoch / 4)}"
+    return "freezeall" if stage == 0 else f"unfreezetop{math.ceil(depth * stage / 4)}"

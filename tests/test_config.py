@@ -559,6 +559,7 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--cache_frozen --sst_embedding_loss simcse", ("--cache_frozen", "--sst_embedding_loss simcse")),
         ("--lr_cycle cumulative --lr_schedule cosine", ("--lr_cycle", "--lr_schedule")),
         ("--routine random --num_sts_trains 2", ("--num_sts_trains", "--routine")),
+        ("--unfreeze_every 2 --fine_tune_mode full-model", ("--unfreeze_every", "--fine_tune_mode")),
         ("--smart_steps 2", ("--smart_steps", "--NAME_smart")),
         ("--sst_smart 1 --cache_frozen", ("--sst_smart", "--cache_frozen")),
         ("--pcgrad --routine interleave", ("--pcgrad", "--routine")),

@@ -22,7 +22,7 @@ import multitask_classifier
 from config import Config, UserError, parse
 from datasets import load_splits, tokenise
 from evaluation import predict
-from multitask_bert import BatchNorm, MultitaskBERT
+from multitask_bert import BatchNorm, MultitaskBERT, freezing_command
 from optimizer import Schedule
 from tasks import SST, STS, TASKS, Task
 from training import loop
@@ -1001,3 +1001,26 @@ def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -
     resumed.fit()
     assert changed(copied(whole.model), copied(resumed.model)) == set()
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages"),
+    [
+        ([], [0, 1, 2, 3, 4, 5]),
+        (["--lr_schedule", "cyclic"], [0, 0, 1, 1, 2, 2]),
+        (["--unfreeze_every", "3"], [0, 0, 0, 1, 1, 1]),
+        (["--lr_schedule", "cyclic", "--unfreeze_every", "1"], [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_unfreezing_goes_with_the_cycles_of_the_learning_rate(
+    tiny_flags: list[str], tmp_path: Path, flags: list[str], stages: list[int]
+) -> None:
+    """R0, E.2: each deepening begins a cycle of two epochs. Two layers: heads, top one, top one, both, everything."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 6, "--batch_size", 20, *flags)
+    trainer.fit()
+    counts = [line["trainable_parameters"] for line in metrics(tmp_path / "run")]
+    by_stage = {}
+    for stage in range(6):
+        trainer.model.manage_freezing(freezing_command("iterative", stage, 2))
+        by_stage[stage] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert counts == [by_stage[stage] for stage in stages] and by_stage[0] < by_stage[1] < by_stage[3] < by_stage[4]

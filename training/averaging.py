@@ -25,7 +25,7 @@ def averaged_tensors(model: MultitaskBERT, options: TrainOptions) -> dict[str, T
     What never trains is its own average. No epoch freezes again what an earlier one trained, so the last one decides;
     the model is left as that epoch freezes it. Integer buffers are not averaged: the model's present ones are used.
     """
-    model.freeze_for_epoch(options.fine_tune_mode, options.epochs - 1)
+    model.freeze_for_epoch(options, options.epochs - 1)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = model.state_dict()
     buffers = {name: own for name, own in model.named_buffers() if name in saved and own.is_floating_point()}

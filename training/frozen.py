@@ -164,7 +164,8 @@ class FrozenCache:
         self.all = [*self.train.values(), *self.dev.values()]
         self.say = say
         mode, depth = config.train.fine_tune_mode, model.bert_config.num_hidden_layers
-        commands = [freezing_command(mode, epoch, depth) for epoch in range(config.train.epochs)]
+        stages = {config.train.stage(epoch) for epoch in range(config.train.epochs)}
+        commands = [freezing_command(mode, stage, depth) for stage in stages]
         self.stages = {layers_left_frozen(command, depth) for command in commands}
         self.budget = int(SHARE * free_memory())
 

@@ -182,7 +182,7 @@ class Trainer:
     def train_epoch(self) -> Epoch:
         """One epoch of training, its evaluation if due, and its records."""
         started = time.perf_counter()
-        command = self.model.freeze_for_epoch(self.config.train.fine_tune_mode, self.epoch)
+        command = self.model.freeze_for_epoch(self.config.train, self.epoch)
         if command != self.command:
             self.command = command
             self.say(f"\nFrom epoch {self.epoch + 1}:\n{parameter_table(self.model)}")

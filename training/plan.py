@@ -96,10 +96,11 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
     header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
     depth = model.bert_config.num_hidden_layers
-    commands = [freezing_command(options.fine_tune_mode, epoch, depth) for epoch in range(options.epochs)]
+    stages = [options.stage(epoch) for epoch in range(options.epochs)]
+    commands = [freezing_command(options.fine_tune_mode, stage, depth) for stage in stages]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
     freezing = "; ".join(f"from epoch {i + 1} {describe_freezing(commands[i])}" for i in changes)
-    model.freeze_for_epoch(options.fine_tune_mode, options.epochs - 1)
+    model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
