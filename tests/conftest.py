@@ -101,3 +101,17 @@ def tiny_flags(tiny_bert: Path, small_data: Path) -> list[str]:
     """Flags of a training run of a second: tiny model, small data, two epochs of three steps a task."""
     flags = ["--pretrained", tiny_bert, "--data_dir", small_data, "--max_length", 64, "--threads", 1]
     return [str(flag) for flag in [*flags, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3]]
+
+
+@pytest.fixture(scope="session")
+def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small nltk data, where nltk finds them and nothing else.
+
+    There is one for all tests, since nltk's corpora stay with the folder that they were first read from.
+    """
+    import nltk
+    from test_cleaning import make_data
+
+    folder = make_data(tmp_path_factory.mktemp("nltk_data"))
+    nltk.data.path[:] = [str(folder)]
+    return folder

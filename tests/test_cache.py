@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import cut
-from test_cleaning import make_data
 
 import cache
 import datasets
@@ -46,10 +45,7 @@ def tokenizer(tiny_bert: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def cleaner(tmp_path_factory: pytest.TempPathFactory) -> Cleaner:
-    import nltk
-
-    nltk.data.path[:] = [str(make_data(tmp_path_factory.mktemp("nltk_data")))]
+def cleaner(nltk_data: Path) -> Cleaner:
     return Cleaner()
 
 

@@ -74,13 +74,9 @@ def make_data(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small data, where nltk finds them and nothing else."""
-    import nltk
-
-    folder = make_data(tmp_path_factory.mktemp("nltk_data"))
-    nltk.data.path[:] = [str(folder)]
-    return folder
+def data(nltk_data: Path) -> Path:
+    """The small data, without which no test here can do."""
+    return nltk_data
 
 
 @pytest.fixture(scope="module")
