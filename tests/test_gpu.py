@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import changed, copied, make_trainer, metrics
+from test_training import changed, copied, interrupted, make_trainer, metrics
 from torch import nn
 
 import multitask_classifier
@@ -131,17 +131,7 @@ def test_resuming_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = ["--fine_tune_mode", "full-model", "--epochs", 2]
     whole = on_gpu(make_trainer(tiny_flags, tmp_path / "whole", *flags))
     whole.fit()
-    first = on_gpu(make_trainer(tiny_flags, tmp_path / "part", *flags))
-    epoch = first.train_epoch
-
-    def stop_after_one() -> object:
-        if first.epoch == 1:
-            raise KeyboardInterrupt
-        return epoch()
-
-    first.train_epoch = stop_after_one  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        first.fit()
+    interrupted(on_gpu(make_trainer(tiny_flags, tmp_path / "part", *flags)), 1)
     resumed = on_gpu(make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume"))
     resumed.fit()
     for name, own in copied(whole.model).items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import changed, copied, make_trainer
+from test_training import changed, copied, interrupted, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
@@ -173,17 +173,7 @@ def test_a_run_with_smart_trains_and_resumes(tiny_flags: list[str], tmp_path: Pa
     flags = ["--sst_smart", 1, "--quora_smart", 0.5, "--routine", "interleave", "--epochs", 3, *more]
     whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
     whole.fit()
-    first = make_trainer(tiny_flags, tmp_path / "part", *flags)
-    steps = first.run_steps
-
-    def stop_after_two() -> object:
-        if first.epoch == 2:
-            raise KeyboardInterrupt
-        return steps()
-
-    first.run_steps = stop_after_two  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
-        first.fit()
+    interrupted(make_trainer(tiny_flags, tmp_path / "part", *flags), 2)
     resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
     resumed.fit()
     assert changed(copied(whole.model), copied(resumed.model)) == set()

@@ -982,21 +982,25 @@ def test_pcgrad_trains_and_counts_conflicts(tiny_flags: list[str], tmp_path: Pat
         assert not any(name.startswith("backbones.") and "lora_" not in name for name in moved)
 
 
+def interrupted(trainer: Trainer, epochs: int) -> None:
+    """Train, and stop as if killed when so many epochs are done."""
+    original = trainer.train_epoch
+
+    def stop_in_time() -> Any:
+        if trainer.epoch == epochs:
+            raise KeyboardInterrupt
+        return original()
+
+    trainer.train_epoch = stop_in_time  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
 def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = ["--routine", "joint", "--pcgrad", "--epochs", 3, "--fine_tune_mode", "full-model"]
     whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
     whole.fit()
-    first = make_trainer(tiny_flags, tmp_path / "part", *flags)
-    after = first.train_epoch
-
-    def stop_after_one() -> Any:
-        if first.epoch == 1:
-            raise KeyboardInterrupt
-        return after()
-
-    first.train_epoch = stop_after_one  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        first.fit()
+    interrupted(make_trainer(tiny_flags, tmp_path / "part", *flags), 1)
     resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
     resumed.fit()
     assert changed(copied(whole.model), copied(resumed.model)) == set()

@@ -49,17 +49,17 @@ def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str
     A group of parameters has the rates and decays of the tasks that it serves, in the mean.
     """
     reach = {name: model.task_parameters(name) for name in model.tasks}
-    joint = config.train.routine == "joint"
-    optimizer_of = {name: "joint" if joint else name for name in reach}
-    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in dict.fromkeys(optimizer_of.values())}
-    if joint:
+    groups: dict[str, list[dict[str, Any]]]
+    if config.train.routine == "joint":
         served: dict[tuple[str, ...], list[torch.nn.Parameter]] = {}
         for parameter in dict.fromkeys(p for own in reach.values() for p in own):
             names = tuple(name for name, own in reach.items() if any(parameter is p for p in own))
             served.setdefault(names, []).append(parameter)
-        groups["joint"] = [{"params": own, "tasks": names} for names, own in served.items()]
+        groups = {"joint": [{"params": own, "tasks": names} for names, own in served.items()]}
+        optimizer_of = dict.fromkeys(reach, "joint")
     else:
         groups = {name: [{"params": own, "tasks": (name,)}] for name, own in reach.items()}
+        optimizer_of = {name: name for name in reach}
     for group in (group for own in groups.values() for group in own):
         count = len(group["tasks"])
         group["lr"] = sum(config.train.lr * config.tasks[name].lr_multiplier for name in group["tasks"]) / count
