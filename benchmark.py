@@ -30,9 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from base_bert import load_weights, read_config, resolve_pretrained
+from bert import BertModel
 from config import (
     BertConfig,
     ComputeOptions,
@@ -49,6 +51,7 @@ from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation import predict, progress
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
+from optimizer import Adamax, AdamW
 from tasks import PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.checkpoint import RunDirectory, git_commit, write_text
@@ -82,7 +85,9 @@ class Options:
     )
     tasks: tuple[str, ...] = option(tuple(TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
-        ("train", "eval"), "comma-separated: train, eval, tokenise", choices=("train", "eval", "tokenise")
+        ("train", "eval"),
+        "comma-separated: train, eval; tokenise a large file; steps of the optimizer alone, on BERT-base's parameters",
+        choices=("train", "eval", "tokenise", "optimizer"),
     )
     batch_size: int = option(64, "examples per step", low=1)
     steps: int = option(20, "timed training steps of each side", low=1)
@@ -527,6 +532,30 @@ def measure_tokenising(options: Options) -> dict[str, Any]:
     return {"mode": "tokenise", "pairs": PAIRS, **runs}
 
 
+def measure_optimizers(options: Options) -> list[dict[str, Any]]:
+    """Seconds of every step of torch's fastest optimizers and ours, in turn, on parameters of BERT-base's shapes."""
+    device = choose_device(ComputeOptions(options.use_gpu, False, options.threads), lambda line: None)
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in BertModel(BertConfig()).parameters()]
+    contenders: dict[str, dict[str, Callable[..., Optimizer]]] = {
+        "AdamW": {"torch, fused": partial(torch.optim.AdamW, fused=True), "minbert": AdamW},
+        "Adamax": {"torch, foreach": partial(torch.optim.Adamax, foreach=True), "minbert": Adamax},
+    }
+    records = []
+    for name, sides in contenders.items():
+        steps: dict[str, Callable[..., object]] = {}
+        for side, make in sides.items():
+            parameters = [nn.Parameter(torch.randn(shape, device=device.device)) for shape in shapes]
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            steps[side] = make(parameters, lr=LR, weight_decay=0.01).step
+        rounds = [()] * (options.warmup + options.steps)
+        seconds = time_in_turn(steps, rounds, options.warmup, device, f"{name} steps")
+        count = sum(shape.numel() for shape in shapes)
+        records.append({"mode": "optimizer", "optimizer": name, "parameters": count, "seconds": seconds})
+    return records
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reporting
 
@@ -555,6 +584,14 @@ def tokenise_line(record: Mapping[str, Any]) -> str:
     return f"tokenise {record['pairs']:,} pairs of {record['first']['tokens']:.1f} tokens a text: {'; '.join(runs)}"
 
 
+def optimizer_line(record: Mapping[str, Any]) -> str:
+    """What measure_optimizers measured of one optimizer."""
+    peer, own = (np.array(seconds) for seconds in record["seconds"].values())
+    sides = ", ".join(f"{side} {np.median(seconds) * 1e3:.1f} ms" for side, seconds in record["seconds"].items())
+    what = f"{record['optimizer']}, a step of {record['parameters']:,} parameters: {sides}"
+    return f"{what}; theirs over ours {np.median(peer / own):.2f}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what the command line asks for, print a table and write everything into a file."""
     groups = {"benchmark": Options}
@@ -567,7 +604,7 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
     started = time.strftime("%Y%m%d-%H%M%S")
-    modes = tuple(mode for mode in options.modes if mode != "tokenise")
+    modes = tuple(mode for mode in options.modes if mode in ("train", "eval"))
     compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
     tokenising = [measure_tokenising(options)] if "tokenise" in options.modes else []
     memory = all_memory(compared)
@@ -577,6 +614,7 @@ def main(argv: Sequence[str]) -> None:
         for task in options.tasks
         for record in measure_speed(compared, row, task)
     ]
+    optimizers = measure_optimizers(options) if "optimizer" in options.modes else []
     device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), lambda line: None)
     packages = {"torch": torch, "numpy": np, "tokenizers": tokenizers}
     if records:
@@ -588,7 +626,7 @@ def main(argv: Sequence[str]) -> None:
         "device": device.name,
         "amp": device.amp and str(device.amp),
         "started": started,
-        "results": records + tokenising,
+        "results": records + tokenising + optimizers,
     }
     path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -597,6 +635,8 @@ def main(argv: Sequence[str]) -> None:
         say(f"{table(records)}\n{LEGEND}")
     for record in tokenising:
         say(tokenise_line(record))
+    for record in optimizers:
+        say(optimizer_line(record))
     say(f"every round: {path}")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from benchmark import (
     make_workload,
     measure_speed,
 )
-from config import UserError
+from bert import BertModel
+from config import BertConfig, UserError
 from tasks import TASKS
+from training.routines import Step
 
 ROOT = Path(__file__).resolve().parent.parent
+FIFTY_STEPS_LR = 1e-4
 
 
 def make_bert(folder: Path, tokenizer_from: Path, dropout: float) -> Path:
@@ -105,6 +109,35 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
         assert (ours - theirs).abs().mean() < LR / 10
     for side, old in before.items():
         assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_fifty_steps_have_the_losses_of_padded_training(still_bert: Path, small_data: Path, task: str) -> None:
+    """By SGD, whose step is torch's own; a rate at which the loss moves a thousand times as far as the bound."""
+    work = make_workload(options(still_bert, small_data, steps=49), task, print)
+    own_options = replace(work.config.tasks[task], lr_multiplier=1.0)
+    train = replace(work.config.train, optim="SGD", lr=FIFTY_STEPS_LR)
+    work = replace(work, config=replace(work.config, train=train, tasks={**work.config.tasks, task: own_options}))
+    peer, own = Transformers(work), Minbert(work)
+    decay = own_options.weight_decay
+    peer.optimizer = torch.optim.SGD(peer.model.parameters(), FIFTY_STEPS_LR, 0.9, weight_decay=decay, nesterov=True)
+    wanted: list[float] = []
+    loss = peer.loss
+
+    def recorded(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        value = loss(outputs, labels)
+        wanted.append(value.item())
+        return value
+
+    peer.loss = recorded
+    found = []
+    for indices in work.batches:
+        peer.train_step(indices)
+        found.append(own.trainer.train_step(Step(task, indices), False)[0].item())
+    assert len(found) == len(wanted) == 50
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    again = own.trainer.train_step(Step(task, work.batches[0]), False)[0].item()
+    assert abs(again - wanted[0]) > 1e-2  # training went somewhere
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -219,6 +252,27 @@ def test_tokenising_a_large_file(
     line = f"tokenise 12,000 pairs of 13.0 tokens a text: first {first['seconds']:.2f} s"
     assert line in capsys.readouterr().out
     assert not (tmp_path / "own-cache").exists()  # it has a cache of its own, which is gone
+
+
+def test_steps_of_the_optimizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    monkeypatch.setattr(benchmark, "BertConfig", lambda: small)
+    benchmark.main(["--modes", "optimizer", "--steps", "3", "--threads", "1", "--out", str(tmp_path / "results")])
+    (path,) = (tmp_path / "results").iterdir()
+    records = json.loads(path.read_text())["results"]
+    assert [record["optimizer"] for record in records] == ["AdamW", "Adamax"]
+    assert [list(record["seconds"]) for record in records] == [
+        ["torch, fused", "minbert"],
+        ["torch, foreach", "minbert"],
+    ]
+    count = sum(parameter.numel() for parameter in BertModel(small).parameters())
+    said = capsys.readouterr().out
+    for record in records:
+        assert record["parameters"] == count
+        assert all(len(own) == 3 and min(own) > 0 for own in record["seconds"].values())
+        assert f"{record['optimizer']}, a step of {count:,} parameters: torch, " in said
 
 
 # Mistakes
