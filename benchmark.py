@@ -52,7 +52,7 @@ from evaluation import predict, progress
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
 from optimizer import Adamax, AdamW
-from tasks import PARA, TASKS, Task
+from tasks import DEFAULT_TASKS, PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.checkpoint import RunDirectory, git_commit, write_text
 from training.device import Device, choose_device
@@ -83,7 +83,7 @@ class Options:
         "comma-separated rows: the peer, then ours",
         choices=("full-model", "lora", "dora", "lora-over-full", "dora-over-lora"),
     )
-    tasks: tuple[str, ...] = option(tuple(TASKS), "comma-separated tasks", choices=tuple(TASKS))
+    tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
         ("train", "eval"),
         "comma-separated: train, eval; tokenise a large file; steps of the optimizer alone, on BERT-base's parameters",

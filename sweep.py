@@ -52,11 +52,14 @@ STATUSES = ("ok", "refused", "out of memory", "failed")
 POLL = 0.2  # seconds between looks at the running trials
 
 
+TASK_COLUMNS = (
+    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
+    *(f"{name}_seconds_per_epoch" for name in TASKS),
+)
 COLUMNS = (
     "score",
     "score_raw_r",
-    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
-    *(f"{name}_seconds_per_epoch" for name in TASKS),
+    *TASK_COLUMNS,
     "peak_memory_bytes",
     "trainable_parameters",
     "checkpoint_bytes",
@@ -186,7 +189,8 @@ class Results:
         try:
             with self.path.open(encoding="utf-8", newline="") as file:
                 reader = csv.DictReader(file)
-                same = set(reader.fieldnames or ()) == set(self.columns)
+                # a table that is older than a task lacks its columns
+                same = set(self.columns) - set(TASK_COLUMNS) <= set(reader.fieldnames or ()) <= set(self.columns)
                 found = {row["trial"]: row for row in reader} if same else None
         except FileNotFoundError:
             return {}
@@ -266,7 +270,7 @@ def figures(folder: Path) -> dict[str, Any]:
         row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
     if (folder / "scores.json").exists():
         dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
-        row |= {"score": dev["score"], "score_raw_r": dev["score_raw_r"]}
+        row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
         row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
     return row
 

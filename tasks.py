@@ -106,4 +106,23 @@ STS = Task(
     lr_floor=1 / 4,
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in (SST, PARA, STS)}
+CFIMDB = Task(
+    name="cfimdb",
+    title="CFIMDB sentiment",
+    kind="classes",
+    label_column="sentiment",
+    label_range=(0, 1),
+    text_columns=("sentence",),
+    files={"train": "ids-cfimdb-train.csv", "dev": "ids-cfimdb-dev.csv", "test": "ids-cfimdb-test-student.csv"},
+    prediction_column="Predicted_Sentiment",
+    backbone="sentiment",
+    losses=("ce", "bce", "kl"),
+    lr_multiplier=SST.lr_multiplier,
+    weight_decay=SST.weight_decay,
+    lr_floor=SST.lr_floor,
+    label_names=("negative", "positive"),
+    by_default=False,
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in (SST, PARA, STS, CFIMDB)}
+DEFAULT_TASKS: dict[str, Task] = {name: task for name, task in TASKS.items() if task.by_default}

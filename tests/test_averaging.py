@@ -18,7 +18,7 @@ import multitask_classifier
 from config import TrainOptions
 from multitask_bert import BatchNorm, MultitaskBERT
 from packing import PackedBatch
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training import loop
 from training.averaging import AVERAGES, EMA, REFRESH_BATCHES, RunningAverage, averaged_tensors
 from training.checkpoint import load
@@ -276,7 +276,7 @@ def trained_a_little(tiny_flags: list[str], run_dir: Path, *more: object) -> Tra
     trainer = make_trainer(tiny_flags, run_dir, *flags)
     torch.manual_seed(1)
     trainer.model.train()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         for step in task_batches(trainer.plan, 0, task):
             trainer.train_step(step, False)
     trainer.epoch = 1
@@ -289,11 +289,11 @@ def test_statistics_are_those_of_update_bn(tiny_flags: list[str], tmp_path: Path
     trainer = trained_a_little(tiny_flags, tmp_path / "run", *["--shared_batchnorm_stats"][: int(shared)])
     work = {
         task: [((task, trainer.train_data[task].batch(step.indices)),) for step in task_batches(trainer.plan, 0, task)]
-        for task in TASKS
+        for task in DEFAULT_TASKS
     }
     with trainer.average.applied():
         found = copied(trainer.model)
-        references = [Plain(trainer.model) for _ in TASKS]
+        references = [Plain(trainer.model) for _ in DEFAULT_TASKS]
     loaders = [work["sst"], work["para"] + work["sts"]] if shared else list(work.values())
     compared = set()
     for loader, reference in zip(loaders, references, strict=False):

@@ -31,7 +31,7 @@ from benchmark import (
 )
 from bert import BertModel
 from config import BertConfig, UserError
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training.routines import Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def make_sides(bert: Path, small_data: Path, task: str) -> tuple[Workload, dict[
 # Both sides do the same
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_outputs_and_evaluation_are_the_same(bert: Path, small_data: Path, task: str) -> None:
     work, sides = make_sides(bert, small_data, task)
     assert check_same(sides, work) < 2e-5
@@ -84,7 +84,7 @@ def test_outputs_and_evaluation_are_the_same(bert: Path, small_data: Path, task:
     assert all(side.model.training for side in sides.values())
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path, task: str) -> None:
     work, sides = make_sides(still_bert, small_data, task)
     peer, own = sides["transformers"], sides["minbert"]
@@ -111,7 +111,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
         assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_fifty_steps_have_the_losses_of_padded_training(still_bert: Path, small_data: Path, task: str) -> None:
     """By SGD, whose step is torch's own; a rate at which the loss moves a thousand times as far as the bound."""
     work = make_workload(options(still_bert, small_data, steps=49), task, print)
@@ -140,7 +140,7 @@ def test_fifty_steps_have_the_losses_of_padded_training(still_bert: Path, small_
     assert abs(again - wanted[0]) > 1e-2  # training went somewhere
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_dropout_is_on_in_training(bert: Path, small_data: Path, task: str) -> None:
     work, sides = make_sides(bert, small_data, task)
     for side in sides.values():

@@ -31,21 +31,21 @@ from tasks import SST, TASKS, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ROOT / "tests" / "options.txt"
-CFIMDB = Task(
-    name="cfimdb",
-    title="CFIMDB sentiment",
+FILMS = Task(
+    name="films",
+    title="Film reviews",
     kind="classes",
     label_column="sentiment",
     label_range=(0, 1),
     text_columns=("sentence",),
-    files={"train": "ids-cfimdb-train.csv", "dev": "ids-cfimdb-dev.csv", "test": "ids-cfimdb-test-student.csv"},
+    files={"train": "films-train.csv", "dev": "films-dev.csv", "test": "films-test-student.csv"},
     prediction_column="Predicted_Sentiment",
     backbone="sentiment",
     losses=("ce",),
     lr_multiplier=2.0,
     weight_decay=1e-3,
     lr_floor=1 / 4,
-    aliases=("imdb",),
+    aliases=("movies",),
     by_default=False,
 )
 
@@ -487,6 +487,7 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
         ("--lr_lambda", "1.01"), ("--warmup", "1.5"), ("--warmup", "-0.1"), ("--clip", "0"), ("--patience", "0"),
         ("--eval_every", "0"), ("--seed", "-1"), ("--seed", "18446744073709551616"), ("--max_length", "3"),
         ("--max_bad_rows", "-1"), ("--max_train_examples", "0"), ("--head_layers", "-1"), ("--head_layers", "65"),
+        ("--head_width", "0"), ("--output_dropout_prob", "1"),
         ("--hidden_dropout_prob", "1"), ("--backbone_dropout_prob", "-0.5"), ("--threads", "0"),
         ("--eval_batch_size", "0"), ("--sst_lr_multiplier", "0"), ("--para_weight_decay", "-1"),
         ("--quora_weight_decay", "-1"), ("--num_sts_trains", "-1"), ("--arch", "transformer"), ("--optim", "adam"),
@@ -544,6 +545,10 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--sts_projection", ("--sts_projection", "--sts_head")),
         ("--arch cosine --pair_encoding cross --sts_projection", ("--sts_projection", "--pair_encoding")),
         ("--clf linear --head_layers 2", ("--head_layers", "--clf")),
+        ("--clf linear --head_width 5", ("--head_width", "--clf")),
+        ("--clf mlp --head_layers 0 --head_width 5", ("--head_width", "--head_layers")),
+        ("--clf conv --output_dropout_prob .1", ("--output_dropout_prob", "--clf mlp")),
+        ("--clf mlp --head_layers 0 --output_dropout_prob .1", ("--output_dropout_prob", "--head_layers")),
         ("--clf mlp --head_batchnorm", ("--head_batchnorm", "--clf")),
         ("--pair_layer none --shared_batchnorm_stats", ("--shared_batchnorm_stats", "--pair_layer")),
         ("--predict x.txt --task sst", ("--predict", "--evaluate")),
@@ -691,15 +696,15 @@ def test_help_names_every_visible_flag() -> None:
     assert "default: 0.0001" in text and "default: 0.009" in text  # --lr and --sst_weight_decay
 
 
-def test_a_fourth_row_creates_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    table = {**TASKS, "cfimdb": CFIMDB}
+def test_a_further_row_creates_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    table = {**TASKS, "films": FILMS}
     parser = build_parser("prog", "Test.", table)
     assert {action.dest for action in actions(parser)} == dests(table)
-    config = configure("--train_imdb", "--cfimdb_lr_multiplier", 9, "--num_imdb_trains", 2, tasks=table)
-    assert config.tasks == {"cfimdb": TaskOptions(True, 9.0, 1e-3, 2, "ce")}
+    config = configure("--train_movies", "--films_lr_multiplier", 9, "--num_movies_trains", 2, tasks=table)
+    assert config.tasks == {"films": TaskOptions(True, 9.0, 1e-3, 2, "ce")}
     assert list(configure(tasks=table).tasks) == ["sst", "para", "sts"]  # it trains only when it is asked for
-    both = configure("--train_sst", "--train_cfimdb", "--cfimdb_dev", "x.csv", tasks=table).tasks
-    assert list(both) == ["sst", "cfimdb"] and both["cfimdb"].dev == "x.csv"
-    by_default = replace(CFIMDB, by_default=True)
-    assert list(configure(tasks={"sst": SST, "cfimdb": by_default}).tasks) == ["sst", "cfimdb"]
-    assert parser.format_help().count("CFIMDB sentiment") > 1
+    both = configure("--train_sst", "--train_films", "--films_dev", "x.csv", tasks=table).tasks
+    assert list(both) == ["sst", "films"] and both["films"].dev == "x.csv"
+    by_default = replace(FILMS, by_default=True)
+    assert list(configure(tasks={"sst": SST, "films": by_default}).tasks) == ["sst", "films"]
+    assert parser.format_help().count("Film reviews") > 1

@@ -17,7 +17,7 @@ from test_scripts import _output, member_outputs, read_json, refusal
 import ensemble
 import multitask_classifier
 from evaluation import correlation
-from tasks import STS, TASKS
+from tasks import DEFAULT_TASKS, STS
 from training.checkpoint import load, load_model, save
 from training.ensembling import average_weights, greedy_soup, halves, score_dev, select_votes, vote
 
@@ -195,7 +195,7 @@ def test_a_mapped_checkpoint_leaves_its_weights_in_the_file(tmp_path: Path) -> N
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small data whose dev sets are the training sets, so that a member can be good."""
     folder = cut(tmp_path_factory.mktemp("data"), train=40)
-    for task in TASKS.values():
+    for task in DEFAULT_TASKS.values():
         shutil.copyfile(folder / task.files["train"], folder / task.files["dev"])
     return folder
 
@@ -223,7 +223,7 @@ def members(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, data: Pat
         place = ["--run_dir", folder / "runs" / name, "--filepath", folder / f"{name}.pt", "--no_tensorboard"]
         multitask_classifier.main([str(word) for word in [*flags, *place, *more]])
     content = load(folder / "a.pt")
-    for head in TASKS:
+    for head in DEFAULT_TASKS:
         last = max(int(name.split(".")[2]) for name in content["weights"] if name.startswith(f"heads.{head}."))
         for name in ("weight", "bias"):
             content["weights"][f"heads.{head}.{last}.{name}"].neg_()
@@ -345,7 +345,7 @@ def test_both_halves_have_their_own_score(combine: Run, data: Path, tmp_path: Pa
     predictions = member_outputs(tmp_path / "e")
     for half, name in enumerate(("chosen_half", "held_out_half")):
         figures = []
-        for task in TASKS.values():
+        for task in DEFAULT_TASKS.values():
             ids, labels = labels_and_ids(data / task.files["dev"], task.label_column)
             rows = halves(ids)[half]
             found, wanted = predictions[f"{task.name}-dev-output.csv"][rows], np.array(labels, float)[rows]
@@ -360,7 +360,7 @@ def test_both_halves_have_their_own_score(combine: Run, data: Path, tmp_path: Pa
 def relabelled(source: Path, folder: Path, half: int, predictions: dict[str, np.ndarray]) -> Path:
     """A copy of the data in which one half of every dev set has these predictions for its labels."""
     shutil.copytree(source, folder)
-    for task in TASKS.values():
+    for task in DEFAULT_TASKS.values():
         path = folder / task.files["dev"]
         header, *rows = path.read_text(encoding="utf-8").splitlines()
         values = predictions[f"{task.name}-dev-output.csv"]
@@ -455,7 +455,7 @@ def test_free_choices_do_not_hinder_a_soup(combine: Run, members: Path, tmp_path
     odd = edited(members, tmp_path / "odd.pt", lambda c: c["config"]["model"].update(arch="duality"))
     combine("a", "b", odd, "--soup", "uniform", "--run_dir", "e")
     model, _, config = load_model(tmp_path / "e" / "soup.pt")
-    assert config.model.arch == "yin-yang" and set(model.tasks) == set(TASKS)
+    assert config.model.arch == "yin-yang" and set(model.tasks) == set(DEFAULT_TASKS)
 
 
 def test_meaningless_combinations_are_refused(combine: Run, members: Path, data: Path, tmp_path: Path) -> None:
@@ -493,10 +493,10 @@ def test_scores_of_rows(data: Path) -> None:
     from config import DataOptions, TaskOptions
     from datasets import load_splits
 
-    options = dict.fromkeys(TASKS, TaskOptions())
-    dev = load_splits(DataOptions(data_dir=str(data)), options, TASKS, ["dev"], print)["dev"]
+    options = dict.fromkeys(DEFAULT_TASKS, TaskOptions())
+    dev = load_splits(DataOptions(data_dir=str(data)), options, DEFAULT_TASKS, ["dev"], print)["dev"]
     values = {("dev", "sst"): rng(0).random((40, 5)), ("dev", "sts"): rng(1).random(40)}
-    rows = {name: np.arange(10, 30) for name in TASKS}
+    rows = {name: np.arange(10, 30) for name in DEFAULT_TASKS}
     found = score_dev(values, dev, rows)
     assert set(found) == {"sst", "sts", "score", "score_raw_r"}
     sst, sts = dev["sst"].labels, dev["sts"].labels

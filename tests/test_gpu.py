@@ -11,7 +11,7 @@ from torch import nn
 
 import multitask_classifier
 from optimizer import OPTIMIZERS
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training.device import Device
 from training.loop import Trainer
 from training.losses import LOSSES
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_are_the_cpus(tiny_flags: list[str], tmp_path: Pat
     found: dict[str, list[torch.Tensor]] = {}
     for device in (torch.device("cpu"), GPU):
         model.to(device)
-        for task in TASKS:
+        for task in DEFAULT_TASKS:
             data, rows = trainer.train_data[task], np.arange(13)
             loss = LOSSES[trainer.config.tasks[task].loss](
                 model(task, data.batch(rows).to(device)), data.labels(rows).to(device)
@@ -104,7 +104,7 @@ def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path) -> None
     """Between two looks at the loss no step may wait for the device: each such wait is an error here."""
     trainer = on_gpu(make_trainer(tiny_flags, tmp_path / "run", "--fine_tune_mode", "full-model"), torch.bfloat16)
     trainer.model.train()
-    steps = [step for task in TASKS for step in task_batches(trainer.plan, 0, task)]
+    steps = [step for task in DEFAULT_TASKS for step in task_batches(trainer.plan, 0, task)]
     for step in steps:
         trainer.train_step(step, False)  # allocations and handles
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from config import BertConfig, PalOptions, UserError
 from lora import adapted_layers
 from multitask_bert import MultitaskBERT
 from packing import EncodedBatch, pack_padded, unpack
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training.checkpoint import load, load_model
 
 DEPTH, SIZE, HEADS, LOW_RANK = 3, 12, 3, 10
@@ -80,7 +80,7 @@ def count(module: nn.Module) -> int:
 def test_parameter_counts_of_bert_base(kind: str, added: int, total: int | None, residual: str) -> None:
     """What three tasks have in all, and R1's totals with it (table 2)."""
     with torch.device("meta"):
-        model = MultitaskBERT(options(arch="r1-baseline"), BertConfig(), TASKS)
+        model = MultitaskBERT(options(arch="r1-baseline"), BertConfig(), DEFAULT_TASKS)
         model.add_pals(PalOptions(pal=kind, pal_residual=residual))
     assert count(model.pals) == added
     assert total is None or count(model) == total
@@ -88,7 +88,7 @@ def test_parameter_counts_of_bert_base(kind: str, added: int, total: int | None,
 
 def test_one_task_has_a_third_of_it() -> None:
     with torch.device("meta"):
-        model = MultitaskBERT(options(arch="r1-baseline"), BertConfig(), TASKS)
+        model = MultitaskBERT(options(arch="r1-baseline"), BertConfig(), DEFAULT_TASKS)
         model.add_pals(PalOptions(pal="shared-v", pal_tasks=("sst",)))
     assert count(model) == 111_307_459  # R1, table 2: SST only
 
@@ -124,7 +124,7 @@ def test_fresh_pals_change_nothing(kind: str, residual: str, arch: str) -> None:
             if name.startswith("decoders."):
                 parameter.data.zero_()
     for training in (True, False):
-        for task in TASKS:
+        for task in DEFAULT_TASKS:
             found = []
             for own in (base, model):
                 own.train(training).zero_grad()
@@ -288,7 +288,7 @@ def test_padding_and_batch_mates_change_nothing(kind: str, pooling: str) -> None
 @pytest.mark.parametrize("arch", ["r1-baseline", "yin-yang"])
 def test_a_batch_reaches_its_own_task_alone(kind: str, arch: str) -> None:
     model = make_pal_model(kind, arch=arch, tasks=("sst", "sts"))
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         model.zero_grad()
         model(task, make_batch(model, task)).sum().backward()
         reached = {id(p) for p in model.parameters() if p.grad is not None}
@@ -336,7 +336,7 @@ def test_a_run_of_each_kind(tiny_flags: list[str], small_data: Path, tmp_path: P
     run = tmp_path / "run"
     flags = ["--pal", kind, *FLAGS[kind], "--fine_tune_mode", "full-model", "--run_dir", str(run), "--no_tensorboard"]
     multitask_classifier.main([*tiny_flags, *flags, "--lr", "1e-2"])
-    tasks = {"sst", "para"} if kind == "shared-attention" else set(TASKS)
+    tasks = {"sst", "para"} if kind == "shared-attention" else set(DEFAULT_TASKS)
     weights = load(run / "best.pt")["weights"]
     decoders = {name: tensor for name, tensor in weights.items() if ".decoders." in name}
     assert {name.split(".")[1] for name in decoders} == tasks
@@ -354,7 +354,7 @@ def test_a_run_starts_from_the_model_without_pals(tiny_flags: list[str], tmp_pat
     plain = make_trainer(tiny_flags, tmp_path / "plain").model
     model = make_trainer(tiny_flags, tmp_path / "pals", "--pal", "shared-v", *SMALL).model
     assert changed(copied(plain), {name: own for name, own in copied(model).items() if "pals." not in name}) == set()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         batch = make_batch(plain, task)
         assert torch.equal(bits(model.eval()(task, batch)), bits(plain.eval()(task, batch)))
 
@@ -398,7 +398,7 @@ def test_with_lora(tiny_flags: list[str], tmp_path: Path, fine_tune_mode: str, m
     assert {name for name in before if name.startswith("pals.")} <= weights.keys() and not frozen & weights.keys()
     again, *_ = load_model(trainer.run.best)
     trainer.model.load_state_dict({**copied(model), **weights})
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         batch = make_batch(model, task)
         assert torch.equal(again.eval()(task, batch), model.eval()(task, batch))
 
@@ -431,7 +431,7 @@ def test_the_plan_counts_them(tiny_flags: list[str], capsys: pytest.CaptureFixtu
     multitask_classifier.main([*tiny_flags, "--pal", "low-rank", "--pal_low_rank_size", "5", "--dry_run"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     number = 2 * (32 * 5 + 5 + 5 * 32 + 32)  # layers x (V_E, V_D, biases)
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         assert ["pal", task, f"{number:,}", f"{number:,}", "100.0%"] in lines
 
 

@@ -21,7 +21,7 @@ from test_training import make_trainer
 import ensemble
 import multitask_classifier
 from config import UserError
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training.checkpoint import load_model, save, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def test_files_of_a_run(runs: Path) -> None:
 def test_timing_holds_what_metrics_must_not(runs: Path) -> None:
     timing = json.loads((runs / "yin" / "timing.jsonl").read_text().splitlines()[0])
     assert set(timing) == {"epoch", "seconds", "train_seconds", "examples_per_second", "peak_memory_bytes", "device"}
-    assert set(timing["train_seconds"]) == set(TASKS) and timing["peak_memory_bytes"] > 1e7
+    assert set(timing["train_seconds"]) == set(DEFAULT_TASKS) and timing["peak_memory_bytes"] > 1e7
     assert timing["examples_per_second"] > 1 and timing["seconds"] > 0
     assert re.fullmatch(r"cpu \(.+, \d+ threads\)", timing["device"])
     metrics = [json.loads(line) for line in (runs / "yin" / "metrics.jsonl").read_text().splitlines()]
@@ -144,9 +144,9 @@ def test_scores_have_the_documented_structure(runs: Path) -> None:
 
 def test_predictions_hold_every_id_in_order(runs: Path, small_data: Path) -> None:
     folder = runs / "yin" / "predictions"
-    names = {f"{task}-{split}-output.csv" for task in TASKS for split in ("dev", "test")}
+    names = {f"{task}-{split}-output.csv" for task in DEFAULT_TASKS for split in ("dev", "test")}
     assert set(os.listdir(folder)) == names
-    for task in TASKS.values():
+    for task in DEFAULT_TASKS.values():
         for split in ("dev", "test"):
             header, *rows = (folder / f"{task.name}-{split}-output.csv").read_text().splitlines()
             assert header == f"id \t {task.prediction_column} "
@@ -161,7 +161,7 @@ def test_predictions_hold_every_id_in_order(runs: Path, small_data: Path) -> Non
 def test_predictions_give_the_scores(runs: Path, small_data: Path) -> None:
     """From the two files alone, as the course's server would score them."""
     dev = read_json(runs / "yin" / "scores.json")["dev"]
-    for task in TASKS.values():
+    for task in DEFAULT_TASKS.values():
         header, *rows = (line.split("\t") for line in (small_data / task.files["dev"]).read_text().splitlines())
         truth = [float(row[header.index(task.label_column)]) for row in rows]
         path = runs / "yin" / "predictions" / f"{task.name}-dev-output.csv"
@@ -179,7 +179,7 @@ def test_tensorboard_events(runs: Path) -> None:
     events.Reload()
     tags = events.Tags()
     scalars = set(tags["scalars"])
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         metrics = ("pearson", "spearman") if task == "sts" else ("accuracy", "f1")
         assert {f"{task}/loss", f"{task}/lr", f"{task}/gradient_norm"} <= scalars
         assert {f"{task}/{split}_{metric}" for split in ("dev", "train") for metric in metrics} <= scalars
@@ -326,7 +326,7 @@ def test_predict_sentences(script: Run, runs: Path, tmp_path: Path) -> None:
     assert len(out) == 2
     for line, text in zip(out, ["The film is superb .", "A dreadful plot ."], strict=True):
         label, name, probability, shown = line.split("\t")
-        assert name == TASKS["sst"].label_names[int(label)] and 0.2 <= float(probability) <= 1 and shown == text
+        assert name == DEFAULT_TASKS["sst"].label_names[int(label)] and 0.2 <= float(probability) <= 1 and shown == text
     assert sorted(os.listdir(tmp_path)) == ["lines.txt"]
 
 
@@ -334,7 +334,7 @@ def test_predict_sentences(script: Run, runs: Path, tmp_path: Path) -> None:
 def test_predictions_are_those_of_the_prediction_files(
     script: Run, runs: Path, small_data: Path, tmp_path: Path, member: str
 ) -> None:
-    for task in TASKS.values():
+    for task in DEFAULT_TASKS.values():
         header, *rows = (line.split("\t") for line in (small_data / task.files["dev"]).read_text().splitlines())
         columns = [header.index(name) for name in task.text_columns]
         (tmp_path / "x.txt").write_text("".join("\t".join(row[i] for i in columns) + "\n" for row in rows))
@@ -892,7 +892,7 @@ def test_a_dev_set_smaller_than_its_classes(train: Run, tmp_path: Path) -> None:
 def test_every_other_arch_trains_from_the_command_line(train: Run, tmp_path: Path, arch: str) -> None:
     train("--arch", arch, "--run_dir", "run", "--no_tensorboard", "--epochs", 1, "--max_train_examples", 6)
     assert read_json(tmp_path / "run" / "config.json")["model"]["arch"] == arch
-    assert set(read_json(tmp_path / "run" / "scores.json")["dev"]) == {*TASKS, "score", "score_raw_r"}
+    assert set(read_json(tmp_path / "run" / "scores.json")["dev"]) == {*DEFAULT_TASKS, "score", "score_raw_r"}
 
 
 def test_a_reader_that_goes_away_is_no_error(tiny_flags: list[str]) -> None:

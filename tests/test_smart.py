@@ -10,7 +10,7 @@ from test_training import changed, copied, interrupted, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 from training.loop import Trainer
 from training.seen import Seen
 from training.smart import Teacher, ascend, bregman_term, divergence, first_noise, same_pass, smart_term
@@ -129,7 +129,7 @@ def seen_by(trainer: Trainer, task: str, indices: np.ndarray) -> Seen:
 ROWS = np.array([4, 1, 9, 2])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 @pytest.mark.parametrize("arch", ["yin-yang", "v2", "r4"])
 def test_another_pass_draws_the_same_masks_and_leaves_no_trace(
     tiny_flags: list[str], tmp_path: Path, task: str, arch: str
@@ -151,7 +151,7 @@ def test_without_perturbation_nothing_is_added(tiny_flags: list[str], tmp_path: 
     """An epsilon of next to nothing: the perturbed pass is the clean one, to rounding."""
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2")
     trainer.model.train()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         options = replace(trainer.config.train, smart_epsilon=1e-30, smart_sigma=0.0)
         assert smart_term(options)(seen_by(trainer, task, ROWS)).item() < 1e-10
 
@@ -159,7 +159,7 @@ def test_without_perturbation_nothing_is_added(tiny_flags: list[str], tmp_path: 
 def test_larger_cubes_leave_room_for_larger_changes(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2")
     trainer.model.train()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         seen = seen_by(trainer, task, ROWS)
         values = [
             smart_term(replace(trainer.config.train, smart_epsilon=epsilon, smart_eta=1.0))(seen).item()

@@ -245,6 +245,19 @@ def test_a_grid_of_other_flags_is_refused(study: Path, flags: list[str]) -> None
         run(study, flags, "lora_rank=1")
 
 
+def test_a_table_that_is_older_than_a_task_goes_on(tmp_path: Path) -> None:
+    older = [name for name in sweep.COLUMNS if not name.startswith("cfimdb_")]
+    assert len(older) == len(sweep.COLUMNS) - 2
+    path = tmp_path / "results.csv"
+    path.write_text(",".join(["trial", "status", "lr", *older]) + "\nlr=1,ok,1,0.5" + "," * (len(older) - 1) + "\n")
+    results = sweep.Results(path, ["lr"])
+    assert results.rows()["lr=1"]["score"] == "0.5"
+    results.add([{"trial": "lr=2", "status": "ok", "lr": "2", "cfimdb_accuracy": 0.75}])
+    rows = by_trial(tmp_path)
+    assert rows["lr=1"]["score"] == "0.5" and rows["lr=1"]["cfimdb_accuracy"] == ""
+    assert rows["lr=2"]["cfimdb_accuracy"] == "0.75"
+
+
 def add_rows(path: Path, number: int) -> None:
     """Rows of its own and one that all processes add."""
     results = Results(path, ["lr"])

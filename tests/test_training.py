@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_config import CFIMDB
+from test_config import FILMS
 from torch import Tensor
 
 import multitask_classifier
@@ -24,7 +24,7 @@ from datasets import load_splits, tokenise
 from evaluation import predict
 from multitask_bert import BatchNorm, MultitaskBERT, freezing_command
 from optimizer import Schedule
-from tasks import SST, STS, TASKS, Task
+from tasks import DEFAULT_TASKS, SST, STS, TASKS, Task
 from training import loop
 from training.checkpoint import (
     RunDirectory,
@@ -104,7 +104,7 @@ def test_the_loss_falls_on_the_sample_data(tiny_flags: list[str], sample: Path, 
     more += ["--lr", 3e-4]
     make_trainer(tiny_flags, tmp_path / "run", *more).fit()
     lines = metrics(tmp_path / "run")
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         assert lines[2]["train"][task]["loss"] < lines[0]["train"][task]["loss"] - 0.02, task
         assert lines[0]["train"][task]["steps"] == 19
 
@@ -115,7 +115,8 @@ def test_last_layer_leaves_the_backbones_as_they_were(tiny_flags: list[str], tmp
     model, states = states_by_epoch(tiny_flags, tmp_path / "run", "--fine_tune_mode", "last-layer", "--arch", arch)
     assert digest(states[-1], "backbones.") == digest(states[0], "backbones.")
     if arch != "r4":  # its STS head is a bare cosine
-        assert all(digest(states[-1], f"heads.{task}.") != digest(states[0], f"heads.{task}.") for task in TASKS)
+        heads = [f"heads.{task}." for task in DEFAULT_TASKS]
+        assert all(digest(states[-1], head) != digest(states[0], head) for head in heads)
     assert all(not parameter.requires_grad for parameter in model.backbones.parameters())
 
 
@@ -191,12 +192,12 @@ def one_step(trainer: Trainer, task: str, rows: range = range(8), lr: float = 1e
 def test_a_step_of_one_task_leaves_the_others_alone(tiny_flags: list[str], tmp_path: Path, optim: str) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--fine_tune_mode", "full-model", "--optim", optim)
     trainer.model.manage_freezing("unfreezeall")
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         one_step(trainer, task)
-    before, weights = {task: tensors_of(trainer.optimizers[task]) for task in TASKS}, copied(trainer.model)
+    before, weights = {task: tensors_of(trainer.optimizers[task]) for task in DEFAULT_TASKS}, copied(trainer.model)
     assert all(before.values())
     one_step(trainer, "sst")
-    after = {task: tensors_of(trainer.optimizers[task]) for task in TASKS}
+    after = {task: tensors_of(trainer.optimizers[task]) for task in DEFAULT_TASKS}
     for task in ("para", "sts"):
         assert len(before[task]) == len(after[task])
         assert all(torch.equal(a, b) for a, b in zip(before[task], after[task], strict=True))
@@ -312,8 +313,8 @@ def test_a_batch_size_of_one_trains(tiny_flags: list[str], tmp_path: Path) -> No
 
 def test_max_train_examples_cuts_training_alone(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--max_train_examples", 5, "--epochs", 1)
-    assert {task: len(data) for task, data in trainer.train_data.items()} == dict.fromkeys(TASKS, 5)
-    assert {task: len(data) for task, data in trainer.dev_data.items()} == dict.fromkeys(TASKS, 12)
+    assert {task: len(data) for task, data in trainer.train_data.items()} == dict.fromkeys(DEFAULT_TASKS, 5)
+    assert {task: len(data) for task, data in trainer.dev_data.items()} == dict.fromkeys(DEFAULT_TASKS, 12)
     trainer.fit()
     assert {own["steps"] for own in metrics(tmp_path / "run")[0]["train"].values()} == {1}
 
@@ -393,7 +394,7 @@ def test_resuming_ends_as_if_nothing_had_happened(
     assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert len((tmp_path / "broken" / "timing.jsonl").read_text().splitlines()) == 3
     assert changed(copied(whole.model), copied(resumed.model)) == set()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         pairs = zip(tensors_of(whole.optimizers[task]), tensors_of(resumed.optimizers[task]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     best = [load(tmp_path / name / "best.pt") for name in ("whole", "broken")]
@@ -585,7 +586,7 @@ def test_load_model_gives_the_same_outputs(trained: Trainer) -> None:
 @pytest.mark.parametrize("arch", ["duality", "v2", "r4"])
 def test_a_checkpoint_of_another_arch_is_refused(trained: Trainer, tiny_flags: list[str], arch: str) -> None:
     config = parse([*tiny_flags, "--arch", arch], TASKS, "test", "Test.")
-    other, _ = multitask_classifier.build_model(config, TASKS)
+    other, _ = multitask_classifier.build_model(config, DEFAULT_TASKS)
     before = copied(other)
     with pytest.raises(UserError, match="another arch.*; and [0-9]+ more") as error:
         load_weights_into(other, load(trained.run.best)["weights"], trained.run.best)
@@ -812,41 +813,41 @@ def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert RunDirectory.named("x/y", "abc").path == Path("x/y")
 
 
-# -------------------------------------------------------------------------------------------------------- a fourth task
+# ----------------------------------------------------------------------------------------------------- a further task
 
 
-def write_cfimdb(folder: Path) -> None:
-    """CFIMDB-like files: SST's sentences with labels 0 and 1."""
+def write_films(folder: Path, stem: str) -> None:
+    """Sentences with labels 0 and 1 in files named STEM-train.csv, STEM-dev.csv and STEM-test-student.csv."""
     words = {0: "dreadful and dull", 1: "superb and charming"}
     for split, rows in (("train", 10), ("dev", 6), ("test-student", 4)):
         lines = ["\tid\tsentence\tsentiment" if split != "test-student" else "\tid\tsentence"]
         for i in range(rows):
             label = "" if split == "test-student" else f"\t{i % 2}"
             lines.append(f"{i}\tfilm{i}\tThe film is {words[i % 2]} , number {i} .{label}")
-        (folder / f"ids-cfimdb-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "similarity"])
-def test_a_fourth_task_is_one_row(
+def test_a_further_task_is_one_row(
     tiny_flags: list[str], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], kind: Any,
 ) -> None:  # fmt: skip
     """It trains beside the others, is evaluated and predicted, and its checkpoint is loaded: nothing else is told."""
     losses = {"classes": ("ce", "bce"), "binary": ("bce",), "similarity": ("mse", "pearson")}[kind]
-    row: Task = replace(CFIMDB, kind=kind, losses=losses)
-    monkeypatch.setitem(TASKS, "cfimdb", row)
+    row: Task = replace(FILMS, kind=kind, losses=losses)
+    monkeypatch.setitem(TASKS, "films", row)
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
-    write_cfimdb(data)
+    write_films(data, "films")
     run = tmp_path / "run"
-    flags = [*tiny_flags, "--data_dir", str(data), "--run_dir", str(run), "--train_sst", "--train_imdb"]
-    multitask_classifier.main([*flags, "--num_imdb_trains", "2"])
+    flags = [*tiny_flags, "--data_dir", str(data), "--run_dir", str(run), "--train_sst", "--train_movies"]
+    multitask_classifier.main([*flags, "--num_movies_trains", "2"])
     line = metrics(run)[-1]
-    assert list(line["train"]) == ["sst", "cfimdb"] and line["train"]["cfimdb"]["steps"] == 4
+    assert list(line["train"]) == ["sst", "films"] and line["train"]["films"]["steps"] == 4
     scores = json.loads((run / "scores.json").read_text())["dev"]
-    assert set(scores) == {"sst", "cfimdb", "score", "score_raw_r"}
-    assert set(scores["cfimdb"]) == ({"pearson", "spearman"} if kind == "similarity" else {"accuracy", "f1"})
-    rows = (run / "predictions" / "cfimdb-test-output.csv").read_text().splitlines()
+    assert set(scores) == {"sst", "films", "score", "score_raw_r"}
+    assert set(scores["films"]) == ({"pearson", "spearman"} if kind == "similarity" else {"accuracy", "f1"})
+    rows = (run / "predictions" / "films-test-output.csv").read_text().splitlines()
     assert rows[0] == "id \t Predicted_Sentiment " and [row.split(" , ")[0] for row in rows[1:]] == [
         f"film{i}" for i in range(4)
     ]
@@ -856,7 +857,7 @@ def test_a_fourth_task_is_one_row(
     capsys.readouterr()
     sentences = tmp_path / "sentences.txt"
     sentences.write_text("The film is dull .\n", encoding="utf-8")
-    multitask_classifier.main(["--evaluate", str(run / "best.pt"), "--predict", str(sentences), "--task", "imdb"])
+    multitask_classifier.main(["--evaluate", str(run / "best.pt"), "--predict", str(sentences), "--task", "movies"])
     assert capsys.readouterr().out.rstrip("\n").endswith("The film is dull .")
 
 
@@ -926,7 +927,7 @@ def test_an_epoch_of_one_task_shows_the_scores_of_all(tiny_flags: list[str], tmp
 def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[str], tmp_path: Path) -> None:
     """SGD without decay moves by the gradient of (w1 L1 + w2 L2 + w3 L3) / 3, by each group's own rate."""
     flags = ["--routine", "joint", "--optim", "SGD", "--fine_tune_mode", "full-model", "--sts_weight", 0.5]
-    flags += [f"--{task}_weight_decay=0" for task in TASKS]
+    flags += [f"--{task}_weight_decay=0" for task in DEFAULT_TASKS]
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r1-baseline", *flags)
     model, indices = trainer.model.eval(), np.arange(8)  # no dropout, so that the gradient can be had a second time
     total = torch.zeros(())
@@ -937,7 +938,7 @@ def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[
     total.backward()
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(DEFAULT_TASKS):
         trainer.set_rates(task, 0.0)
         trainer.train_step(loop.Step(task, indices, 1 / 3, moves=number == 2), False)
         moved = any(not torch.equal(before[name][0], p) for name, p in model.named_parameters() if name in before)
