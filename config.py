@@ -158,11 +158,17 @@ class ModelOptions:
     )
     clf: str | None = option(None, "kind of head", choices=("linear", "nonlinear", "conv", "mlp"))
     head_layers: int | None = option(None, "hidden layers of conv and mlp heads", low=0, high=64)
+    head_width: int | None = option(
+        None, "width of hidden layers (default: the backbone's in mlp heads, half of it in others)", low=1
+    )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
     sts_head: str | None = option(None, "similarity from a head or from a cosine", choices=("regression", "cosine"))
     sts_projection: bool | None = option(None, "one linear layer and activation before the cosine")
     hidden_dropout_prob: float = option(0.3, "dropout in the heads", low=0.0, high=0.99)
+    output_dropout_prob: float | None = option(
+        None, "dropout before the last layer of mlp heads (default: --hidden_dropout_prob)", low=0.0, high=0.99
+    )
     backbone_dropout_prob: float = option(0.1, "dropout in the backbones", low=0.0, high=0.99)
     shared_batchnorm_stats: bool = option(
         False, "one set of running statistics for all tasks in the shared pair layer, as in R0"
@@ -200,6 +206,13 @@ class ModelOptions:
             out = replace(out, sts_projection=False)
         if self.head_layers is not None and out.clf not in ("conv", "mlp"):
             raise UserError(f"--head_layers belongs to --clf conv and mlp, not {out.clf}; drop one of the two")
+        hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(out.clf), out.head_layers)
+        if self.head_width is not None and not hidden_layers:
+            raise UserError(
+                "--head_width is that of hidden layers, but this head has none; see --clf and --head_layers"
+            )
+        if self.output_dropout_prob is not None and (out.clf != "mlp" or not out.head_layers):
+            raise UserError("--output_dropout_prob belongs to --clf mlp with --head_layers 1 or more; drop one of them")
         if self.head_batchnorm and out.clf not in ("nonlinear", "conv"):
             raise UserError(f"--head_batchnorm belongs to --clf nonlinear and conv, not {out.clf}; drop one of the two")
         if self.shared_batchnorm_stats and out.pair_layer != "batchnorm":

@@ -102,7 +102,8 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
     """A head from features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
 
     linear: Linear. nonlinear: Linear(H/2)-[BN]-act-Linear. conv: Conv1d(1, 4, 3)-[BN]-Flatten, then --head_layers x
-    (Linear(H/2)-[BN]-act), Linear. mlp: --head_layers x (Linear(H)-act-Dropout), Linear. Dropout stands before each.
+    (Linear(H/2)-[BN]-act), Linear. mlp: --head_layers x (Linear(H)-act-Dropout), Linear. Dropout stands before each;
+    that before the last layer of an mlp can be another one (R4, section 4.2). --head_width stands for H or H/2.
     """
     layers: list[nn.Module] = [nn.Dropout(options.hidden_dropout_prob)]
     activation = ACTIVATIONS[str(options.head_activation)]
@@ -112,11 +113,14 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
         layers += [BatchNorm(CONV_CHANNELS)] if options.head_batchnorm else []
         layers += [nn.Flatten()]
         width = CONV_CHANNELS * (width - CONV_WIDTH + 1)
-    inner = hidden if options.clf == "mlp" else hidden // 2
-    for _ in range(depth):
+    inner = options.head_width or (hidden if options.clf == "mlp" else hidden // 2)
+    dropouts = [options.hidden_dropout_prob] * depth
+    if options.output_dropout_prob is not None:
+        dropouts[-1] = options.output_dropout_prob
+    for dropout in dropouts:
         layers += [nn.Linear(width, inner)]
         if options.clf == "mlp":
-            layers += [activation(), nn.Dropout(options.hidden_dropout_prob)]
+            layers += [activation(), nn.Dropout(dropout)]
         else:
             layers += [BatchNorm(inner)] if options.head_batchnorm else []
             layers += [activation()]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import erf
 from torch import Tensor, nn
 
 from config import ARCHS, BertConfig, ModelOptions, UserError
@@ -21,7 +22,7 @@ from multitask_bert import (
     set_trainable,
 )
 from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
-from tasks import PARA, SST, STS, TASKS
+from tasks import DEFAULT_TASKS, PARA, SST, STS
 
 H, BATCH = 16, 6
 TINY = BertConfig(
@@ -45,7 +46,7 @@ def options(**given: Any) -> ModelOptions:
 def make_model(seed: int = 0, config: BertConfig = TINY, **given: Any) -> MultitaskBERT:
     """A model without dropout whose every parameter is random, so that no bias is zero and no norm the identity."""
     torch.manual_seed(seed)
-    model = MultitaskBERT(options(**{"hidden_dropout_prob": 0.0, **given}), config, TASKS)
+    model = MultitaskBERT(options(**{"hidden_dropout_prob": 0.0, **given}), config, DEFAULT_TASKS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2)
@@ -63,7 +64,7 @@ def make_texts(seed: int, size: int = BATCH, longest: int = 11) -> Padded:
 def make_batch(model: MultitaskBERT, task: str, size: int = BATCH, seed: int = 0) -> PackedBatch:
     """A packed batch of `size` examples of a task, joined as the model wants them."""
     first, second = make_texts(seed, size), make_texts(seed + 1000, size, 14)
-    if not TASKS[task].is_pair:
+    if not DEFAULT_TASKS[task].is_pair:
         return pack_padded(*first)
     return (stack_padded_pairs if model.is_siamese(task) else join_padded_pairs)(*first, *second)
 
@@ -108,7 +109,7 @@ def test_outputs_have_the_right_shape_and_gradients_are_finite(arch: str, size: 
 @all_archs
 def test_task_parameters_are_those_that_a_batch_reaches(arch: str) -> None:
     model = make_model(arch=arch).train()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         model.zero_grad()
         model(task, make_batch(model, task)).sum().backward()
         got_gradient = {id(p) for p in model.parameters() if p.grad is not None}
@@ -149,7 +150,7 @@ def test_padded_predictions_equal_packed_ones(arch: str) -> None:
 def test_evaluation_changes_no_buffer(arch: str) -> None:
     model = make_model(arch=arch).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         model(task, make_batch(model, task)).sum().backward()
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -174,7 +175,7 @@ def test_only_what_the_tasks_need_is_built() -> None:
 
 def test_a_further_task_is_one_more_row() -> None:
     cfimdb = replace(SST, name="cfimdb", label_range=(0, 1))
-    model = MultitaskBERT(options(arch="r4"), TINY, {**TASKS, "cfimdb": cfimdb})
+    model = MultitaskBERT(options(arch="r4"), TINY, {**DEFAULT_TASKS, "cfimdb": cfimdb})
     assert model("cfimdb", pack_padded(*make_texts(0))).shape == (BATCH, 2)
     assert list(model.backbones) == ["sst", "para", "sts", "cfimdb"]
 
@@ -185,7 +186,7 @@ def test_a_further_task_is_one_more_row() -> None:
 def on_meta(**given: Any) -> MultitaskBERT:
     """A model of BERT-base's size without memory for it."""
     with torch.device("meta"):
-        return MultitaskBERT(options(**given), BertConfig(), TASKS)
+        return MultitaskBERT(options(**given), BertConfig(), DEFAULT_TASKS)
 
 
 def test_r1_baseline_has_the_published_number_of_parameters() -> None:
@@ -437,9 +438,9 @@ def test_only_the_chosen_head_is_built(clf: str, batchnorm: bool) -> None:
     if clf in ("conv", "nonlinear"):
         own["head_batchnorm"] = batchnorm
     chosen = options(clf=clf, **own)
-    model = MultitaskBERT(chosen, TINY, TASKS)
+    model = MultitaskBERT(chosen, TINY, DEFAULT_TASKS)
     wanted = [kind for kind in HEAD_LAYERS[clf] if batchnorm or kind is not BatchNorm]
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         head = model.heads[task]
         assert isinstance(head, nn.Sequential)
         assert [type(layer) for layer in head] == wanted
@@ -456,6 +457,73 @@ def test_widths_inside_heads() -> None:
     assert widths("conv", 2) == [(4 * 48, H // 2), (H // 2, H // 2), (H // 2, 5)]
     assert widths("mlp", 0) == [(50, 5)]
     assert widths("mlp", 3) == [(50, H), (H, H), (H, H), (H, 5)]
+    assert linear_layers(build_head(options(clf="mlp", head_layers=2, head_width=7), 50, H, 5)) == [
+        (50, 7),
+        (7, 7),
+        (7, 5),
+    ]
+    assert linear_layers(build_head(options(clf="conv", head_layers=1, head_width=7), 50, H, 5)) == [
+        (4 * 48, 7),
+        (7, 5),
+    ]
+    assert linear_layers(build_head(options(clf="nonlinear", head_width=7), 50, H, 5)) == [(50, 7), (7, 5)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_mlp_head_matches_numpy(activation: str, depth: int) -> None:
+    """N times linear and activation, then a linear layer (R2, section 4.1; R4, section 4.2); biases random."""
+    torch.manual_seed(0)
+    chosen = options(clf="mlp", head_layers=depth, head_activation=activation, head_width=9 if depth else None)
+    head = build_head(chosen, 12, H, 5).double().eval()
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(6, 12, dtype=torch.float64)
+    act = {"relu": lambda z: np.maximum(z, 0), "gelu": lambda z: z * (1 + erf(z / np.sqrt(2))) / 2}[activation]
+    layers = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in head if isinstance(m, nn.Linear)]
+    assert len(layers) == depth + 1
+    wanted = x.numpy()
+    for number, (weight, bias) in enumerate(layers):
+        wanted = wanted @ weight.T + bias
+        wanted = act(wanted) if number < depth else wanted
+    assert np.abs(head(x).detach().numpy() - wanted).max() <= 1e-12 * np.abs(wanted).max()
+
+
+def test_dropout_of_each_layer() -> None:
+    """R4, section 4.2: .2 before the hidden layers, .1 before the output; with one value, that one everywhere."""
+
+    def shares(**given: Any) -> list[float]:
+        head = build_head(options(clf="mlp", hidden_dropout_prob=0.2, **given), 12, H, 5).train()
+        ones = [layer.p for layer in head if isinstance(layer, nn.Dropout)]
+        # where each stands: before each linear layer
+        kinds = [type(layer) for layer in head if isinstance(layer, nn.Dropout | nn.Linear)]
+        assert kinds == [nn.Dropout, nn.Linear] * len(ones)
+        return ones
+
+    assert shares(head_layers=3) == [0.2] * 4
+    assert shares(head_layers=3, output_dropout_prob=0.1) == [0.2, 0.2, 0.2, 0.1]
+    assert shares(head_layers=1, output_dropout_prob=0.0) == [0.2, 0.0]
+    assert shares(head_layers=0) == [0.2]
+
+
+def test_super_concat_matches_numpy() -> None:
+    """R4's [u; v; v - u], mean-pooled, through two layers with GELU."""
+    model = make_model(arch="r4", head_layers=2, head_width=10).double().eval()
+    first, second = make_texts(1), make_texts(2, longest=14)
+    with torch.no_grad():
+        means = []
+        for ids, mask in (first, second):
+            hidden = model.backbone("para")(ids, mask)["last_hidden_state"]
+            means.append(((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).numpy())
+        found = model.classify("para", model.embed("para", stack_padded_pairs(*first, *second))).squeeze(1).numpy()
+    u, v = means
+    x = np.concatenate([u, v, v - u], axis=1)
+    layers = [m for m in model.heads["para"] if isinstance(m, nn.Linear)]
+    assert [m.in_features for m in layers] == [3 * H, 10, 10]
+    for number, layer in enumerate(layers):
+        x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+        x = x * (1 + erf(x / np.sqrt(2))) / 2 if number < 2 else x
+    assert np.abs(found - x[:, 0]).max() <= 1e-10 * np.abs(x).max()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -563,7 +631,7 @@ def test_any_arch_takes_any_override_and_runs(arch: str, override: dict[str, Any
     model = make_model(arch=arch, **override)
     for name, value in override.items():
         assert getattr(model.options, name) == value
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         assert model.train()(task, make_batch(model, task)).isfinite().all()
 
 
@@ -620,7 +688,7 @@ LAYERS = [str(n) for n in range(12)]
     ],
 )
 def test_manage_freezing(structure: str, wanted: set[str]) -> None:
-    model = MultitaskBERT(options(), DEEP, TASKS)
+    model = MultitaskBERT(options(), DEEP, DEFAULT_TASKS)
     for before in ("unfreezeall", "freezeall", "unfreezetop5"):  # a command says all, whatever stood before
         model.manage_freezing(before)
         model.manage_freezing(structure)

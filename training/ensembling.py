@@ -170,7 +170,7 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def _meaning_of_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree before weights can be averaged, under the names that a message calls it by."""
-    free = ("arch", "hidden_dropout_prob", "backbone_dropout_prob")  # arch is a name for the other options
+    free = ("arch", "hidden_dropout_prob", "output_dropout_prob", "backbone_dropout_prob")  # arch names the others
     return {
         **{f"--{name}": value for name, value in options.items() if name not in free},
         **{name: value for name, value in content["bert_config"].items() if "dropout" not in name},
