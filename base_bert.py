@@ -214,6 +214,29 @@ def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = 
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
 
 
+def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
+    """The head of masked language modelling from a Hugging Face folder, in our names and float32; None without one.
+
+    The weights of its decoder are the word embeddings, and are not looked at. Raises UserError where the file is
+    damaged, or where a tensor of the head is missing, left over or of another shape.
+    """
+    path, prefix = _weights_file(folder), "cls.predictions."
+    width = config.hidden_size
+    shapes: dict[str, tuple[str, Shape]] = {
+        "dense.weight": (f"{prefix}transform.dense.weight", (width, width)),
+        "dense.bias": (f"{prefix}transform.dense.bias", (width,)),
+        "layer_norm.weight": (f"{prefix}transform.LayerNorm.weight", (width,)),
+        "layer_norm.bias": (f"{prefix}transform.LayerNorm.bias", (width,)),
+        "bias": (f"{prefix}bias", (config.vocab_size,)),
+    }
+    named = {_canonical(raw): tensor for raw, tensor in _read_tensors(path).items()}
+    head = {name: own for name, own in named.items() if name.startswith(prefix) and ".decoder." not in name}
+    if not head:
+        return None
+    _check_shapes({name: tuple(own.shape) for name, own in head.items()}, dict(shapes.values()), [], str(path))
+    return {ours: head[theirs].to(torch.float32) for ours, (theirs, _) in shapes.items()}
+
+
 def save_pretrained(
     folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
 ) -> None:

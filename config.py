@@ -295,6 +295,11 @@ class TrainOptions:
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
     )
+    mlm: bool = option(
+        False,
+        "further pre-training: in place of labels, predict masked words of the training texts of the tasks of the run; "
+        "dev and test files are not read, and everything trains unless --fine_tune_mode says otherwise",
+    )
     fine_tune_mode: str = option(
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
@@ -653,6 +658,8 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
         if task.kind == "similarity" and similarity_loss in task.losses:
             defaults.loss = similarity_loss
         options[task.name] = task_options(given, task, defaults)
+    if groups["train"].mlm and "train.fine_tune_mode" not in given:
+        groups["train"].fine_tune_mode = "full-model"
     named = [name for name, chosen in options.items() if chosen.enabled]
     chosen = named or [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
     if not chosen:
@@ -739,6 +746,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
+    problems += check_mlm(config)
     for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
         method = name.split("_")[0]
         if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
@@ -766,6 +774,25 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
         if own.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
             problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
+    return problems
+
+
+def check_mlm(config: Config) -> list[str]:
+    """What is wrong with --mlm."""
+    if not config.train.mlm:
+        return []
+    problems = []
+    if config.train.patience is not None:
+        problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
+    if config.train.cache_frozen:
+        problems.append("--cache_frozen keeps what whole texts become, but --mlm masks them anew; drop one of the two")
+    for name, own in config.tasks.items():
+        given = {"smart": own.smart > 0.0, "bregman": own.bregman > 0.0, "embedding_loss": own.embedding_loss != "none"}
+        problems += [
+            f"--{name}_{flag} adds to the loss on labels, which --mlm does without; drop one of the two"
+            for flag, there in given.items()
+            if there
+        ]
     return problems
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_bert import load_weights
+from base_bert import load_mlm_head, load_weights
 from bert import Adapter, BertModel
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
 from lora import (
@@ -22,6 +22,7 @@ from lora import (
     frozen_by_policy,
     inject,
 )
+from mlm import MaskedWordHead
 from packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 from pals import TaskAdapter
 from tasks import Task
@@ -176,6 +177,7 @@ class MultitaskBERT(nn.Module):
                 width = feature_width if task.is_pair else hidden
                 self.heads[name] = build_head(options, width, hidden, task.num_outputs)
         self.pals = nn.ModuleDict()
+        self.mlm = nn.ModuleDict()
 
     def _backbone_name(self, task: Task) -> str:
         return {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}[
@@ -250,6 +252,12 @@ class MultitaskBERT(nn.Module):
         join = stack_padded_pairs if self.is_siamese(task) else join_padded_pairs
         return self(task, join(first, *rest))
 
+    def masked_words(self, task: str, batch: PackedBatch, rows: Tensor) -> Tensor:
+        """Logits [M, V] of the words at `rows` [M] of a packed batch of `task`."""
+        backbone = self.backbone(task)
+        hidden = backbone.encode(backbone.embed(batch), batch, adapters=self.adapters(task))  # [T, H]
+        return self.mlm[self.backbone_of[task]](hidden[rows], backbone.word_embedding.weight)
+
     def add_adapters(self, config: LoRAConfig) -> None:
         """Wrap linears of every backbone, whose pretrained weights must be there already; heads are never wrapped."""
         self.lora = config
@@ -263,11 +271,27 @@ class MultitaskBERT(nn.Module):
             for name in options.pal_tasks or self.tasks:
                 self.pals[name] = TaskAdapter(options, self.bert_config)
 
+    def add_mlm_heads(self) -> None:
+        """Give every backbone a head that predicts masked words; those of the tasks no longer train."""
+        for name in self.backbones:
+            self.mlm[name] = MaskedWordHead(self.bert_config)
+        for module in (self.heads, self.pair_layer):
+            if module is not None:
+                module.requires_grad_(False)
+
     def load_backbones(self, folder: Path) -> None:
         """Give every backbone the pretrained weights in `folder`."""
         weights = load_weights(folder, self.bert_config)
         for backbone in self.backbones.values():
             backbone.load_state_dict(weights)
+
+    def load_mlm_heads(self, folder: Path) -> bool:
+        """Give every head of masked words the pretrained weights in `folder`; False where it has none."""
+        weights = load_mlm_head(folder, self.bert_config)
+        for head in self.mlm.values():
+            if weights is not None:
+                head.load_state_dict(weights)
+        return weights is not None
 
     def never_trained(self, fine_tune_mode: str) -> set[str]:
         """Names of the tensors that adapters leave as the pretrained weights had them, in the whole run."""
@@ -311,17 +335,21 @@ class MultitaskBERT(nn.Module):
                 yield f"adapters {name}", [named[key] for key in adapters]
         for name, pal in self.pals.items():
             yield f"pal {name}", list(pal.parameters())
+        for name, words in self.mlm.items():
+            yield f"masked words {name}", list(words.parameters())
         if self.pair_layer is not None:
             yield "pair layer", list(self.pair_layer.parameters())
         for name, head in self.heads.items():
             yield f"head {name}", list(head.parameters())
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
-        """Every parameter that a batch of `task` can reach."""
-        reached: list[nn.Module] = [self.backbone(task), self.heads[task]]
+        """Every parameter that a batch of `task` can reach; with heads of masked words, those and not the task's."""
+        reached: list[nn.Module] = [self.backbone(task)]
+        reached.append(self.mlm[self.backbone_of[task]] if self.mlm else self.heads[task])
         if task in self.pals:
             reached.append(self.pals[task])
-        if self.pair_layer is not None and self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task]):
+        compared = self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task])
+        if self.pair_layer is not None and compared and not self.mlm:
             reached.append(self.pair_layer)
         return [parameter for module in reached for parameter in module.parameters()]
 

@@ -57,6 +57,10 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     elif (chosen := LoRAConfig.from_options(config.lora)) is not None:
         model.add_adapters(chosen)
     model.add_pals(config.pal)
+    if config.train.mlm:
+        model.add_mlm_heads()
+        if not model.load_mlm_heads(folder):
+            say(f"--mlm: {config.model.pretrained} has no head of masked words; a new one is trained")
     if config.train.init_from is not None:
         hand_over(model, tokenizer, Path(config.train.init_from), say)
     if tokenizer.vocab_size > bert_config.vocab_size:
@@ -68,17 +72,20 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 
 
 def scored_splits(config: Config) -> list[str]:
-    """The splits that a trained model predicts: test is left out under --no_test_predictions."""
+    """The splits that a trained model predicts: none after --mlm, and no test under --no_test_predictions."""
+    if config.train.mlm:
+        return []
     return ["dev", "test"] if config.run.test_predictions else ["dev"]
 
 
 def train(config: Config) -> None:
-    """Train, then score and predict with the best checkpoint."""
+    """Train, then score and predict with the best checkpoint; --mlm has nothing to score."""
     from datasets import load_splits, tokenise
     from training.checkpoint import RunDirectory, load, load_weights_into, probe_folder
     from training.device import choose_device
     from training.loop import Trainer
     from training.plan import checkpoint_bytes, describe
+    from training.pretraining import Pretrainer
 
     tasks = {name: TASKS[name] for name in config.tasks}
     splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
@@ -96,12 +103,18 @@ def train(config: Config) -> None:
             raise UserError(f"--filepath {config.run.filepath}: is a folder; name a file, such as best.pt in it")
     run.begin(config)
     say(f"{device.name}; run directory {run.path}")
-    Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say).fit()
+    kind = Pretrainer if config.train.mlm else Trainer
+    kind(config, model, tokenizer, data["train"], data.get("dev", {}), device, run, say).fit()
     best = load(run.best)
-    load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
-    report(model, data, device, config, run, {"epoch": best["epoch"], "checkpoint": run.best.name})
+    about = {"epoch": best["epoch"], "checkpoint": run.best.name}
+    if config.train.mlm:
+        run.write_json("scores.json", {"dev": {}, **about})
+    else:
+        load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
+        report(model, data, device, config, run, about)
     run.resume.unlink(missing_ok=True)  # several times as large as best.pt, and there is nothing left to go on with
-    say(f"best checkpoint {run.best}; curves: tensorboard --logdir {run.path.parent}")
+    what = "pre-trained, for --init_from:" if config.train.mlm else "best checkpoint"
+    say(f"{what} {run.best}; curves: tensorboard --logdir {run.path.parent}")
 
 
 def report(
@@ -130,15 +143,25 @@ def report(
     say(f"predictions in {run.predictions}")
 
 
+def trained_model(path: Path) -> "tuple[MultitaskBERT, Tokenizer, Config]":
+    """A checkpoint whose heads have been trained, as `load_model` returns it. Raises UserError for one of --mlm."""
+    from training.checkpoint import load_model
+
+    model, tokenizer, saved = load_model(path)
+    if saved.train.mlm:
+        raise UserError(f"--evaluate {path}: was made by --mlm, which trains no heads; train some with --init_from")
+    return model, tokenizer, saved
+
+
 def evaluate(config: Config) -> None:
     """--evaluate: score dev and predict dev and test with a checkpoint."""
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory, load_model
+    from training.checkpoint import RunDirectory
     from training.device import choose_device
 
     path = Path(str(config.run.evaluate))
     device = choose_device(config.compute, say)
-    model, tokenizer, saved = load_model(path)
+    model, tokenizer, saved = trained_model(path)
     model.to(device.device)
     options = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
@@ -186,10 +209,9 @@ def label_sentences(config: Config) -> None:
     from cleaning import Cleaner
     from datasets import Examples, TaskData
     from evaluation import decide, predict, probabilities
-    from training.checkpoint import load_model
     from training.device import choose_device
 
-    model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
+    model, tokenizer, saved = trained_model(Path(str(config.run.evaluate)))
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     task = names[str(config.run.task)]
     if task.name not in model.tasks:

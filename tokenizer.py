@@ -48,6 +48,7 @@ class Tokenizer:
         self.cls_id = ids["[CLS]"]
         self.sep_id = ids["[SEP]"]
         self.mask_id = ids["[MASK]"]
+        self.special_ids = tuple(ids.values())
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.max_length = max_length
         self._sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()

@@ -136,8 +136,9 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
 def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
     """--init_from: give `model` the weights of a checkpoint, adapters merged; `say` hears what stays as it was.
 
-    Only what belongs to tasks that the checkpoint does not know may be missing from it. Raises UserError, and leaves
-    the model as it was, where anything else is missing or of another shape, or the tokenizer is another one.
+    Only heads of masked words, and what belongs to tasks that the checkpoint does not know, may be missing from it.
+    Raises UserError, and leaves the model as it was, where anything else is missing or of another shape, or the
+    tokenizer is another one.
     """
     source, its_tokenizer, _ = load_model(path)
     if its_tokenizer.sha256 != tokenizer.sha256:
@@ -149,6 +150,7 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
     new = [name for name in model.tasks if name not in source.tasks]
     fresh = {key for key in own if any(key.startswith((f"heads.{name}.", f"pals.{name}.")) for name in new)}
     fresh |= {key for key in own if any(key.endswith((f"_mean_{name}", f"_var_{name}")) for name in new)}
+    fresh |= {key for key in own if key.startswith("mlm.")}
     kept = {key: tensor for key, tensor in weights.items() if key in own}
     load_weights_into(model, kept, Path(f"--init_from {path}"), fresh)
     if new:
@@ -189,6 +191,8 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
                 "put the original one there"
             )
     model.add_pals(config.pal)
+    if config.train.mlm:
+        model.add_mlm_heads()
     load_weights_into(model, weights, path, model.never_trained(config.train.fine_tune_mode))
     return model, tokenizer, config
 

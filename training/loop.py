@@ -76,40 +76,47 @@ class TaskMeter:
         self.losses: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.labels: list[Tensor] = []
+        self.examples = 0
         self.seconds = 0.0
         self.lr = 0.0
 
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, seconds: float, lr: float) -> None:
-        """Take one step's results; nothing is copied to the host yet."""
+    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, examples: int, seconds: float, lr: float) -> None:
+        """Take the results of one step on so many examples; nothing is copied to the host yet."""
         self.losses.append(loss.detach())
         self.outputs.append(outputs.detach())
         self.labels.append(labels)
+        self.examples += examples
         self.seconds += seconds
         self.lr = lr
 
     def result(self, task: Task) -> TaskEpoch:
-        """The epoch's figures. Scores are those of the training passes themselves, dropout on, and so cost nothing.
+        """The epoch's figures.
 
         Raises UserError where a loss is not finite.
         """
         losses = torch.stack(self.losses).double()
         if not losses.isfinite().all():
             raise diverged(task, "a loss")
-        values = probabilities(task, torch.cat(self.outputs).float().cpu().numpy())
-        labels = torch.cat(self.labels).cpu().numpy()
         sizes = torch.tensor([len(outputs) for outputs in self.outputs], dtype=torch.float64, device=losses.device)
         return TaskEpoch(
             steps=len(self.losses),
-            examples=len(labels),
-            loss=float((losses * sizes).sum() / sizes.sum()),
+            examples=self.examples,
+            loss=float((losses * sizes).sum() / sizes.sum().clamp_min(1)),
             lr=self.lr,
             seconds=self.seconds,
-            train=score_task(task, values, labels),
+            train=self.scores(task),
         )
+
+    def scores(self, task: Task) -> Scores:
+        """Those of the training passes themselves, dropout on, which cost nothing."""
+        values = probabilities(task, torch.cat(self.outputs).float().cpu().numpy())
+        return score_task(task, values, torch.cat(self.labels).cpu().numpy())
 
 
 class Trainer:
     """Trains a model as a configuration says and keeps its run directory up to date."""
+
+    meter = TaskMeter
 
     def __init__(
         self,
@@ -219,14 +226,14 @@ class Trainer:
         steps = self.steps_of(self.epoch)
         if self.frozen is not None:
             self.frozen.begin_epoch(steps)
-        meters = {name: TaskMeter() for name in self.tasks if any(step.task == name for step in steps)}
+        meters = {name: self.meter() for name in self.tasks if any(step.task == name for step in steps)}
         bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for number, step in enumerate(bar):
             started = time.perf_counter()
             lr = self.set_rates(step.task, self.epoch + number / len(steps))
             log = len(meters[step.task].losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
-            meters[step.task].add(loss, outputs, labels, time.perf_counter() - started, lr)
+            meters[step.task].add(loss, outputs, labels, len(step.indices), time.perf_counter() - started, lr)
             if log:
                 if not loss.isfinite():
                     raise diverged(self.tasks[step.task], "a loss")
@@ -250,6 +257,15 @@ class Trainer:
 
         Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
         """
+        loss, outputs, labels = self.forward(step)
+        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
+            self.scaler.scale(loss * step.share).backward()
+            self.surgery.take()
+        norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
+        return loss, outputs, labels, norm
+
+    def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, outputs and labels of one batch."""
         data, device = self.train_data[step.task], self.device.device
         own = self.config.tasks[step.task]
         batch, labels = data.batch(step.indices).to(device), to_device(data.labels(step.indices), device)
@@ -259,12 +275,7 @@ class Trainer:
             outputs = self.model.outputs(step.task, embedding)
             seen = Seen(self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher)
             terms = [term(seen) for term in self.terms[step.task]]
-        loss = sum(terms, start=own.weight * LOSSES[own.loss](outputs, labels))
-        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-            self.scaler.scale(loss * step.share).backward()
-            self.surgery.take()
-        norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
-        return loss, outputs, labels, norm
+        return sum(terms, start=own.weight * LOSSES[own.loss](outputs, labels)), outputs, labels
 
     def move(self, optimizer: Optimizer, measure: bool) -> Tensor:
         """An optimizer step by the gradients at hand, if there are any; returns their norm as `bound_gradient` does."""

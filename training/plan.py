@@ -91,7 +91,8 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
                 f"{count:,}",
                 f"{own.lengths.mean():.1f}",
             ]
-            + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}", config.tasks[name].loss]
+            + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}"]
+            + ["masked words" if options.mlm else config.tasks[name].loss]
         )
     header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""

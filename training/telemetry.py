@@ -262,5 +262,7 @@ class Telemetry:
         metrics = {
             f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks
         }
-        self.writer.add_hparams(options, {**metrics, "hparam/score": scores["score"]}, run_name=".")
+        if "score" in scores:
+            metrics["hparam/score"] = scores["score"]
+        self.writer.add_hparams(options, metrics, run_name=".")
         self.writer.close()

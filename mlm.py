@@ -1,0 +1,58 @@
+"""Masked language modelling (Devlin et al. 2019, section 3.1): which words are masked, and the head that tells them."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base_bert import init_weights
+from config import BertConfig
+from packing import PackedBatch
+from tokenizer import Tokenizer
+
+CHOSEN = 0.15  # share of the words that are to be predicted
+MASKED, REPLACED = 0.8, 0.1  # of those: what becomes [MASK], and what becomes a random word; the others stay
+
+
+class MaskedWordHead(nn.Module):
+    """Linear-GELU-LayerNorm, then the word embeddings as decoder, which has a bias of its own."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.dense = nn.Linear(width, width)
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.apply(partial(init_weights, std=config.initializer_range))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """Last hidden states [M, H] and the backbone's word embeddings [V, H] to logits [M, V]."""
+        return F.linear(self.layer_norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+
+
+class Masking:
+    """Chooses words of a batch anew each time that it comes (dynamic masking: Liu et al. 2019, section 4.1)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.mask_id = tokenizer.mask_id
+        self.special_ids = np.array(tokenizer.special_ids)
+        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special_ids)  # what can replace a word
+
+    def __call__(self, batch: PackedBatch, generator: np.random.Generator) -> tuple[PackedBatch, Tensor, Tensor]:
+        """`batch`, which is on the CPU, with words masked, their rows [M] in it, and the words themselves [M].
+
+        Each token but the special ones is chosen by itself, so that M varies; it can be 0.
+        """
+        ids = batch.input_ids.numpy()  # [T]
+        chosen = generator.random(len(ids)) < CHOSEN
+        rows = np.flatnonzero(chosen & ~np.isin(ids, self.special_ids))
+        fate = generator.random(len(rows))
+        replaced = rows[(fate >= MASKED) & (fate < MASKED + REPLACED)]
+        masked = ids.copy()
+        masked[rows[fate < MASKED]] = self.mask_id
+        masked[replaced] = generator.choice(self.words, len(replaced))
+        words = torch.from_numpy(ids[rows])
+        return replace(batch, input_ids=torch.from_numpy(masked)), torch.from_numpy(rows), words
