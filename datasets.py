@@ -54,7 +54,10 @@ class Examples:
         """A random subset of `count` examples in file order; self where there are no more than that."""
         if count >= len(self):
             return self
-        chosen = np.sort(np.random.default_rng(seed).choice(len(self), size=count, replace=False))
+        return self.at(np.sort(np.random.default_rng(seed).choice(len(self), size=count, replace=False)))
+
+    def at(self, chosen: np.ndarray) -> "Examples":
+        """The examples at these rows [M]."""
         return Examples(
             self.task,
             self.split,

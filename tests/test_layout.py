@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top to bottom; a module may import from lower rows only. The scripts share a row, so they never import each other.
 ROWS: list[tuple[str, ...]] = [
-    ("multitask_classifier", "ensemble", "sweep", "report", "benchmark"),
+    ("multitask_classifier", "ensemble", "sweep", "report", "benchmark", "sample_topics"),
     ("training",),
     ("evaluation",),
     ("multitask_bert",),
-    ("pals",),
+    ("pals", "mlm"),
     ("bert",),
     ("lora",),
     ("base_bert",),
