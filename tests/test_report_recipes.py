@@ -1,5 +1,6 @@
 """The recipes of R1 to R4: their values are the reports', and all of them run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ from test_config import ROOT, configure
 
 import multitask_classifier
 from config import Config
+from training.checkpoint import load
 
 RECIPES = ROOT / "recipes"
 REPORTS = ("r1", "r2", "r3", "r4")
-FILES = [path for report in REPORTS for path in (RECIPES / report).iterdir()]
+FILES = [path for report in REPORTS for path in (RECIPES / report).glob("*.args")]
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in FILES)
-STAGES = {name: f"{name}-stage" for name in NAMES if f"{name}-stage" in NAMES}
 
 
 @pytest.fixture(autouse=True)
@@ -61,20 +62,65 @@ def test_what_single_rows_ask_for() -> None:
     assert recipe("r3/r1").model.sts_head == "regression"
     assert recipe("r3/base").model.sts_head == "cosine" and recipe("r3/base").train.routine == "joint"
     assert recipe("r4/ensembled").model.backbones == "per-task" and recipe("r4/pearson").tasks["sts"].loss == "pearson"
+    layers = recipe("r2/layers-6-dropout")
+    assert (layers.model.head_layers, layers.model.hidden_dropout_prob, layers.train.lr) == (2, 0.4, 2e-5)
+    assert (layers.train.batch_size, layers.train.epochs) == (32, 20) and layers.tasks["para"].train
+    heads = recipe("r2/sampled-heads").train
+    assert (heads.fine_tune_mode, heads.epochs, heads.lr) == ("last-layer", 10, 1e-5)
+    big = recipe("r4/bigdata")
+    assert (big.model.pair_features, big.lora.lora_rank) == (("u", "v", "diff"), 200) and big.tasks["para"].extra
+    final = recipe("r4/final")
+    assert final.train.pcgrad and final.model == replace(
+        big.model, pretrained=final.model.pretrained, backbones="shared"
+    )
+    assert final.model.head_width == 100 and final.tasks["sts"].loss == "pearson" and final.lora == big.lora
     stage = recipe("r4/ranking-stage").tasks["sts"]
     assert (stage.weight, stage.embedding_loss) == (0, "ranking")
 
 
+def stage_before(name: str) -> str | None:
+    """The recipe of the run that a recipe starts from."""
+    path = recipe(name).train.init_from
+    return None if path is None else str(Path(path).parent.relative_to("runs"))
+
+
+def test_every_stage_has_a_run_after_it() -> None:
+    before = {name: stage_before(name) for name in NAMES}
+    before |= {"r4/final": "r4/final-stage"}  # whose backbone it takes by --pretrained
+    assert {name for name in NAMES if name.endswith("-stage")} == {name for name in before.values() if name}
+    for name in before.values():
+        assert name is None or recipe(name).run.run_dir == f"runs/{name}"
+
+
+def run(name: str, few: list[str], data: Path, folder: Path) -> Path:
+    """The folder of a few steps of a recipe on a tiny model, after the stages that it starts from."""
+    own, quora = recipe(name), str(data / "quora-train.csv")
+    more = ["--steps_per_epoch", "3"] if own.train.steps_per_epoch else []
+    more += ["--smart_steps", "2"] if own.train.smart_steps > 1 else []
+    if (para := own.tasks.get("para")) is not None:
+        more += ["--para_train", quora] if para.train else []
+        more += ["--para_extra", quora] if para.extra else []
+    if (before := stage_before(name)) is not None:
+        more += ["--init_from", str(run(before, few, data, folder) / "best.pt")]
+    out = folder / name
+    multitask_classifier.main([f"@recipes/{name}.args", *few, *more, "--run_dir", str(out)])
+    return out
+
+
+@pytest.fixture
+def few(tiny_flags: list[str]) -> list[str]:
+    return [*tiny_flags, "--epochs", "1", "--batch_size", "8", "--max_train_examples", "8", "--no_tensorboard"]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-stage")])
-def test_every_recipe_trains(name: str, tiny_flags: list[str], tmp_path: Path) -> None:
-    """A few steps on a tiny model, after its stage where it has one."""
-    few = [*tiny_flags, "--epochs", "1", "--batch_size", "8", "--max_train_examples", "8", "--no_tensorboard"]
-    own = recipe(name)
-    few += ["--steps_per_epoch", "3"] if own.train.steps_per_epoch else []
-    few += ["--smart_steps", "2"] if own.train.smart_steps > 1 else []
-    if name in STAGES:
-        stage = tmp_path / "stage"
-        multitask_classifier.main([f"@recipes/{STAGES[name]}.args", *few, "--run_dir", str(stage)])
-        few += ["--init_from", str(stage / "best.pt")]
-    multitask_classifier.main([f"@recipes/{name}.args", *few, "--run_dir", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "scores.json").is_file()
+def test_every_recipe_trains(name: str, few: list[str], small_data: Path, tmp_path: Path) -> None:
+    assert (run(name, few, small_data, tmp_path) / "scores.json").is_file()
+
+
+def test_the_final_model_of_r4_starts_from_what_its_stage_exports(
+    few: list[str], small_data: Path, tmp_path: Path
+) -> None:
+    stage, start = run("r4/final-stage", few, small_data, tmp_path), tmp_path / "start"
+    multitask_classifier.main(["--evaluate", str(stage / "best.pt"), "--export", str(start)])
+    own = run("r4/final", [*few, "--pretrained", str(start / "shared")], small_data, tmp_path)
+    assert {name.split(".")[0] for name in load(own / "best.pt")["weights"]} == {"backbones", "heads"}
