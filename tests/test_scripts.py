@@ -949,6 +949,22 @@ def test_adapters_are_merged_into_the_start(tiny_flags: list[str], tmp_path: Pat
     torch.testing.assert_close(again.model.eval()("sst", batch), model.eval()("sst", batch), rtol=0, atol=1e-6)
 
 
+def test_pals_may_be_new_but_not_left_over(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Fresh ones change nothing; to drop trained ones would."""
+    pal = ["--pal", "low-rank", "--pal_low_rank_size", 6]
+    for name, more in (("plain", []), ("pal", pal)):
+        make_trainer(tiny_flags, tmp_path / name, *more, "--epochs", 1).fit()
+    start = ["--init_from", tmp_path / "plain" / "best.pt"]
+    found = weights_at_start(tiny_flags, tmp_path / "a", *pal, *start)
+    trained = torch.load(tmp_path / "plain" / "best.pt", weights_only=True)["weights"]
+    assert all(torch.equal(found[name], own) for name, own in trained.items())
+    new = {name for name in found if name not in trained}
+    assert {name.split(".")[0] for name in new} == {"pals"}
+    assert not any(found[name].any() for name in new if ".decoders." in name)
+    with pytest.raises(UserError, match=r"--init_from .*unknown pals\.sst\."):
+        make_trainer(tiny_flags, tmp_path / "b", "--init_from", tmp_path / "pal" / "best.pt")
+
+
 def test_another_arch_is_no_start(train: Run, runs: Path) -> None:
     message = refusal(train, "--init_from", runs / "cross" / "best.pt", "--run_dir", "run")
     assert "--init_from" in message and "another arch" in message
