@@ -218,6 +218,11 @@ class ModelOptions:
         if self.shared_batchnorm_stats and out.pair_layer != "batchnorm":
             raise UserError("--shared_batchnorm_stats belongs to --pair_layer batchnorm; add that or drop it")
         return replace(
+        if out.clf == "conv" and out.pair_layer == "none" and set(out.pair_features or ()) == {"cos"}:
+            raise UserError(
+                "--clf conv looks at three neighbouring features, but --pair_features cos is one; "
+                "add others or choose another --clf"
+            )
             out,
             head_layers=out.head_layers if out.clf in ("conv", "mlp") else None,
             head_batchnorm=out.head_batchnorm if out.clf in ("nonlinear", "conv") else False,
@@ -763,6 +768,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
 def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with --NAME_embedding_loss."""
     problems = []
+    problems += [
+        f"--{name}_from_epoch {own.from_epoch} is past --epochs {train.epochs}; lower it"
+        for name, own in config.tasks.items()
+        if own.from_epoch > train.epochs
+    ]
     pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
     for name, own in config.tasks.items():
         flag = f"--{name}_embedding_loss {own.embedding_loss}"

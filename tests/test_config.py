@@ -550,6 +550,7 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--clf conv --output_dropout_prob .1", ("--output_dropout_prob", "--clf mlp")),
         ("--clf mlp --head_layers 0 --output_dropout_prob .1", ("--output_dropout_prob", "--head_layers")),
         ("--clf mlp --head_batchnorm", ("--head_batchnorm", "--clf")),
+        ("--pair_features cos --pair_layer none", ("--pair_features cos", "--clf conv")),
         ("--pair_layer none --shared_batchnorm_stats", ("--shared_batchnorm_stats", "--pair_layer")),
         ("--predict x.txt --task sst", ("--predict", "--evaluate")),
         ("--predict x.txt --evaluate a.pt", ("--predict", "--task")),
