@@ -118,6 +118,13 @@ ARCHS: dict[str, Arch] = {
 DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")
 ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they do not go through a task a given number of times
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
+# What can be done with a trained model, and which options that looks at beside those of the machine.
+USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
+    "predict": (),
+    "export": ("export_peft",),
+    "export_peft": (),
+    "evaluate": ("data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
+}
 
 
 @dataclass
@@ -204,6 +211,11 @@ class ModelOptions:
             if self.sts_projection:
                 raise UserError("--sts_projection belongs to --sts_head cosine; add that or drop it")
             out = replace(out, sts_projection=False)
+        if out.clf == "conv" and out.pair_layer == "none" and set(out.pair_features or ()) == {"cos"}:
+            raise UserError(
+                "--clf conv looks at three neighbouring features, but --pair_features cos is one; "
+                "add others or choose another --clf"
+            )
         if self.head_layers is not None and out.clf not in ("conv", "mlp"):
             raise UserError(f"--head_layers belongs to --clf conv and mlp, not {out.clf}; drop one of the two")
         hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(out.clf), out.head_layers)
@@ -218,11 +230,6 @@ class ModelOptions:
         if self.shared_batchnorm_stats and out.pair_layer != "batchnorm":
             raise UserError("--shared_batchnorm_stats belongs to --pair_layer batchnorm; add that or drop it")
         return replace(
-        if out.clf == "conv" and out.pair_layer == "none" and set(out.pair_features or ()) == {"cos"}:
-            raise UserError(
-                "--clf conv looks at three neighbouring features, but --pair_features cos is one; "
-                "add others or choose another --clf"
-            )
             out,
             head_layers=out.head_layers if out.clf in ("conv", "mlp") else None,
             head_batchnorm=out.head_batchnorm if out.clf in ("nonlinear", "conv") else False,
@@ -666,11 +673,12 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     if groups["train"].mlm and "train.fine_tune_mode" not in given:
         groups["train"].fine_tune_mode = "full-model"
     named = [name for name, chosen in options.items() if chosen.enabled]
-    chosen = named or [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
+    default = [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
+    chosen = list(options) if "run.evaluate" in given else named or default  # a checkpoint knows its own tasks
     if not chosen:
         raise UserError("no task is left to train on; give at least one --train_NAME")
     config = Config(tasks={name: replace(options[name], enabled=True) for name in options if name in chosen}, **groups)
-    problems = check(config, tasks)
+    problems = check(config, tasks) + check_evaluate(given)
     if config.pal.pal_tasks is not None:
         known = names_of(tasks)
         config.pal.pal_tasks = tuple(dict.fromkeys(known.get(name, name) for name in config.pal.pal_tasks))
@@ -712,6 +720,8 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = names_of(tasks)
+    if run.task is not None and run.predict is None:
+        problems.append("--task belongs to --predict; add that or drop it")
     if run.task is not None and run.task not in known:
         problems.append(f"--task {run.task} is none of {', '.join(known)}")
     if run.overwrite and run.resume:
@@ -758,6 +768,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{name} belongs to --average {method}, not {train.average}; drop one of the two")
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
+    problems += [
+        f"--{name}_from_epoch {own.from_epoch} is past --epochs {train.epochs}; lower it"
+        for name, own in config.tasks.items()
+        if own.from_epoch > train.epochs
+    ]
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
     elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:
@@ -765,14 +780,28 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     return problems
 
 
+def check_evaluate(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the flags beside --evaluate, of `given` as `assemble` has it."""
+    if "run.evaluate" not in given:
+        return []
+    use = next(name for name in USES_OF_A_MODEL if f"run.{name}" in given)
+    known = {"evaluate", "task", use, *USES_OF_A_MODEL[use]}
+    idle = [key for key in given if not key.startswith("compute.") and key.rpartition(".")[2] not in known]
+    if not idle:
+        return []
+    flags = ", ".join(map(flag_of, idle))
+    return [f"--{use} takes a trained model as it is, for which {flags} would change nothing; drop what is idle"]
+
+
+def flag_of(key: str) -> str:
+    """The flag of an option "group.option" or "tasks.NAME.option"."""
+    _, *task, name = key.split(".")
+    return "--" + (TaskOptions.__dataclass_fields__[name].metadata["template"].format(task=task[0]) if task else name)
+
+
 def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with --NAME_embedding_loss."""
     problems = []
-    problems += [
-        f"--{name}_from_epoch {own.from_epoch} is past --epochs {train.epochs}; lower it"
-        for name, own in config.tasks.items()
-        if own.from_epoch > train.epochs
-    ]
     pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
     for name, own in config.tasks.items():
         flag = f"--{name}_embedding_loss {own.embedding_loss}"

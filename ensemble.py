@@ -105,10 +105,11 @@ def find_members(names: Sequence[str]) -> list[Member]:
 
 
 def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
-    """See that what is asked for has a meaning with these members. Raises UserError where it has none."""
-    from training.checkpoint import load
+    """See that what is asked for has a meaning with these members, and a place. Raises UserError where it has none."""
+    from training.checkpoint import RunDirectory, load
     from training.ensembling import check_alike
 
+    RunDirectory(Path(options.run_dir)).spare_training()
     for flag in ("select", "soup"):
         if getattr(options, flag) is not None and len(members) < 2:
             raise UserError(f"--{flag} {getattr(options, flag)} needs a choice; name two different checkpoints or more")

@@ -160,13 +160,14 @@ def evaluate(config: Config) -> None:
     from training.device import choose_device
 
     path = Path(str(config.run.evaluate))
+    run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
+    run.spare_training()
     device = choose_device(config.compute, say)
     model, tokenizer, saved = trained_model(path)
     model.to(device.device)
-    options = {name: config.tasks.get(name, saved.tasks[name]) for name in model.tasks}
+    options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
-    run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     report(model, data, device, config, run, {"checkpoint": str(path)})
 
 

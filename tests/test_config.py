@@ -584,6 +584,13 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--ema_warmup", ("--ema_warmup", "--average ema")),
         ("--swa_from_epoch 2 --average ema", ("--swa_from_epoch", "--average swa")),
         ("--swa_from_epoch 8 --average swa", ("--swa_from_epoch", "--epochs")),
+        ("--quora_from_epoch 8", ("--para_from_epoch 8", "--epochs 7")),
+        ("--evaluate a.pt --train_para", ("--evaluate", "--train_para")),
+        ("--evaluate a.pt --lr 1e-4 --quora_weight 2", ("--evaluate", "--lr, --para_weight")),
+        ("--evaluate a.pt --predict x.txt --task sst --data_dir d", ("--predict", "--data_dir")),
+        ("--evaluate a.pt --export d --sst_dev x.csv", ("--export", "--sst_dev")),
+        ("--evaluate a.pt --export_peft d --run_dir r", ("--export_peft", "--run_dir")),
+        ("--task sst", ("--task", "--predict")),
         ("--train_sst --num_sst_trains 0", ("--num_NAME_trains", "0")),
         ("--no_train_sst --no_train_para --no_train_sts", ("--train_NAME", "task")),
     ],
@@ -591,6 +598,16 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
 def test_contradictions_name_both_flags(words: str, named: tuple[str, str]) -> None:
     message = refusal(*words.split())
     assert named[0] in message and named[1] in message
+
+
+def test_flags_that_evaluation_looks_at() -> None:
+    """All others are refused, even where they repeat a default: they would change nothing."""
+    run = "--data_dir d --max_bad_rows 1 --run_dir r --no_test_predictions --quora_dev x --sst_test y"
+    machine = "--use_gpu --amp --threads 1 --eval_batch_size 8"
+    configure("--evaluate", "a.pt", *run.split(), *machine.split())
+    configure("--evaluate", "a.pt", "--predict", "x", "--task", "sst", *machine.split())
+    configure("--evaluate", "a.pt", "--export", "x", "--export_peft", "y", *machine.split())
+    assert "--epochs would" in refusal("--evaluate", "a.pt", "--epochs", 7)
 
 
 def test_every_problem_is_reported_at_once() -> None:
@@ -704,6 +721,7 @@ def test_a_further_row_creates_its_flags(capsys: pytest.CaptureFixture[str]) -> 
     config = configure("--train_movies", "--films_lr_multiplier", 9, "--num_movies_trains", 2, tasks=table)
     assert config.tasks == {"films": TaskOptions(True, 9.0, 1e-3, 2, "ce")}
     assert list(configure(tasks=table).tasks) == ["sst", "para", "sts"]  # it trains only when it is asked for
+    assert configure("--evaluate", "a.pt", "--films_dev", "x.csv", tasks=table).tasks["films"].dev == "x.csv"
     both = configure("--train_sst", "--train_films", "--films_dev", "x.csv", tasks=table).tasks
     assert list(both) == ["sst", "films"] and both["films"].dev == "x.csv"
     by_default = replace(FILMS, by_default=True)

@@ -242,10 +242,11 @@ def test_a_missing_test_file_is_told_and_no_obstacle(train: Run, small_data: Pat
     assert "sts-test-output.csv" not in os.listdir("run/predictions")
 
 
-def test_the_test_files_can_be_left_alone(train: Run, tmp_path: Path) -> None:
+def test_the_test_files_can_be_left_alone(train: Run, script: Run, small_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train("--train_sst", "--epochs", 1, "--no_tensorboard", "--no_test_predictions", "--run_dir", run)
-    train("--evaluate", run / "best.pt", "--no_test_predictions", "--run_dir", tmp_path / "again")
+    flags = ["--data_dir", small_data, "--no_test_predictions", "--run_dir", tmp_path / "again"]
+    script("--evaluate", run / "best.pt", *flags)
     for folder in (run, tmp_path / "again"):
         assert os.listdir(folder / "predictions") == ["sst-dev-output.csv"]
 
@@ -306,6 +307,19 @@ def test_evaluate_writes_beside_the_checkpoint(script: Run, runs: Path, small_da
     script("--evaluate", "model.pt", "--data_dir", small_data)
     assert set(read_json(tmp_path / "model-evaluation" / "scores.json")["dev"]) == {"sst", "score", "score_raw_r"}
     assert sorted(os.listdir(tmp_path)) == ["model-evaluation", "model.pt"]
+
+
+def test_scores_of_a_training_run_are_not_replaced(
+    script: Run, combine: Run, runs: Path, small_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "sst", "run")
+    before = (tmp_path / "run" / "scores.json").read_bytes()
+    for line in (
+        refusal(script, "--evaluate", "run/best.pt", "--data_dir", small_data, "--run_dir", "run"),
+        refusal(combine, "run/best.pt", "--run_dir", "run"),
+    ):
+        assert "--run_dir run: holds a training run" in line
+    assert (tmp_path / "run" / "scores.json").read_bytes() == before
 
 
 def test_evaluate_takes_other_files(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
@@ -554,8 +568,8 @@ def test_ensemble_as_a_process(runs: Path, small_data: Path, tmp_path: Path) -> 
         (["@no-such.args"], ["@no-such.args"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tiny_flags: list[str], words: list[str], wanted: list[str]) -> None:
-    done = shell("multitask_classifier.py", *tiny_flags, *words)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], wanted: list[str]) -> None:
+    done = shell("multitask_classifier.py", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and "error: " in done.stderr
     assert all(word in done.stderr for word in wanted)

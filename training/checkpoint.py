@@ -235,6 +235,14 @@ class RunDirectory:
             name = f"{stem}-{number}"
         return name
 
+    def spare_training(self) -> None:
+        """See that scores of trained models can be written here. Raises UserError where a training run has its own."""
+        if (self.path / "config.json").exists():
+            raise UserError(
+                f"--run_dir {self.path}: holds a training run, whose scores and predictions would be lost; "
+                "choose another folder"
+            )
+
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder ready for a run that will save about `needed` bytes.
 
