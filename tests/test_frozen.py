@@ -216,11 +216,9 @@ def test_a_resumed_run_ends_the_same(flags: list[str], tmp_path: Path) -> None:
 
 def test_mixed_precision_keeps_half_the_bytes(flags: list[str], tmp_path: Path) -> None:
     losses = []
+    device = Device(torch.device("cpu"), torch.bfloat16)
     for more in ([], ["--cache_frozen"]):
-        trainer = make_trainer(flags, tmp_path / f"run{len(more)}", "--arch", "v2", "--epochs", 2, *more)
-        trainer.device = Device(torch.device("cpu"), torch.bfloat16)
-        for data in trainer.frozen.all if trainer.frozen else ():
-            data.device = trainer.device
+        trainer = make_trainer(flags, tmp_path / f"run{len(more)}", "--arch", "v2", "--epochs", 2, *more, device=device)
         losses.append(losses_of(trainer))
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=0.03)
     assert {kept.values.dtype for data in trainer.frozen.all for kept in data.kept.values()} == {torch.bfloat16}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
+from test_smart import seen_by
 from test_training import make_trainer
 from torch import Tensor, nn
 
@@ -519,6 +520,21 @@ def test_ranking_leaves_duplicates_out_and_bears_no_positive_pair() -> None:
     nothing = multiple_negatives_ranking(w, w, torch.zeros(4) > 0, torch.eye(4) > 0)
     nothing.backward()
     assert nothing.item() == 0 and w.grad is not None and w.grad.isfinite().all()
+
+
+def test_a_pair_that_is_drawn_twice_is_no_negative_of_itself(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Through the term, which has to see that texts are equal."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r4", "--sts_embedding_loss", "ranking")
+    labels = trainer.train_data["sts"].labels(np.arange(20)).numpy()
+    positive = np.flatnonzero(labels >= 4)[:3]
+    seen = seen_by(trainer, "sts", np.append(positive, positive[0]))
+    first, second = seen.embedding.chunk(2)
+    same = torch.eye(4) > 0
+    without = multiple_negatives_ranking(first, second, torch.ones(4) > 0, same)
+    same[0, 3] = same[3, 0] = True
+    wanted = multiple_negatives_ranking(first, second, torch.ones(4) > 0, same)
+    (term,) = trainer.terms["sts"]
+    assert term(seen).item() == pytest.approx(wanted.item()) and without.item() > wanted.item() + 0.1
 
 
 def test_cosine_embedding_is_torchs_on_the_pairs_that_count() -> None:

@@ -45,7 +45,13 @@ CPU = Device(torch.device("cpu"))
 State = dict[str, Tensor]
 
 
-def make_trainer(flags: list[str], run_dir: Path, *more: object, say: Callable[[str], None] | None = None) -> Trainer:
+def make_trainer(
+    flags: list[str],
+    run_dir: Path,
+    *more: object,
+    say: Callable[[str], None] | None = None,
+    device: Device = CPU,
+) -> Trainer:
     """A Trainer made from a command line as the script makes it, without TensorBoard."""
     words = [*flags, "--no_tensorboard", "--run_dir", run_dir, *more]
     config = parse([str(word) for word in words], TASKS, "test", "Test.")
@@ -56,7 +62,7 @@ def make_trainer(flags: list[str], run_dir: Path, *more: object, say: Callable[[
     run = RunDirectory(run_dir)
     run.prepare(config.run.overwrite, config.run.resume, 0)
     run.begin(config)
-    return Trainer(config, model, tokenizer, data["train"], data["dev"], CPU, run, say or (lambda line: None))
+    return Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say or (lambda line: None))
 
 
 def copied(model: MultitaskBERT) -> State:
@@ -981,6 +987,33 @@ def test_pcgrad_trains_and_counts_conflicts(tiny_flags: list[str], tmp_path: Pat
     assert any(name.startswith("backbones.") for name in moved)
     if "--lora_mode" in more:
         assert not any(name.startswith("backbones.") and "lora_" not in name for name in moved)
+
+
+def test_what_pcgrad_makes_is_what_is_clipped(tiny_flags: list[str], tmp_path: Path) -> None:
+    """To clip the gradient of each task would leave another norm and another direction."""
+    flags = ["--routine", "joint", "--pcgrad", "--arch", "v2", "--fine_tune_mode", "full-model"]
+    handed: list[Tensor] = []
+    for number, more in enumerate(([], ["--clip", 0.05])):
+        trainer = make_trainer(tiny_flags, tmp_path / str(number), *flags, *more)
+        trainer.model.freeze_for_epoch(trainer.config.train, 0)
+
+        def take(*_: object, model: MultitaskBERT = trainer.model) -> None:
+            handed.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+        trainer.optimizers["joint"].step = take  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        for step in trainer.steps_of(0)[:3]:
+            trainer.train_step(step, False)
+    plain, clipped = handed
+    assert plain.norm() > 1
+    torch.testing.assert_close(clipped, plain * (0.05 / plain.norm()))
+
+
+def test_pcgrad_where_nothing_trains_yet(tiny_flags: list[str], tmp_path: Path) -> None:
+    """A bare cosine has nothing of its own, and the backbone waits for the second epoch."""
+    flags = ["--train_sts", "--arch", "v1", "--routine", "joint", "--pcgrad"]
+    _, states = states_by_epoch(tiny_flags, tmp_path / "run", *flags)
+    assert changed(states[0], states[1]) == set() != changed(states[1], states[2])
 
 
 def interrupted(trainer: Trainer, epochs: int) -> None:

@@ -90,6 +90,8 @@ class PCGrad(NoSurgery):
 
     def put(self) -> None:
         """Give the parameters the sum of the projected gradients; the order is one of (seed, step)."""
+        if not self.gradients:  # nothing of what these tasks have trains in this epoch
+            return
         products = inner_products(self.gradients)
         order = np.random.default_rng([self.seed, self.steps])
         self.counts.append(conflicts(products))
