@@ -8,22 +8,22 @@ from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.averaging import averaged_tensors
-from training.loop import describe_freezing, make_optimizers
+from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan, passes
 from training.telemetry import format_table, parameter_table
 
-OPTIMIZER_STATES = {"SGD": 1, "SparseAdam": 2}  # tensors of a parameter's size; the others keep two
+OPTIMIZER_STATES = {"SGD": 1}  # tensors of a parameter's size; the others keep two
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
 
 
 def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:
     """Bytes of the weights, and of the optimizers' states once every parameter has trained."""
     weights = sum(p.numel() for p in model.parameters())
+    reached = [p for name in model.tasks for p in model.task_parameters(name)]
+    if config.train.routine == "joint":  # one optimizer for all tasks
+        reached = list(dict.fromkeys(reached))
     states = OPTIMIZER_STATES.get(config.train.optim, 2)
-    _, by_name = make_optimizers(config, model)
-    reached = [p for own in by_name.values() for group in own.param_groups for p in group["params"]]
-    optimizers = states * sum(p.numel() for p in reached)
-    return 4 * weights, 4 * optimizers
+    return 4 * weights, 4 * states * sum(p.numel() for p in reached)
 
 
 def average_bytes(model: MultitaskBERT, config: Config) -> int:
