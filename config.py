@@ -400,6 +400,10 @@ class RunOptions:
     task: str | None = option(None, "task of --predict")
     test_predictions: bool = option(True, "predict the test files too")
     tensorboard: bool = option(True, "write TensorBoard events")
+    benchmark: str | None = option(
+        None, "measure training (each step waits for the device) and add a row to this csv file", metavar="FILE"
+    )
+    profile: bool = option(False, "record a few steps of the first epoch: a trace, and tables of time and memory")
 
 
 @dataclass
@@ -717,6 +721,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     for name in ("predict", "export", "export_peft"):
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
+    if run.benchmark is not None and run.profile:
+        problems.append("--profile slows the steps that --benchmark measures; give one of the two")
+    for name in ("benchmark", "profile"):
+        if getattr(run, name) and run.evaluate is not None:
+            problems.append(f"--{name} measures training, but --evaluate does not train; drop one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = names_of(tasks)

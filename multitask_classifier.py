@@ -6,12 +6,13 @@ python multitask_classifier.py --evaluate best.pt --data_dir data
 echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict - --task sst
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError, parse, run_script, say
+from config import Config, UserError, expand_arguments, parse, run_script, say
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
     from training.checkpoint import RunDirectory
     from training.device import Device
+
+
+SCRIPT = "multitask_classifier.py"
 
 
 def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT, Tokenizer]":
@@ -78,11 +82,15 @@ def scored_splits(config: Config) -> list[str]:
     return ["dev", "test"] if config.run.test_predictions else ["dev"]
 
 
-def train(config: Config) -> None:
-    """Train, then score and predict with the best checkpoint; --mlm has nothing to score."""
+def train(config: Config, command: str) -> None:
+    """Train, then score and predict with the best checkpoint; --mlm has nothing to score.
+
+    `command` is for the row of --benchmark.
+    """
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory, load, load_weights_into, probe_folder
+    from training.checkpoint import RunDirectory, git_commit, load, load_weights_into, probe_folder
     from training.device import choose_device
+    from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
     from training.plan import checkpoint_bytes, describe
     from training.pretraining import Pretrainer
@@ -95,6 +103,10 @@ def train(config: Config) -> None:
     if config.run.dry_run:
         say(describe(config, model, data["train"]))
         return
+    table = Table(Path(config.run.benchmark), BENCHMARK_COLUMNS) if config.run.benchmark else None
+    if table is not None:
+        probe_folder(table.path.parent, "--benchmark")
+        table.rows()  # what is wrong with it is told before training
     run = RunDirectory.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     if config.run.filepath:
@@ -113,6 +125,8 @@ def train(config: Config) -> None:
         load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
         report(model, data, device, config, run, about)
     run.resume.unlink(missing_ok=True)  # several times as large as best.pt, and there is nothing left to go on with
+    if table is not None:
+        table.add([benchmark_row(run.path, config, git_commit(), command)])
     what = "pre-trained, for --init_from:" if config.train.mlm else "best checkpoint"
     say(f"{what} {run.best}; curves: tensorboard --logdir {run.path.parent}")
 
@@ -260,7 +274,7 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks."""
-    config = parse(argv, TASKS, "multitask_classifier.py", str(__doc__).split("\n\n")[0])
+    config = parse(argv, TASKS, SCRIPT, str(__doc__).split("\n\n")[0])
     if config.run.predict is not None:
         label_sentences(config)
     elif config.run.export is not None or config.run.export_peft is not None:
@@ -268,7 +282,7 @@ def main(argv: Sequence[str]) -> None:
     elif config.run.evaluate is not None:
         evaluate(config)
     else:
-        train(config)
+        train(config, shlex.join(["python", SCRIPT, *expand_arguments(argv)]))
 
 
 if __name__ == "__main__":

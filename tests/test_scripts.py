@@ -113,7 +113,9 @@ def test_files_of_a_run(runs: Path) -> None:
 
 def test_timing_holds_what_metrics_must_not(runs: Path) -> None:
     timing = json.loads((runs / "yin" / "timing.jsonl").read_text().splitlines()[0])
-    assert set(timing) == {"epoch", "seconds", "train_seconds", "examples_per_second", "peak_memory_bytes", "device"}
+    assert set(timing) == {
+        "epoch", "seconds", "train_seconds", "tokens", "examples_per_second", "peak_memory_bytes", "device",
+    }  # fmt: skip
     assert set(timing["train_seconds"]) == set(DEFAULT_TASKS) and timing["peak_memory_bytes"] > 1e7
     assert timing["examples_per_second"] > 1 and timing["seconds"] > 0
     assert re.fullmatch(r"cpu \(.+, \d+ threads\)", timing["device"])

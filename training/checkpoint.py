@@ -26,7 +26,9 @@ from tasks import TASKS, Task
 from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
-OWN_FILES = ("config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt")
+OWN_FILES = (
+    "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "profile.pt.trace.json.gz",
+)  # fmt: skip
 OWN_FOLDERS = ("predictions", "tensorboard")
 
 

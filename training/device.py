@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -38,10 +39,26 @@ class Device:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def reset_peak_memory(self) -> None:
+        """Let `peak_memory` count from here on; where a system cannot do that, it goes on from the start."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
     def peak_memory(self) -> int:
         """Bytes: the most that tensors have taken on a GPU, or that the process has taken on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        return process_peak()
+
+
+def process_peak() -> int:
+    """The most bytes that this process has taken."""
+    try:
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
+    except (OSError, IndexError):  # no Linux
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from tokenizer import Tokenizer
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device, random_state
+from training.efficiency import StepClock, StepGauge
 from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
 from training.losses import LOSSES
+from training.profiling import Profiler
 from training.routines import ROUTINES, Plan, Step, task_batches
 from training.seen import Seen
 from training.smart import Teacher
@@ -79,8 +81,12 @@ class TaskMeter:
         self.examples = 0
         self.seconds = 0.0
         self.lr = 0.0
+        self.tokens = 0
+        self.peak_memory = 0
 
-    def add(self, loss: Tensor, outputs: Tensor, labels: Tensor, examples: int, seconds: float, lr: float) -> None:
+    def add(
+        self, loss: Tensor, outputs: Tensor, labels: Tensor, examples: int, lr: float, seconds: float, peak: int
+    ) -> None:
         """Take the results of one step on so many examples; nothing is copied to the host yet."""
         self.losses.append(loss.detach())
         self.outputs.append(outputs.detach())
@@ -88,6 +94,7 @@ class TaskMeter:
         self.examples += examples
         self.seconds += seconds
         self.lr = lr
+        self.peak_memory = max(self.peak_memory, peak)
 
     def result(self, task: Task) -> TaskEpoch:
         """The epoch's figures.
@@ -104,6 +111,8 @@ class TaskMeter:
             loss=float((losses * sizes).sum() / sizes.sum().clamp_min(1)),
             lr=self.lr,
             seconds=self.seconds,
+            tokens=self.tokens,
+            peak_memory=self.peak_memory,
             train=self.scores(task),
         )
 
@@ -162,6 +171,10 @@ class Trainer:
         if any(own.bregman > 0.0 for own in config.tasks.values()):
             moves = sum(step.moves for epoch in range(options.epochs) for step in self.steps_of(epoch))
             self.teacher = Teacher(self.model, options, moves)
+        self.clock = (StepClock if config.run.benchmark is None else StepGauge)(device)
+        self.profiled: Callable[[Iterable[Step]], Iterator[Step]] = (
+            Profiler(run.path, device, say) if config.run.profile else iter
+        )
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
 
@@ -205,7 +218,7 @@ class Trainer:
             dev = self.evaluate(self.due())
             self.judge(record, dev)
         record.seconds = time.perf_counter() - started
-        record.peak_memory = self.device.peak_memory()
+        record.peak_memory = max([self.device.peak_memory(), *(done.peak_memory for done in figures.values())])
         self.telemetry.epoch(record, dev)
         return record
 
@@ -228,12 +241,12 @@ class Trainer:
             self.frozen.begin_epoch(steps)
         meters = {name: self.meter() for name in self.tasks if any(step.task == name for step in steps)}
         bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
-        for number, step in enumerate(bar):
-            started = time.perf_counter()
+        for number, step in enumerate(self.profiled(bar)):
+            self.clock.start()
             lr = self.set_rates(step.task, self.epoch + number / len(steps))
             log = len(meters[step.task].losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
-            meters[step.task].add(loss, outputs, labels, len(step.indices), time.perf_counter() - started, lr)
+            meters[step.task].add(loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
             if log:
                 if not loss.isfinite():
                     raise diverged(self.tasks[step.task], "a loss")
@@ -243,6 +256,9 @@ class Trainer:
         started = time.perf_counter()
         self.device.synchronize()
         meters[steps[-1].task].seconds += time.perf_counter() - started
+        for name, meter in meters.items():
+            drawn = np.concatenate([step.indices for step in steps if step.task == name])
+            meter.tokens = int(self.train_data[name].lengths[drawn].sum())
         return meters
 
     def set_rates(self, task: str, position: float) -> float:

@@ -31,6 +31,8 @@ class TaskEpoch:
     loss: float = 0.0
     lr: float = 0.0
     seconds: float = 0.0
+    tokens: int = 0
+    peak_memory: int = 0  # bytes during its steps; 0 without --benchmark
     train: Scores = field(default_factory=dict)
 
 
@@ -145,15 +147,18 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
 
 
 def timing_line(epoch: Epoch) -> dict[str, Any]:
-    """The line of timing.jsonl: seconds, examples per second, bytes, and the device that they were measured on."""
+    """The line of timing.jsonl: seconds, tokens, speed, bytes, and the device that they were measured on."""
     seconds = {name: round(done.seconds, 3) for name, done in epoch.tasks.items()}
+    peaks = {name: done.peak_memory for name, done in epoch.tasks.items() if done.peak_memory}
     return {
         "epoch": epoch.number,
         "seconds": round(epoch.seconds, 3),
         "train_seconds": seconds,
+        "tokens": {name: done.tokens for name, done in epoch.tasks.items()},
         "examples_per_second": round(epoch.examples_per_second, 2),
         "peak_memory_bytes": epoch.peak_memory,
         "device": epoch.device,
+        **({"train_peak_memory_bytes": peaks} if peaks else {}),
     }
 
 

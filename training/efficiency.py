@@ -1,0 +1,170 @@
+"""What a run costs: measured step by step, as figures in a row, and the table that rows are added to.
+
+The figures are those of R0's section 5.2: mean seconds of training and mean peak of memory per epoch, for each task.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import Config, UserError
+from files import write_text
+from tasks import TASKS
+
+if TYPE_CHECKING:
+    from training.device import Device
+
+COLUMNS = (
+    "score",
+    "score_raw_r",
+    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
+    *(f"{name}_seconds_per_epoch" for name in TASKS),
+    *(f"{name}_peak_memory_bytes" for name in TASKS),
+    "peak_memory_bytes",
+    "tokens_per_second",
+    "trainable_parameters",
+    "checkpoint_bytes",
+    "seed",
+    "device",
+    "commit",
+    "cause",
+    "command",
+)
+SETTINGS = ("amp", "lr", "batch_size", "lora_rank", "lora_mode", "dora", "fine_tune_mode", "epochs")  # R0, table 4
+BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class StepClock:
+    """Seconds of a training step as the CPU sees it; a GPU may still be at work on it."""
+
+    def __init__(self, device: "Device") -> None:
+        self.device = device
+        self.started = 0.0
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.started = time.perf_counter()
+
+    def stop(self) -> tuple[float, int]:
+        """The step's seconds, and the most bytes of memory during it (0 where that is not measured)."""
+        return time.perf_counter() - self.started, 0
+
+
+class StepGauge(StepClock):
+    """--benchmark: seconds until the device has done all of a step, and the most memory taken during it."""
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.device.reset_peak_memory()
+        super().start()
+
+    def stop(self) -> tuple[float, int]:
+        """The step's seconds, and the most bytes of memory during it."""
+        self.device.synchronize()
+        seconds, _ = super().stop()
+        return seconds, self.device.peak_memory()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a jsonl file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """The mean over epochs of a figure that timing.jsonl has for each task that trained in the epoch."""
+    found = {name: [line[key][name] for line in timing if name in line.get(key, {})] for name in TASKS}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What a run directory says of a run, finished or not, as columns of a table."""
+    metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
+    row: dict[str, Any] = {}
+    if metrics and timing:
+        seconds = sum(sum(line["train_seconds"].values()) for line in timing)
+        tokens = sum(sum(line["tokens"].values()) for line in timing)
+        row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
+        row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
+        row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+        row["device"] = timing[-1]["device"]
+        row |= {f"{name}_seconds_per_epoch": round(mean, 3) for name, mean in per_task(timing, "train_seconds").items()}
+        peaks = per_task(timing, "train_peak_memory_bytes")
+        row |= {f"{name}_peak_memory_bytes": round(mean) for name, mean in peaks.items()}
+    if (folder / "best.pt").exists():
+        row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
+    if (folder / "scores.json").exists():
+        dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
+        row |= {"score": dev["score"], "score_raw_r": dev["score_raw_r"]}
+        row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
+    return row
+
+
+def benchmark_row(folder: Path, config: Config, commit: str | None, command: str) -> dict[str, Any]:
+    """The row of a finished run in the table of --benchmark."""
+    options = {**vars(config.compute), **vars(config.lora), **vars(config.train)}
+    settings = {name: int(options[name]) if isinstance(options[name], bool) else options[name] for name in SETTINGS}
+    about = {"trial": folder.name, "status": "ok", "seed": config.train.seed, "commit": commit, "command": command}
+    return {**about, **settings, **figures(folder)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+class Table:
+    """A csv file to which several processes may add rows: a whole file at every moment, whoever writes."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows, none where there is no file; one that was cut short, by another program, is left out.
+
+        Raises UserError where the file cannot be read or has other columns.
+        """
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                header = reader.fieldnames or ()
+                rows = [row for row in reader if None not in row.values()]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{self.path}: cannot be read ({error}); mend it or choose another file") from error
+        if header and set(header) != set(self.columns):
+            raise UserError(f"{self.path}: is the table of another grid or program; choose another file")
+        return rows
+
+    def add(self, new: Sequence[Mapping[str, Any]], key: str | None = None) -> None:
+        """Add rows; those whose value of the column `key` has a row already are left out."""
+        with self._locked():
+            rows = self.rows()
+            known = {row[key] for row in rows} if key else set()
+            fresh = [row for row in new if not key or row[key] not in known]
+            if fresh:
+                text = io.StringIO()
+                writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n", extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows([*rows, *fresh])
+                write_text(self.path, text.getvalue())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes out; the lock ends with the process, however that ends."""
+        with self.path.with_name(f".{self.path.name}.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
