@@ -14,17 +14,20 @@ checkpoints are deleted, unless --keep_checkpoints.
 
 A sweep that was killed, in whatever way, goes on when it is started again: trials that have a row are done, and one
 that was cut short goes on from its last epoch. More values may be added to the grid. To have a trial run again, delete
-its row and its folder. Several sweeps may share a study, on a GPU each for instance: start the same command again.
+its row and its folder. Several sweeps on one machine may share a study, on a GPU each for instance: start the same
+command again.
 
-OUT/results.csv has the columns trial, status (ok, refused, out of memory, failed), the grid's flags, and COLUMNS below:
-dev scores, seconds of training per epoch, peak memory, trainable parameters in the last epoch, and what a run depends
-on. What a trial does not have is left empty.
+Several machines share a study by --storage FILE, a file that all of them see, or the URL of a database that Optuna
+knows: start the same command on each. The table of every machine gets the rows of all; a machine that dies gives its
+trials back within about a minute.
+
+OUT/results.csv has the columns trial, status (ok, refused, out of memory, failed), the grid's flags, and COLUMNS of
+training/efficiency.py: dev scores, seconds and peak memory of training per epoch, the parameters that train in the last
+epoch, and what a run depends on. What a trial does not have is left empty.
 """
 
-import csv
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -36,8 +39,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,29 +48,12 @@ from tqdm import tqdm
 
 from config import Config, UserError, assemble, build_parser, expand_arguments, groups_of, option, run_script, say
 from tasks import TASKS
+from training.efficiency import COLUMNS, Table, figures
+from training.shared_study import OwnStudy, SharedStudy
 
 SCRIPT = "multitask_classifier.py"
 STATUSES = ("ok", "refused", "out of memory", "failed")
 POLL = 0.2  # seconds between looks at the running trials
-
-
-TASK_COLUMNS = (
-    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
-    *(f"{name}_seconds_per_epoch" for name in TASKS),
-)
-COLUMNS = (
-    "score",
-    "score_raw_r",
-    *TASK_COLUMNS,
-    "peak_memory_bytes",
-    "trainable_parameters",
-    "checkpoint_bytes",
-    "seed",
-    "device",
-    "commit",
-    "cause",
-    "command",
-)
 
 
 @dataclass
@@ -76,6 +61,9 @@ class SweepOptions:
     """Sweep."""
 
     out: str = option("", "folder of the study: results.csv and trials/", metavar="DIR")
+    storage: str = option(
+        "", "share the study with other machines: a file that all of them see, or a database's URL", metavar="FILE"
+    )
     jobs: int = option(1, "trials at a time; without --threads they share the CPU's cores", low=1)
     keep_checkpoints: bool = option(False, "keep best.pt and resume.pt of trials that have their row")
     dry_run: bool = option(False, "list the trials and stop")
@@ -173,57 +161,6 @@ def make_trials(grids: Sequence[Mapping[str, Sequence[str]]], base: Sequence[str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-class Results:
-    """results.csv: a row for each trial, a whole file at every moment, whoever writes."""
-
-    def __init__(self, path: Path, flags: Sequence[str]) -> None:
-        self.path = path
-        own = dict.fromkeys(["trial", "status", *flags])
-        self.columns = [*own, *(name for name in COLUMNS if name not in own)]
-
-    def rows(self) -> dict[str, dict[str, str]]:
-        """The rows by trial. Raises UserError for a table of another grid or program."""
-        try:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                # a table that is older than a task lacks its columns
-                same = set(self.columns) - set(TASK_COLUMNS) <= set(reader.fieldnames or ()) <= set(self.columns)
-                found = {row["trial"]: row for row in reader} if same else None
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, csv.Error) as error:
-            raise UserError(f"{self.path}: cannot be read ({error}); mend it or choose another --out") from error
-        if found is None:
-            raise UserError(f"{self.path}: is the table of a grid of other flags; choose another --out")
-        return found
-
-    def add(self, new: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows of trials that have none yet."""
-        from training.checkpoint import write_text
-
-        with self._locked():
-            rows = self.rows()
-            fresh = [row for row in new if row["trial"] not in rows]
-            if not fresh:
-                return
-            text = io.StringIO()
-            writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*rows.values(), *fresh])
-            write_text(self.path, text.getvalue())
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes out; the lock ends with the process, however that ends."""
-        with self.path.with_name(f".{self.path.name}.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What became of a trial
 
 OUT_OF_MEMORY = re.compile(
@@ -247,32 +184,6 @@ def verdict(code: int, log: str) -> tuple[str, str]:
         return "failed", f"killed by {signal.Signals(-code).name}"
     errors = [line for line in lines if ERROR.match(line)]
     return "failed", (errors or lines or [f"exit code {code}"])[-1]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def figures(folder: Path) -> dict[str, Any]:
-    """What a run directory says of a trial, finished or not, as columns of the table."""
-    metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
-    row: dict[str, Any] = {}
-    if metrics and timing:
-        row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
-        row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
-        row["device"] = timing[-1]["device"]
-        for name in TASKS:
-            seconds = [line["train_seconds"][name] for line in timing if name in line["train_seconds"]]
-            if seconds:
-                row[f"{name}_seconds_per_epoch"] = round(sum(seconds) / len(seconds), 3)
-    if (folder / "best.pt").exists():
-        row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
-    if (folder / "scores.json").exists():
-        dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
-        row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
-        row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
-    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,19 +239,27 @@ def row_of(trial: Trial, status: str, cause: str, commit: str | None) -> dict[st
 
 
 class Study:
-    """A folder with the table and the trials' run directories."""
+    """A folder with the table and the trials' run directories, alone or shared with other machines."""
 
     def __init__(self, options: SweepOptions, flags: Sequence[str]) -> None:
         self.options = options
-        self.results = Results(Path(options.out) / "results.csv", flags)
+        out = Path(options.out)
+        own = dict.fromkeys(["trial", "status", *flags])
+        self.table = Table(out / "results.csv", [*own, *(name for name in COLUMNS if name not in own)])
+        self.machines = SharedStudy(options.storage, out.resolve().name) if options.storage else OwnStudy()
 
     def folder(self, trial: Trial) -> Path:
         """A trial's run directory."""
         return Path(self.options.out) / "trials" / trial.name
 
+    def rows(self) -> dict[str, dict[str, str]]:
+        """The rows of the table by trial."""
+        return {row["trial"]: row for row in self.table.rows()}
+
     def check(self, trials: Sequence[Trial]) -> None:
         """Raise UserError where a row was made by another command than its trial's."""
-        rows = self.results.rows()
+        shared = {row["trial"]: row for row in self.machines.rows()}
+        rows = {**self.rows(), **shared}
         for trial in trials:
             before = rows.get(trial.name, {}).get("command", trial.command)
             if before != trial.command:
@@ -354,11 +273,23 @@ class Study:
         from training.checkpoint import git_commit
 
         commit = git_commit()
-        self.results.add([row_of(trial, "refused", trial.refusal, commit) for trial in trials])
+        self.table.add([row_of(trial, "refused", trial.refusal, commit) for trial in trials], key="trial")
+
+    def exchange(self, trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
+        """Give the rows that we have to the other machines, take theirs; returns all by trial."""
+        rows, names = self.rows(), {trial.name for trial in trials}
+        for name in names & rows.keys():
+            if self.machines.take(name):
+                self.machines.finish(rows[name])
+        theirs = [row for row in self.machines.rows() if row["trial"] in names - rows.keys()]
+        if not theirs:
+            return rows
+        self.table.add(theirs, key="trial")
+        return self.rows()
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Run all that have no row yet, --jobs at a time, and wait for those that other sweeps run."""
-        rows = self.results.rows()
+        rows = self.exchange(trials)
         todo = [trial for trial in trials if trial.name not in rows]
         jobs: list[Job] = []
         waiting = False
@@ -379,7 +310,8 @@ class Study:
                     with bar.external_write_mode():
                         say(self.finish(job))
                     jobs.remove(job)
-                rows = self.results.rows()  # of other sweeps too
+                self.machines.keep()
+                rows = self.exchange(todo)
                 bar.update(sum(trial.name in rows for trial in todo))
                 todo = [trial for trial in todo if trial.name not in rows]
         finally:
@@ -387,17 +319,20 @@ class Study:
             for job in jobs:
                 if job.process is not None:
                     job.process.kill()
+            self.machines.release()
 
     def take(self, trial: Trial) -> Job | None:
-        """Claim a trial and start it; None where a process has it, our own included, or where it has its row."""
+        """Claim a trial and start it; None where another has it, a job of ours included, or where it has its row."""
         from training.checkpoint import RunDirectory, git_commit
 
         assert trial.config is not None
         folder = self.folder(trial)
+        if not self.machines.take(trial.name):
+            return None
         log = claim(folder / "log.txt")
         if log is None:
             return None
-        if trial.name in self.results.rows():
+        if trial.name in self.rows():
             log.close()
             return None
         ours = began_as(trial.config, folder)
@@ -407,7 +342,9 @@ class Study:
         if not resumes:
             log.truncate(0)
             RunDirectory(folder).clear()
-        words = [*trial.words, "--no_test_predictions", "--run_dir", str(folder), *["--resume"] * resumes]
+        # measured as --benchmark does it; the row is written here
+        words = [*trial.words, "--no_test_predictions", "--benchmark=", "--run_dir", str(folder)]
+        words += ["--resume"] * resumes
         if trial.config.compute.threads is None and self.options.jobs > 1:
             words += ["--threads", str(max(1, (os.cpu_count() or 1) // self.options.jobs))]
         script = [sys.executable, str(Path(__file__).with_name(SCRIPT)), *words]
@@ -419,17 +356,18 @@ class Study:
         folder = self.folder(job.trial)
         code = 0 if job.process is None else job.process.returncode
         status, cause = verdict(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
-        found = figures(folder)
-        self.results.add([{**found, **row_of(job.trial, status, cause, job.commit)}])
+        row = {**figures(folder), **row_of(job.trial, status, cause, job.commit)}
+        if self.machines.finish(row):
+            self.table.add([row], key="trial")
         if not self.options.keep_checkpoints:
             for name in ("best.pt", "resume.pt"):
                 (folder / name).unlink(missing_ok=True)
         job.log.close()
-        return f"{job.trial.name}: {status}, " + (f"score {found['score']:.4f}" if status == "ok" else cause)
+        return f"{job.trial.name}: {status}, " + (f"score {row['score']:.4f}" if "score" in row else cause)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Do what the command line asks; exits with code 1 where a trial failed otherwise than by lack of memory."""
+def read_command(argv: Sequence[str]) -> tuple[SweepOptions, list[dict[str, list[str]]], list[str]]:
+    """The sweep's own options, the grids, and the flags that hold for every trial."""
     groups = {"sweep": SweepOptions}
     parser = build_parser("sweep.py", str(__doc__).split("\n\n")[0], {}, groups)
     parser.usage = f"sweep.py --out DIR --grid FLAG=VALUE,... [flags] [flags of {SCRIPT}] [@file-of-flags]"
@@ -449,7 +387,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--out: name the folder of the study")
     if not own.grid:
         raise UserError("--grid: name flags and their values, such as --grid lora_mode=attn lora_rank=1,2,5")
-    grids = [read_grid(words) for words in own.grid]
+    return options, [read_grid(words) for words in own.grid], base
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do what the command line asks; exits with code 1 where a trial failed otherwise than by lack of memory."""
+    options, grids, base = read_command(argv)
     trials = make_trials(grids, base)
     feasible = [trial for trial in trials if trial.config is not None]
     for trial in trials:
@@ -469,10 +412,10 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trials end with the sweep
     study.refuse([trial for trial in trials if trial.config is None])
     study.run(feasible)
-    rows = study.results.rows()
+    rows = study.rows()
     counts = Counter(rows[trial.name]["status"] for trial in trials)
     summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    say(f"{summary}: {study.results.path}")
+    say(f"{summary}: {study.table.path}")
     if counts["failed"]:
         sys.exit(1)
 

@@ -18,7 +18,7 @@ from config import UserError
 from packing import PackedBatch
 from tasks import TASKS
 from training.device import Device
-from training.efficiency import BENCHMARK_COLUMNS, StepClock, StepGauge, Table
+from training.efficiency import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table
 
 CPU = torch.device("cpu")
 
@@ -178,6 +178,19 @@ def test_without_a_key_the_same_row_may_be_there_twice(tmp_path: Path) -> None:
     for _ in range(2):
         table.add([{"trial": "a", "lr": 1e-4}])
     assert (tmp_path / "runs.csv").read_text() == "trial,lr\na,0.0001\na,0.0001\n"
+
+
+def test_a_table_that_is_older_than_a_task_goes_on(tmp_path: Path) -> None:
+    older = [name for name in COLUMNS if not name.startswith("cfimdb_")]
+    assert len(older) == len(COLUMNS) - 3
+    path = tmp_path / "results.csv"
+    path.write_text(",".join(["trial", "lr", *older]) + "\na,1,0.5" + "," * (len(older) - 1) + "\n")
+    table = Table(path, ["trial", "lr", *COLUMNS])
+    table.add([{"trial": "b", "lr": "2", "cfimdb_accuracy": 0.75}])
+    old, new = read_csv(path)
+    assert (old["score"], old["cfimdb_accuracy"]) == ("0.5", "") and new["cfimdb_accuracy"] == "0.75"
+    with pytest.raises(UserError, match="is the table of another grid"):
+        Table(path, ["trial", "dora", *COLUMNS]).rows()
 
 
 @pytest.mark.parametrize("torn", ["b", 'b,"x', "b,1,"])

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -16,10 +15,12 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import config
 import multitask_classifier
 import sweep
-from config import UserError, run_script
-from sweep import Results, make_trials, verdict
+from config import UserError, expand_arguments, run_script
+from sweep import make_trials, verdict
+from tasks import TASKS
 from training.loop import Trainer
 
 HUGE = "10000000000000"  # a rank whose matrices no machine can hold
@@ -28,15 +29,14 @@ PLAIN, REFUSED = "lora_mode=none,lora_rank=1", "lora_mode=none,lora_rank=2"
 TOO_BIG = f"lora_mode=attn-only,lora_rank={HUGE}"
 
 
-def start(words: list[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, ROOT / "sweep.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(words: list[str], **more: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, ROOT / "sweep.py", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 def wait_for(condition: Callable[[], Any], sweeping: "subprocess.Popen[str]") -> None:
     """Wait while a sweep runs; a sweep that ends before is a failure."""
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 120
     while not condition():
         assert sweeping.poll() is None and time.monotonic() < ends, sweeping.communicate()
         time.sleep(0.02)
@@ -104,6 +104,12 @@ def test_a_row_holds_what_the_run_wrote(study: Path) -> None:
     for task in ("sst", "sts"):
         seconds = [line["train_seconds"][task] for line in timing]
         assert float(row[f"{task}_seconds_per_epoch"]) == pytest.approx(sum(seconds) / 2, abs=1e-3) != 0
+        peaks = [line["train_peak_memory_bytes"][task] for line in timing]
+        assert int(row[f"{task}_peak_memory_bytes"]) == pytest.approx(sum(peaks) / 2, abs=1)
+        assert min(peaks) > 50e6 and max(peaks) <= int(row["peak_memory_bytes"])
+    tokens = sum(sum(line["tokens"].values()) for line in timing)
+    seconds = sum(sum(line["train_seconds"].values()) for line in timing)
+    assert float(row["tokens_per_second"]) == pytest.approx(tokens / seconds, rel=1e-3) != 0
     assert int(row["peak_memory_bytes"]) == max(line["peak_memory_bytes"] for line in timing) > 50e6
     # rank 2 beside three matrices of 32 x 32 in two layers; heads on u, and on u, v, |u-v|, u*v, cos
     assert int(row["trainable_parameters"]) == 2 * 3 * 2 * (32 + 32) + 5 * (32 + 1) + (4 * 32 + 1 + 1)
@@ -184,6 +190,49 @@ def test_a_killed_sweep_goes_on_as_two_at_once(tmp_path: Path, flags: list[str])
         assert rows[name]["status"] == "ok" and float(rows[name]["score"]) > 0
 
 
+@pytest.mark.long
+def test_a_sweep_killed_twice_has_each_trial_once(tmp_path: Path, tiny_bert: Path, sample: Path) -> None:
+    """24 trials, one of them too large: killed with all its processes, then alone, then left in peace."""
+    model = ["--pretrained", tiny_bert, "--max_length", 64, "--backbones", "shared", "--pair_layer", "none"]
+    model += ["--clf", "linear", "--fine_tune_mode", "full-model"]
+    train = ["--data_dir", sample, "--train_sst", "--train_sts", "--epochs", 2, "--threads", 1, "--no_tensorboard"]
+    grids = ["--grid", f"seed={','.join(map(str, range(23)))}", "--grid", "lora_mode=attn-only", f"lora_rank={HUGE}"]
+    words = [str(word) for word in ["--out", tmp_path, "--jobs", 2, *model, *train, *grids]]
+    with_all = start(words, start_new_session=True)
+    wait_for(lambda: rows_of(tmp_path) >= 5, with_all)
+    os.killpg(with_all.pid, signal.SIGKILL)
+    with_all.communicate()
+    assert not_running(tmp_path)
+    alone = start(words)
+    wait_for(lambda: rows_of(tmp_path) >= 12, alone)
+    alone.kill()
+    alone.communicate()
+    last = start(words)
+    out, err = last.communicate(timeout=400)
+    assert last.returncode == 0, out + err
+    assert f"23 ok, 1 out of memory: {tmp_path / 'results.csv'}" in out
+    rows = by_trial(tmp_path)
+    assert len(read_table(tmp_path)) == len(rows) == 24
+    assert rows.pop(TOO_BIG)["status"] == "out of memory"
+    for name, row in rows.items():
+        metrics = (tmp_path / "trials" / name / "metrics.jsonl").read_text().splitlines()
+        assert row["status"] == "ok" and [json.loads(line)["epoch"] for line in metrics] == [1, 2]
+
+
+def rows_of(folder: Path) -> int:
+    """How many rows a study has by now."""
+    return len(read_table(folder)) if (folder / "results.csv").exists() else 0
+
+
+def not_running(folder: Path) -> bool:
+    """Whether no process has a trial of the study, and so its log."""
+    claims = [sweep.claim(log) for log in folder.glob("trials/*/log.txt")]
+    for own in claims:
+        if own is not None:
+            own.close()
+    return None not in claims
+
+
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """A sweep listens to SIGTERM; pytest does not want to."""
@@ -241,42 +290,8 @@ def test_other_flags_for_a_trial_that_has_its_row_are_refused(study: Path, flags
 
 
 def test_a_grid_of_other_flags_is_refused(study: Path, flags: list[str]) -> None:
-    with pytest.raises(UserError, match=r"results.csv: is the table of a grid of other flags; choose another --out"):
+    with pytest.raises(UserError, match=r"results.csv: is the table of another grid or program; choose another"):
         run(study, flags, "lora_rank=1")
-
-
-def test_a_table_that_is_older_than_a_task_goes_on(tmp_path: Path) -> None:
-    older = [name for name in sweep.COLUMNS if not name.startswith("cfimdb_")]
-    assert len(older) == len(sweep.COLUMNS) - 2
-    path = tmp_path / "results.csv"
-    path.write_text(",".join(["trial", "status", "lr", *older]) + "\nlr=1,ok,1,0.5" + "," * (len(older) - 1) + "\n")
-    results = sweep.Results(path, ["lr"])
-    assert results.rows()["lr=1"]["score"] == "0.5"
-    results.add([{"trial": "lr=2", "status": "ok", "lr": "2", "cfimdb_accuracy": 0.75}])
-    rows = by_trial(tmp_path)
-    assert rows["lr=1"]["score"] == "0.5" and rows["lr=1"]["cfimdb_accuracy"] == ""
-    assert rows["lr=2"]["cfimdb_accuracy"] == "0.75"
-
-
-def add_rows(path: Path, number: int) -> None:
-    """Rows of its own and one that all processes add."""
-    results = Results(path, ["lr"])
-    for i in range(20):
-        results.add([{"trial": f"{number}-{i}", "lr": i, "cause": 'a "quoted", cause'}, {"trial": "same"}])
-
-
-def test_processes_add_rows_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=add_rows, args=(tmp_path / "results.csv", number)) for number in range(4)]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        if (tmp_path / "results.csv").exists():
-            assert all(None not in row.values() for row in read_table(tmp_path))  # never half a file
-    assert [writer.exitcode for writer in writers] == [0] * 4
-    rows = by_trial(tmp_path)
-    assert set(rows) == {f"{n}-{i}" for n in range(4) for i in range(20)} | {"same"}
-    assert rows["3-7"]["lr"] == "7" and rows["3-7"]["cause"] == 'a "quoted", cause'
 
 
 # ----------------------------------------------------------------------------------------------------------- verdicts
@@ -342,8 +357,39 @@ def test_the_same_run_twice_is_refused_and_the_same_trial_twice_is_one() -> None
     assert found[1:] == [("lora_rank=1,lr=1e-3", same), ("lr=0.001", same)]
 
 
-def test_r0s_grid_of_960_has_its_infeasible_combinations_refused() -> None:
-    """R0 M.1; the report counts 416 feasible ones without adapters beside --fine_tune_mode last-layer."""
+STUDIES = ROOT / "recipes" / "studies"
+
+
+def read_study(name: str) -> list[sweep.Trial]:
+    """The trials of a file of recipes/studies, as sweep.main makes them."""
+    _, grids, base = sweep.read_command([f"@recipes/studies/{name}.args"])
+    return make_trials(grids, base)
+
+
+def configurations(trials: list[sweep.Trial]) -> set[str]:
+    return {json.dumps(trial.config.to_dict()) for trial in trials if trial.config is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("lora-ranks", 66), ("r0-grid", 416), ("r0-ranks", 64), ("r0-ablation", 12), ("r0-final", 9)],
+)
+def test_studies_have_their_trials_and_say_how_to_run_and_draw_them(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep.main([f"@recipes/studies/{name}.args", "--dry_run"])
+    *listed, last = capsys.readouterr().out.splitlines()
+    assert last == f"{count} trials, 0 refused" and len(set(listed)) == count
+    head = (STUDIES / f"{name}.args").read_text(encoding="utf-8").splitlines()[:3]
+    assert f"{count} trials" in head[0]
+    assert f"python sweep.py @recipes/studies/{name}.args --data_dir data" in head[1]
+    assert f"python report.py runs/{name}/results.csv --out runs/{name}/report" in head[2]
+
+
+def test_r0s_grid_has_960_combinations_of_which_416_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R0 M.1: the checks refuse 160; R0 also leaves out adapters beside --fine_tune_mode last-layer, 384."""
+    monkeypatch.chdir(ROOT)
     grid = {
         "lr": ["1e-4", "5e-5", "1e-5", "5e-6"],
         "batch_size": ["64", "128", "256", "384"],
@@ -352,19 +398,37 @@ def test_r0s_grid_of_960_has_its_infeasible_combinations_refused() -> None:
         "dora": ["0", "1"],
         "fine_tune_mode": ["full-model", "last-layer"],
     }
-    trials = make_trials([grid], ["--amp", "--epochs", "3", "--train_sst", "--train_sts"])
-    feasible = [trial for trial in trials if trial.config is not None]
-    full = [trial for trial in feasible if trial.flags["fine_tune_mode"] == "full-model" or
-            trial.flags["lora_mode"] == "none"]  # fmt: skip
-    assert len(trials) == 960 and len(full) == 416
-    assert all(trial.refusal for trial in trials if trial.config is None)
+    base = expand_arguments([f"@{STUDIES / 'r0-base.args'}", "--amp", "--epochs", "3"])
+    trials = make_trials([grid], base)
+    refused = [trial for trial in trials if trial.config is None]
+    assert len(trials) == 960 and len(refused) == 160 and all("needs adapters" in trial.refusal for trial in refused)
+    left = [
+        trial
+        for trial in trials
+        if trial.flags["fine_tune_mode"] == "full-model" or trial.flags["lora_mode"] == "none"
+        if trial.config is not None
+    ]
+    assert len(left) == 416 and configurations(read_study("r0-grid")) == configurations(left)
 
 
-def test_the_study_of_ranks_has_66_trials(capsys: Any) -> None:
-    sweep.main([f"@{ROOT / 'recipes' / 'studies' / 'lora-ranks.args'}", "--dry_run"])
-    *listed, last = capsys.readouterr().out.splitlines()
-    assert last == "66 trials, 0 refused" and len(set(listed)) == 66
-    assert "dora=1,lora_mode=all-lin-only,lora_rank=100,lr=1e-3" in listed
+def test_r0s_final_study_is_steady_hand_with_and_without_its_efficiency_methods(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Table 7; its baseline with AMP is the recipe of I.4 with another seed."""
+    monkeypatch.chdir(ROOT)
+    trials = read_study("r0-final")
+    steady = expand_arguments(["@recipes/g6-yin-yang-steady-hand.args"])
+    kinds: dict[tuple[str, bool, bool], set[int]] = {}
+    for trial in trials:
+        assert trial.config is not None
+        lora, compute, seed = trial.config.lora, trial.config.compute, trial.config.train.seed
+        kinds.setdefault((lora.lora_mode, lora.dora, compute.amp), set()).add(seed)
+        if lora.lora_mode == "none":
+            words = [*steady, "--no_amp", f"--seed={seed}", "--no_tensorboard"]
+            same = config.parse(words, TASKS, "multitask_classifier.py", "").to_dict()
+            assert {**trial.config.to_dict(), "run": 0} == {**same, "run": 0}
+    seeds = {11711, 11712, 11713}
+    assert kinds == dict.fromkeys([("none", False, False), ("all-lin", False, True), ("all-lin", True, True)], seeds)
 
 
 def test_a_dry_run_lists_and_makes_nothing(tmp_path: Path, capsys: Any) -> None:
@@ -427,6 +491,6 @@ def test_a_study_needs_a_folder() -> None:
 def test_a_table_that_is_none_is_not_overwritten(flags: list[str], tmp_path: Path) -> None:
     for content in (b"some,other\ntable,here\n", b"\xff\xfe\x00\x01"):
         (tmp_path / "results.csv").write_bytes(content)
-        with pytest.raises(UserError, match=r"results.csv: .*--out"):
+        with pytest.raises(UserError, match=r"results.csv: .*choose another file"):
             run(tmp_path, flags, "lr=1e-4")
         assert (tmp_path / "results.csv").read_bytes() == content

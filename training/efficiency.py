@@ -84,6 +84,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def total(timing: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The sum over epochs and tasks of a figure of timing.jsonl."""
+    return sum(sum(line[key].values()) for line in timing)
+
+
 def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
     """The mean over epochs of a figure that timing.jsonl has for each task that trained in the epoch."""
     found = {name: [line[key][name] for line in timing if name in line.get(key, {})] for name in TASKS}
@@ -95,12 +100,11 @@ def figures(folder: Path) -> dict[str, Any]:
     metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
     row: dict[str, Any] = {}
     if metrics and timing:
-        seconds = sum(sum(line["train_seconds"].values()) for line in timing)
-        tokens = sum(sum(line["tokens"].values()) for line in timing)
         row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
         row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
-        row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
         row["device"] = timing[-1]["device"]
+        counted = [line for line in timing if "tokens" in line]  # a resumed run may have begun before tokens were
+        row["tokens_per_second"] = round(total(counted, "tokens") / max(total(counted, "train_seconds"), 1e-9), 1)
         row |= {f"{name}_seconds_per_epoch": round(mean, 3) for name, mean in per_task(timing, "train_seconds").items()}
         peaks = per_task(timing, "train_peak_memory_bytes")
         row |= {f"{name}_peak_memory_bytes": round(mean) for name, mean in peaks.items()}
@@ -108,7 +112,7 @@ def figures(folder: Path) -> dict[str, Any]:
         row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
     if (folder / "scores.json").exists():
         dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
-        row |= {"score": dev["score"], "score_raw_r": dev["score_raw_r"]}
+        row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
         row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
     return row
 
@@ -145,7 +149,8 @@ class Table:
             return []
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"{self.path}: cannot be read ({error}); mend it or choose another file") from error
-        if header and set(header) != set(self.columns):
+        needed = set(self.columns) - set(COLUMNS)  # a table may be older than some of the figures
+        if header and not needed <= set(header) <= set(self.columns):
             raise UserError(f"{self.path}: is the table of another grid or program; choose another file")
         return rows
 
