@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_multitask_bert import make_model
@@ -452,6 +453,22 @@ def test_a_run_saves_the_average_of_torch(
     differ = {name for name in saved if not torch.equal(saved[name], wanted[name])}
     assert differ == {name for name in saved if "running_" in name}
     assert set(wanted) - set(saved) == trainer.model.never_trained(trainer.config.train.fine_tune_mode)
+
+
+def test_a_step_is_in_the_averages_at_once(tiny_flags: list[str], tmp_path: Path) -> None:
+    """They take the weights after the optimizer's step: all of them with a decay of 0, the teacher a hundredth."""
+    flags = ["--average", "ema", "--ema_decay", 0, "--sst_bregman", 1, "--fine_tune_mode", "full-model"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    start = copied(trainer.model)
+    trainer.train_step(loop.Step("sst", np.arange(8)), False)
+    moved = copied(trainer.model)
+    assert changed(start, moved)
+    with trainer.average.swapped():
+        assert changed(moved, copied(trainer.model)) == set()
+    with trainer.teacher.swapped():
+        for name, slow in copied(trainer.model).items():
+            torch.testing.assert_close(slow, start[name] + 0.01 * (moved[name] - start[name]), rtol=1e-5, atol=1e-8)
 
 
 def test_dev_scores_are_those_of_plain_weights_until_swa_begins(tiny_flags: list[str], tmp_path: Path) -> None:
