@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cut, make_bert
-from test_training import changed, copied, make_trainer, metrics
+from test_training import changed, copied, make_trainer, metrics, write_films
 
 from config import ARCHS, GROUPS, Config, TaskOptions, UserError, assemble, build_parser, expand_arguments
 from tasks import TASKS
 from training.checkpoint import load_model, model_checkpoint, save
 from training.device import Device
 from training.loop import Trainer
+from training.pretraining import Pretrainer
 from training.routines import Step
 
 Method = tuple[str, str]  # axis and name
@@ -107,7 +108,7 @@ METHODS: dict[str, dict[str, str]] = {
         "linear": "--clf linear",
         "nonlinear": "--clf nonlinear --head_batchnorm",
         "conv": "--clf conv --head_layers 2 --no_head_batchnorm",
-        "mlp": "--clf mlp --head_layers 2 --head_activation gelu",
+        "mlp": "--clf mlp --head_layers 2 --head_width 12 --head_activation gelu --output_dropout_prob 0.1",
     },
     "sts head": {
         "regression": "--sts_head regression",
@@ -116,12 +117,18 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "fine-tuning": {name: f"--fine_tune_mode {name}" for name in ("last-layer", "full-model", "iterative")},
     "backbones": {name: f"--backbones {name}" for name in ("shared", "sentiment-similarity", "per-task")},
-    "tasks": {"sst": "--train_sst", "sts": "--train_sts", "pairs": "--train_quora --train_sts"},
+    "tasks": {
+        "sst": "--train_sst",
+        "sts": "--train_sts",
+        "pairs": "--train_quora --train_sts",
+        "films": "--train_sts --train_cfimdb",
+    },
     "pairs": {"siamese": f"--pair_encoding siamese {FEATURES}", "cross": "--pair_encoding cross"},
     "pooling": {name: f"--pooling {name}" for name in ("cls", "mean")},
     "smart": {"smart": "--sst_smart 1 --quora_smart 1 --sts_smart 1 --smart_epsilon 1e-3 --smart_steps 2"},
     "bregman": {"bregman": "--sst_bregman 1 --quora_bregman 1 --sts_bregman 1"},
     "cache": {"cache": "--cache_frozen"},
+    "pre-training": {"mlm": "--mlm"},
     "precision": {"bf16": "--amp"},
     "start": {"checkpoint": "--init_from CHECKPOINT"},
     "clip": {"clip": "--clip 0.5"},
@@ -150,11 +157,15 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("cache: cache", "pal: *"), ("--cache_frozen", "--pal", "drop")),
     (("cache: cache", "smart: smart"), ("--cache_frozen", "--sst_smart", "drop")),
     (("start: checkpoint", "adapters: *"), ("--init_from", "--lora_", "drop")),
+    (("pre-training: mlm", "cache: cache"), ("--cache_frozen", "--mlm", "drop")),
+    (("pre-training: mlm", "smart: smart"), ("--sst_smart", "--mlm", "drop")),
+    (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),
+    (("pre-training: mlm", "embedding: *"), ("_embedding_loss", "--mlm", "drop")),
     (
         ("share: rounds", "routine: random-epoch|random|round-robin|annealed|joint|surgery"),
         ("--num_sts_trains", "drop"),
     ),
-    (("tasks: sts|pairs", "pal: sst only"), ("--pal_tasks sst", "--train_sst", "drop")),
+    (("tasks: sts|pairs|films", "pal: sst only"), ("--pal_tasks sst", "--train_sst", "drop")),
     (("tasks: sts", "share: late"), ("no task trains in epoch 1", "set one --NAME_from_epoch")),
 ]
 
@@ -258,9 +269,9 @@ def test_the_rows_hold_every_pair() -> None:
 # ------------------------------------------------------------------------------------------- what should have changed
 
 SHARING = {
-    "shared": {"sst": "shared", "para": "shared", "sts": "shared"},
-    "sentiment-similarity": {"sst": "sentiment", "para": "similarity", "sts": "similarity"},
-    "per-task": {"sst": "sst", "para": "para", "sts": "sts"},
+    "shared": {"sst": "shared", "para": "shared", "sts": "shared", "cfimdb": "shared"},
+    "sentiment-similarity": {"sst": "sentiment", "para": "similarity", "sts": "similarity", "cfimdb": "sentiment"},
+    "per-task": {"sst": "sst", "para": "para", "sts": "sts", "cfimdb": "cfimdb"},
 }
 LINEARS = ("query", "key", "value", "attention_dense", "interm_dense", "out_dense")
 WRAPPED = {"attn": LINEARS[:3], "dora by column": LINEARS[:3], "attn-only": LINEARS[:3], "dropout": ("query", "value")}
@@ -287,19 +298,24 @@ def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], 
     part, owner, *rest = name.split(".")
     served = set().union(*(move for moves in epochs for move in moves))  # tasks
     bare = {"sts"} if config.model.sts_head == "cosine" else set()  # passes by what the pair tasks share
+    mlm = "pre-training" in row  # passes by the heads, the pair layer and the poolers
     if part == "heads":
-        return owner in served
+        return owner in served and not mlm
+    if part == "pair_layer" and mlm:
+        return False
     if part == "pair_layer":
         stats = rest[-1].rpartition("_")[2] if rest[-1].startswith("running_") else "all"
         return bool((served & {"para", "sts"} if stats == "all" else served & {stats}) - bare)
     if part == "pals":
         return sum(owner in move for moves in epochs for move in moves) >= (1 if rest[0] == "decoders" else needed)
     on_it = {task for task, backbone in SHARING[str(config.model.backbones)].items() if backbone == owner}
+    if part == "mlm":
+        return bool(on_it & served)
     is_adapter = rest[-1] in ("lora_A", "lora_B", "magnitude")
-    adapters, mode = row.get("adapters"), row.get("fine-tuning", "iterative")
+    adapters, mode = row.get("adapters"), row.get("fine-tuning", "full-model" if mlm else "iterative")
     if adapters and not is_adapter and (adapters in FREEZING or rest[-2] in WRAPPED.get(adapters, LINEARS)):
         return False
-    if rest[0] == "pooler_dense" and config.model.pooling == "mean":
+    if rest[0] == "pooler_dense" and (mlm or config.model.pooling == "mean"):
         return False
     if mode == "last-layer" and not is_adapter:
         return False
@@ -320,7 +336,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of two epochs of two steps a task, of a model 16 wide; weight decay for all, which moves every weight."""
     folder = tmp_path_factory.mktemp("matrix")
     bert = make_bert(folder / "bert", hidden_size=16, intermediate_size=24)
-    words = ["--pretrained", bert, "--data_dir", cut(folder / "data", 8, 4, 2), "--max_length", 64, "--threads", 1]
+    write_films(data := cut(folder / "data", 8, 4, 2), "ids-cfimdb")
+    words = ["--pretrained", bert, "--data_dir", data, "--max_length", 64, "--threads", 1]
     words += ["--epochs", 2, "--batch_size", 4, "--lr", 1e-3, "--eval_every", 2, "--quora_weight_decay", 0.01]
     return [str(word) for word in words]
 
@@ -340,6 +357,9 @@ def train(flags: list[str], row: Row, folder: Path) -> Trainer:
         words[words.index("CHECKPOINT")] = str(start_checkpoint(flags, row, folder / "start.pt"))
     device = Device(torch.device("cpu"), torch.bfloat16 if "precision" in row else None)
     trainer = make_trainer(flags, folder / "run", *words, device=device)
+    if "pre-training" in row:
+        parts = trainer.config, trainer.model, trainer.tokenizer, trainer.train_data
+        trainer = Pretrainer(*parts, {}, device, trainer.run, trainer.say)
     before = copied(trainer.model)
     if "start" in row:
         wanted = torch.load(folder / "start.pt", weights_only=True)["weights"]
