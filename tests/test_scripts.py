@@ -956,9 +956,11 @@ def test_a_stage_on_one_task_before_all_of_them(runs: Path, tiny_flags: list[str
 
 
 def test_adapters_are_merged_into_the_start(tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--arch", "v2", "--train_sst"]
+    flags = ["--arch", "v2", "--train_sst", "--fine_tune_mode", "full-model", "--lr", 1e-2]
     first = make_trainer(tiny_flags, tmp_path / "lora", *flags, "--lora_mode", "all-lin", "--lora_rank", 3)
     first.fit()
+    saved = torch.load(tmp_path / "lora" / "best.pt", weights_only=True)["weights"]
+    assert all(own.any() for name, own in saved.items() if name.endswith("lora_B"))
     again = make_trainer(tiny_flags, tmp_path / "next", *flags, "--init_from", tmp_path / "lora" / "best.pt")
     model, _, _ = load_model(tmp_path / "lora" / "best.pt")
     batch = first.train_data["sst"].batch(np.arange(9))
