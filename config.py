@@ -723,9 +723,6 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
         problems.append("--profile slows the steps that --benchmark measures; give one of the two")
-    for name in ("benchmark", "profile"):
-        if getattr(run, name) and run.evaluate is not None:
-            problems.append(f"--{name} measures training, but --evaluate does not train; drop one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = names_of(tasks)

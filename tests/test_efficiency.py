@@ -130,8 +130,8 @@ def test_each_measured_step_has_a_peak_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("--benchmark b.csv --evaluate best.pt", "--benchmark measures training, but --evaluate does not train"),
-        ("--profile --evaluate best.pt", "--profile measures training, but --evaluate does not train"),
+        ("--benchmark b.csv --evaluate best.pt", "--benchmark would change nothing"),
+        ("--profile --evaluate best.pt", "--profile would change nothing"),
         ("--profile --benchmark b.csv", "--profile slows the steps that --benchmark measures"),
         ("--benchmark file/b.csv", "--benchmark file: cannot be written"),
         ("--benchmark file", "file: is the table of another grid or program"),

@@ -129,6 +129,7 @@ METHODS: dict[str, dict[str, str]] = {
     "bregman": {"bregman": "--sst_bregman 1 --quora_bregman 1 --sts_bregman 1"},
     "cache": {"cache": "--cache_frozen"},
     "pre-training": {"mlm": "--mlm"},
+    "measuring": {"benchmark": "--benchmark rows.csv"},
     "precision": {"bf16": "--amp"},
     "start": {"checkpoint": "--init_from CHECKPOINT"},
     "clip": {"clip": "--clip 0.5"},
