@@ -16,7 +16,6 @@ import multitask_classifier
 import report
 from config import UserError
 from packing import PackedBatch
-from tasks import TASKS
 from training.device import Device
 from training.efficiency import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table
 
@@ -87,7 +86,7 @@ def test_measuring_changes_no_figure_that_the_seed_decides(benchmark: Path) -> N
 
 def test_tokens_are_those_that_the_batches_hold(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--sst_fraction", 0.5, "--num_sts_trains", 2)
-    counts = dict.fromkeys(TASKS, 0)
+    counts = dict.fromkeys(trainer.tasks, 0)
     for step in trainer.steps_of(0):
         batch = trainer.train_data[step.task].batch(step.indices)
         assert isinstance(batch, PackedBatch)

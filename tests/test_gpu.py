@@ -13,6 +13,7 @@ import multitask_classifier
 from optimizer import OPTIMIZERS
 from tasks import DEFAULT_TASKS
 from training.device import Device
+from training.efficiency import StepGauge
 from training.loop import Trainer
 from training.losses import LOSSES
 from training.routines import task_batches
@@ -136,3 +137,23 @@ def test_resuming_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
     resumed.fit()
     for name, own in copied(whole.model).items():
         torch.testing.assert_close(copied(resumed.model)[name], own, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_each_measured_step_waits_and_has_a_peak_of_its_own() -> None:
+    gauge, found = StepGauge(Device(GPU)), []
+    for size in (1000, 12_000, 1000):
+        gauge.start()
+        square = torch.ones(size, size, device=GPU)
+        for _ in range(10):
+            square = square @ square
+        found.append(gauge.stop())
+        del square
+    assert found[1][0] > found[2][0] and found[1][1] - found[2][1] > 4 * (12_000**2 - 1000**2)
+
+
+def test_a_profile_counts_the_gpus_time(tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [*tiny_flags, "--use_gpu", "--profile", "--no_tensorboard", "--run_dir", str(tmp_path / "run")]
+    multitask_classifier.main(words)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("aten::")]
+    shares = [float(words[-1][:-1]) for words in lines if words[-1].endswith("%")]
+    assert (tmp_path / "run" / "profile.pt.trace.json.gz").exists() and 0 < shares[0] <= 100

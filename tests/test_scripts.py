@@ -253,6 +253,14 @@ def test_the_test_files_can_be_left_alone(train: Run, script: Run, small_data: P
         assert os.listdir(folder / "predictions") == ["sst-dev-output.csv"]
 
 
+@pytest.mark.parametrize("name", ["multitask_classifier.py", "ensemble.py", "sweep.py", "report.py"])
+def test_help_waits_for_no_large_package(name: str) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / name, "--help"], capture_output=True, text=True)
+    imported = set(re.findall(r"\| +(\w+)", done.stderr))
+    assert done.returncode == 0 and "argparse" in imported
+    assert not imported & {"torch", "scipy", "sklearn", "nltk", "matplotlib", "tokenizers", "tensorboard", "optuna"}
+
+
 def test_dry_run_prints_the_plan_and_creates_nothing(train: Run, tmp_path: Path) -> None:
     out = train("--dry_run", "--num_sts_trains", 5, "--fine_tune_mode", "iterative", "--epochs", 7, "--run_dir", "run")
     assert os.listdir(tmp_path) == []

@@ -36,7 +36,7 @@ def start(words: list[str], **more: Any) -> "subprocess.Popen[str]":
 
 def wait_for(condition: Callable[[], Any], sweeping: "subprocess.Popen[str]") -> None:
     """Wait while a sweep runs; a sweep that ends before is a failure."""
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 600
     while not condition():
         assert sweeping.poll() is None and time.monotonic() < ends, sweeping.communicate()
         time.sleep(0.02)
@@ -202,13 +202,16 @@ def test_a_sweep_killed_twice_has_each_trial_once(tmp_path: Path, tiny_bert: Pat
     wait_for(lambda: rows_of(tmp_path) >= 5, with_all)
     os.killpg(with_all.pid, signal.SIGKILL)
     with_all.communicate()
-    assert not_running(tmp_path)
+    ends = time.monotonic() + 20
+    while trials_running(tmp_path):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
     alone = start(words)
     wait_for(lambda: rows_of(tmp_path) >= 12, alone)
     alone.kill()
     alone.communicate()
     last = start(words)
-    out, err = last.communicate(timeout=400)
+    out, err = last.communicate(timeout=900)
     assert last.returncode == 0, out + err
     assert f"23 ok, 1 out of memory: {tmp_path / 'results.csv'}" in out
     rows = by_trial(tmp_path)
@@ -224,13 +227,13 @@ def rows_of(folder: Path) -> int:
     return len(read_table(folder)) if (folder / "results.csv").exists() else 0
 
 
-def not_running(folder: Path) -> bool:
-    """Whether no process has a trial of the study, and so its log."""
+def trials_running(folder: Path) -> bool:
+    """Whether a process has a trial of the study, and so its log."""
     claims = [sweep.claim(log) for log in folder.glob("trials/*/log.txt")]
     for own in claims:
         if own is not None:
             own.close()
-    return None not in claims
+    return None in claims
 
 
 @pytest.fixture(autouse=True)
