@@ -18,8 +18,8 @@ its row and its folder. Several sweeps on one machine may share a study, on a GP
 command again.
 
 Several machines share a study by --storage FILE, a file that all of them see, or the URL of a database that Optuna
-knows: start the same command on each. The table of every machine gets the rows of all; a machine that dies gives its
-trials back within about a minute.
+knows: start the same command on each, with the same last folder in --out, which is the name of the study there. The
+table of every machine gets the rows of all; a machine that dies gives its trials back within about a minute.
 
 OUT/results.csv has the columns trial, status (ok, refused, out of memory, failed), the grid's flags, and COLUMNS of
 training/efficiency.py: dev scores, seconds and peak memory of training per epoch, the parameters that train in the last
