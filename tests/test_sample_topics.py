@@ -212,7 +212,7 @@ def test_bad_rows_are_told_once(tmp_path: Path, small_data: Path, capsys: pytest
     assert "unreadable rows: 1" in message
 
 
-def test_the_script_prints_help_without_torch() -> None:
+def test_the_script_has_a_help_of_its_own() -> None:
     done = shell("sample_topics.py", "--help")
     assert done.returncode == 0 and "--topics" in done.stdout and "--para_train" in done.stdout
     assert "--epochs" not in done.stdout
