@@ -327,6 +327,17 @@ def test_fine_tuning_starts_from_it(tiny_flags: list[str], tmp_path: Path) -> No
     assert trainer.fit()["score"] > 0
 
 
+@pytest.mark.parametrize("more", [["--arch", "duality"], ["--clf", "mlp", "--pair_layer", "none"], ["--pal", "pal"]])
+def test_fine_tuning_may_have_other_heads(tiny_flags: list[str], tmp_path: Path, more: list[str]) -> None:
+    """Those of --mlm were never trained: only the backbones are handed over."""
+    folder = run([*tiny_flags, "--no_tensorboard", "--epochs", "1"], tmp_path / "mlm")
+    plain = copied(make_trainer(tiny_flags, tmp_path / "plain", *more).model)
+    own = copied(make_trainer(tiny_flags, tmp_path / "fine", *more, "--init_from", folder / "best.pt").model)
+    source = load(folder / "best.pt")["weights"]
+    for name, tensor in own.items():
+        assert torch.equal(tensor, source[name] if name.startswith("backbones.") else plain[name]), name
+
+
 def test_it_goes_on_from_itself_and_from_a_fine_tuned_model(tiny_flags: list[str], tmp_path: Path) -> None:
     first = run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "first") / "best.pt"
     again = make_pretrainer(tiny_flags, tmp_path / "again", "--train_sst", "--init_from", first).model

@@ -139,13 +139,15 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
     """--init_from: give `model` the weights of a checkpoint, adapters merged; `say` hears what stays as it was.
 
     Only heads of masked words, PALs, and what belongs to tasks that the checkpoint does not know, may be missing from
-    it; nothing of the model's own tasks may be left over. Raises UserError, and leaves the model as it was, where
-    anything else is missing or of another shape, or the tokenizer is another one.
+    it; nothing of the model's own tasks may be left over. Of a checkpoint of --mlm, whose heads were never trained,
+    they are not taken. Raises UserError, and leaves the model as it was, where anything else is missing or of another
+    shape, or the tokenizer is another one.
     """
-    source, its_tokenizer, _ = load_model(path)
+    source, its_tokenizer, its_config = load_model(path)
     if its_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"--init_from {path}: was trained with another tokenizer than --pretrained has; name its own")
-    weights = source.state_dict()
+    untrained = ("heads.", "pair_layer.") if its_config.train.mlm else ()
+    weights = {key: own for key, own in source.state_dict().items() if not key.startswith(untrained)}
     for name, backbone in source.backbones.items():
         weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
     own = model.state_dict()
@@ -153,7 +155,7 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
     parts = [f"heads.{name}." for name in new] + [f"pals.{name}." for name in model.pals if name not in source.pals]
     fresh = {key for key in own if key.startswith(tuple(parts))}
     fresh |= {key for key in own if any(key.endswith((f"_mean_{name}", f"_var_{name}")) for name in new)}
-    fresh |= {key for key in own if key.startswith("mlm.")}
+    fresh |= {key for key in own if key.startswith(("mlm.", *untrained))}
     known = tuple(f"{part}.{name}." for part in ("heads", "pals") for name in model.tasks)
     kept = {key: tensor for key, tensor in weights.items() if key in own or key.startswith(known)}
     load_weights_into(model, kept, Path(f"--init_from {path}"), fresh)
