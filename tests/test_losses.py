@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from training.losses import (
     simcse,
 )
 from training.routines import Step
-from training.terms import text_hashes
+from training.terms import cosine_term, ranking_term, text_hashes
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
 
@@ -520,6 +521,19 @@ def test_ranking_leaves_duplicates_out_and_bears_no_positive_pair() -> None:
     nothing = multiple_negatives_ranking(w, w, torch.zeros(4) > 0, torch.eye(4) > 0)
     nothing.backward()
     assert nothing.item() == 0 and w.grad is not None and w.grad.isfinite().all()
+
+
+def test_which_similarities_count(tiny_flags: list[str], tmp_path: Path) -> None:
+    """R4, section 4.3: ranking takes pairs from 4 on, cosine those from 3.5 on and those below 1."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r4")
+    labels = torch.tensor([5.0, 4.0, 3.9, 3.5, 3.4, 1.0, 0.9, 0.0])
+    seen = replace(seen_by(trainer, "sts", np.arange(8)), labels=labels)
+    first, second = seen.embedding.chunk(2)
+    number = torch.arange(8)
+    wanted = multiple_negatives_ranking(first, second, number < 2, torch.eye(8) > 0)
+    assert ranking_term(seen).item() == pytest.approx(wanted.item()) and wanted.item() > 0
+    wanted = cosine_embedding(first, second, number < 4, number > 5)
+    assert cosine_term(seen).item() == pytest.approx(wanted.item())
 
 
 def test_a_pair_that_is_drawn_twice_is_no_negative_of_itself(tiny_flags: list[str], tmp_path: Path) -> None:
