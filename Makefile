@@ -40,7 +40,7 @@ R0 := runs/r0
 # A run is finished when it has scores.json: its checkpoint is there from the first epoch on.
 $(R0)/%/scores.json: | $(VENV)/run.done
 	$(BIN)/python multitask_classifier.py @recipes/$*.args --data_dir $(DATA) $(FLAGS) \
-		$$(test -f $(@D)/resume.pt && echo --resume || echo --overwrite)
+		$$(test -f $(@D)/resume.pt -o -f $(@D)/resume-previous.pt && echo --resume || echo --overwrite)
 
 ensemble-%: recipes/ensembles/%.args $(VENV)/run.done
 	$(MAKE) --no-print-directory $$(sed -n 's,^\($(R0)/.*\)\.pt$$,\1/scores.json,p' $< | sort -u)

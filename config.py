@@ -34,6 +34,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
+
+
 @dataclass(frozen=True)
 class BertConfig:
     """Shape of a BERT backbone; the field names are those of a Hugging Face config.json."""
@@ -386,6 +389,12 @@ class RunOptions:
     filepath: str | None = option(None, "also save the best checkpoint here")
     overwrite: bool = option(False, "replace a finished run in --run_dir")
     resume: bool = option(False, "go on with the unfinished run in --run_dir")
+    save_every: str = option(
+        "30m",
+        "save what --resume needs every so many steps (500) or minutes (30m), after each epoch, and when SIGTERM, "
+        "SIGUSR1 or Ctrl-C ends the run (exit codes 143, 138, 130)",
+        metavar="N[m]",
+    )
     dry_run: bool = option(False, "print the plan and stop")
     evaluate: str | None = option(
         None, "score and predict with this checkpoint, without training", metavar="CHECKPOINT"
@@ -734,6 +743,8 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--overwrite starts afresh and --resume goes on; give one of the two")
     if run.resume and run.run_dir is None:
         problems.append("--resume needs --run_dir, the folder of the unfinished run")
+    if not re.fullmatch(SAVE_EVERY, run.save_every):
+        problems.append(f"--save_every {run.save_every}: give steps, such as 500, or minutes, such as 30m")
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     if train.decoupled and train.optim not in ("Adam", "Adamax", "RAdam"):

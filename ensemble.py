@@ -97,7 +97,7 @@ def find_members(names: Sequence[str]) -> list[Member]:
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
     members = []
     for name, votes in Counter(names).items():
-        tasks = tuple(load(Path(name), mmap=True).get("tasks", ()))
+        tasks = tuple(load(Path(name)).get("tasks", ()))  # all of it, so that damage is found here
         if not tasks or not set(tasks) <= set(TASKS):
             raise UserError(f"--filepaths {name}: knows no task of the task table; name a best.pt of a run")
         members.append(Member(Path(name), sha256(Path(name)), tasks, votes))

@@ -1,7 +1,9 @@
 """Files that are always whole, and the folder for what can be made again."""
 
 import errno
+import fcntl
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,10 +17,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it: `path` is never half a file.
 
-    Raises UserError where the folder cannot be written or the disk is full; the old file then stands unchanged.
+    With `keep`, the old file lives on under that name. Raises UserError where the folder cannot be written, the disk is
+    full or `write` fails; the old file then stands unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,12 +29,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of content that cannot be written, pickle raises a dozen kinds
         raise UserError(f"{path}: cannot be written ({cause(error, path.parent)})") from error
     finally:
         with suppress(OSError):  # it is gone, or its folder could not even be made
             temporary.unlink()
+
+
+def lock(path: Path, what: str) -> None:
+    """Lock the file `path` for this process until it ends, however it ends.
+
+    Raises UserError that begins with `what` and names the holder, where another process has it. A file system that
+    knows no locks gives none.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, since that would give the lock back
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise UserError(
+                f"{what}: a run is going on here ({holder}); wait for its end, or choose another folder"
+            ) from None
+    with suppress(OSError):  # on a full disk nobody is told who it is
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def cause(error: Exception, folder: Path) -> str:

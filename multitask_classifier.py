@@ -124,7 +124,7 @@ def train(config: Config, command: str) -> None:
     else:
         load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
         report(model, data, device, config, run, about)
-    run.resume.unlink(missing_ok=True)  # several times as large as best.pt, and there is nothing left to go on with
+    run.drop_states()  # there is nothing left to go on with
     if table is not None:
         table.add([benchmark_row(run.path, config, git_commit(), command)])
     what = "pre-trained, for --init_from:" if config.train.mlm else "best checkpoint"

@@ -13,9 +13,9 @@ the others go on. Trials leave the test files alone, since a study chooses by de
 checkpoints are deleted, unless --keep_checkpoints.
 
 A sweep that was killed, in whatever way, goes on when it is started again: trials that have a row are done, and one
-that was cut short goes on from its last epoch. More values may be added to the grid. To have a trial run again, delete
-its row and its folder. Several sweeps on one machine may share a study, on a GPU each for instance: start the same
-command again.
+that was cut short goes on from its last state (--save_every). More values may be added to the grid. To have a trial run
+again, delete its row and its folder. Several sweeps on one machine may share a study, on a GPU each for instance: start
+the same command again.
 
 Several machines share a study by --storage FILE, a file that all of them see, or the URL of a database that Optuna
 knows: start the same command on each, with the same last folder in --out, which is the name of the study there. The
@@ -134,7 +134,7 @@ def make_trial(parser: ArgumentParser, base: Sequence[str], flags: Mapping[str, 
     given = vars(parser.parse_args(words))
     for key in given:
         group, _, name = key.partition(".")
-        if group == "run" and name != "tensorboard":
+        if group == "run" and name not in ("tensorboard", "save_every"):
             raise UserError(f"--{name}: a sweep gives each trial its own; leave it out")
     try:
         return Trial(flags, words, assemble(given, TASKS))
@@ -338,7 +338,7 @@ class Study:
         ours = began_as(trial.config, folder)
         if ours and (folder / "scores.json").exists():
             return Job(trial, log, git_commit(), None)
-        resumes = ours and (folder / "resume.pt").exists()
+        resumes = ours and bool(RunDirectory(folder).states())
         if not resumes:
             log.truncate(0)
             RunDirectory(folder).clear()
@@ -353,6 +353,8 @@ class Study:
 
     def finish(self, job: Job) -> str:
         """Make the row of a run that has ended, delete its checkpoints and give the claim back; returns a line."""
+        from training.checkpoint import RunDirectory
+
         folder = self.folder(job.trial)
         code = 0 if job.process is None else job.process.returncode
         status, cause = verdict(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
@@ -360,8 +362,8 @@ class Study:
         if self.machines.finish(row):
             self.table.add([row], key="trial")
         if not self.options.keep_checkpoints:
-            for name in ("best.pt", "resume.pt"):
-                (folder / name).unlink(missing_ok=True)
+            (folder / "best.pt").unlink(missing_ok=True)
+            RunDirectory(folder).drop_states()
         job.log.close()
         return f"{job.trial.name}: {status}, " + (f"score {row['score']:.4f}" if "score" in row else cause)
 

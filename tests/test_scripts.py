@@ -97,10 +97,10 @@ def ids(path: Path) -> list[str]:
 
 def test_files_of_a_run(runs: Path) -> None:
     assert sorted(os.listdir(runs / "yin")) == [
-        "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "tensorboard", "timing.jsonl",
+        ".lock", "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "tensorboard", "timing.jsonl",
     ]  # fmt: skip
     assert sorted(os.listdir(runs / "sst")) == [
-        "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
+        ".lock", "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
     ]  # fmt: skip
     for name, epochs in (("yin", 4), ("sst", 2)):
         for file in ("metrics.jsonl", "timing.jsonl"):
@@ -833,7 +833,7 @@ def test_no_space_is_known_before_training(train: Run, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         message = refusal(train, "--run_dir", disk / "run")
         assert f"--run_dir {disk}/run" in message and "no space" in message and "MB" in message
-        assert [path.name for path in disk.rglob("*") if path.is_file()] == []
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == [".lock"]
 
 
 def test_no_space_simulated_by_disk_usage(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

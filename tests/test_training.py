@@ -805,7 +805,7 @@ def test_overwrite_removes_a_runs_own_files_only(tmp_path: Path) -> None:
     for name in ("best.pt", "config.json", "notes.txt", "predictions/sst-dev-output.csv", "tensorboard/events"):
         write_text(tmp_path / name, "x")
     run.prepare(overwrite=True, resume=False, needed=0)
-    assert os.listdir(tmp_path) == ["notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "notes.txt"]
 
 
 def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from base_bert import resolve_pretrained
 from config import BertConfig, Config, UserError
-from files import cause, first_line, write_atomically, write_text
+from files import cause, first_line, lock, write_atomically, write_text
 from lora import LoRAConfig, merged_state
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
@@ -27,22 +28,35 @@ from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 OWN_FILES = (
-    "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "profile.pt.trace.json.gz",
+    "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "resume-previous.pt",
+    "profile.pt.trace.json.gz",
 )  # fmt: skip
 OWN_FOLDERS = ("predictions", "tensorboard")
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Save tensors and plain containers atomically."""
-    write_atomically(path, lambda temporary: torch.save(dict(content), temporary))
+def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
+    """Save tensors and plain containers atomically; with `keep`, the old file lives on under that name."""
+    write_atomically(path, lambda temporary: torch.save(dict(content), temporary), keep)
+
+
+def verify(path: Path) -> None:
+    """Raise BadZipFile where a checkpoint's bytes are not those that were written, by the CRC-32 beside each tensor.
+
+    torch.load looks at none of them: a flipped bit in a tensor makes another weight of it.
+    """
+    with zipfile.ZipFile(path) as file:
+        if (name := file.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{name} has changed since it was written")
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """What `save` wrote; with `mmap`, tensors stay in the file until they are used.
+    """What `save` wrote; with `mmap`, tensors stay in the file until they are used, and are taken as they are.
 
     Raises UserError for a file that is missing, damaged, or not one of ours.
     """
     try:
+        if not mmap:
+            verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
@@ -221,6 +235,7 @@ class RunDirectory:
         self.path = path
         self.best = path / "best.pt"
         self.resume = path / "resume.pt"
+        self.previous = path / "resume-previous.pt"
         self.predictions = path / "predictions"
         self.tensorboard = path / "tensorboard"
 
@@ -247,20 +262,44 @@ class RunDirectory:
                 "choose another folder"
             )
 
+    def states(self) -> list[Path]:
+        """The files that --resume can go on from, the newest first."""
+        return [path for path in (self.resume, self.previous) if path.exists()]
+
+    def drop_states(self) -> None:
+        """Delete them: they are several times as large as best.pt."""
+        for path in self.states():
+            path.unlink()
+
+    def claim(self) -> None:
+        """Lock the folder, and remove what a killed run left half written. Raises UserError where a run goes on."""
+        try:
+            lock(self.path / ".lock", f"--run_dir {self.path}")
+            for name in OWN_FILES:
+                for path in self.path.glob(f".{name}.*.tmp"):
+                    path.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--run_dir {self.path}: cannot be written ({first_line(error)}); choose another"
+            ) from error
+
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder ready for a run that will save about `needed` bytes.
 
-        Raises UserError where a run stands here already, nothing is there to resume, or the disk is too small.
+        Raises UserError where a run stands or goes on here, nothing is there to resume, or the disk is too small.
         """
+        if self.path.is_dir():
+            self.claim()
         finished, started = (self.path / "scores.json").exists(), (self.path / "config.json").exists()
         if resume and finished:
             raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
-        if resume and not self.resume.exists():
+        if resume and not self.states():
             raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
         if started and not overwrite and not resume:
             state = "a finished run" if finished else "an unfinished run (--resume goes on with it)"
             raise UserError(f"--run_dir {self.path}: holds {state}; choose another folder or --overwrite it")
         probe_folder(self.path, "--run_dir")
+        self.claim()
         if overwrite:
             self.clear()
         free = shutil.disk_usage(self.path).free
@@ -302,18 +341,12 @@ class RunDirectory:
         """Write a json file of the run atomically."""
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def keep_epochs(self, count: int) -> None:
-        """Drop jsonl lines of epochs after `count`: they were written, but what they led to was not saved."""
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            path = self.path / name
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["epoch"] <= count]
-            write_text(path, "".join(line + "\n" for line in kept))
-
     def append_json(self, name: str, content: Any) -> None:
         """Append one line to a jsonl file of the run. Raises UserError where it cannot be written."""
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a state that is saved later counts on it
         except OSError as error:
             raise UserError(f"{self.path / name}: cannot be written ({cause(error, self.path)})") from error

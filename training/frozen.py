@@ -19,6 +19,7 @@ from evaluation import progress
 from lora import merged
 from multitask_bert import MultitaskBERT, freezing_command, layers_left_frozen
 from packing import Batch, EncodedBatch, PackedBatch, ragged_rows
+from training import signals
 from training.device import Device, free_memory
 from training.routines import Step
 
@@ -113,6 +114,7 @@ class FrozenData:
         by_length = missing[np.argsort(-self.lengths[missing], kind="stable")]
         blocks = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
         for block in progress(blocks, f"{self.title}: frozen layers", "batch", leave=False):
+            signals.check()  # of a large split this takes minutes, and nothing that is saved depends on it
             for layers, encoded in self.compute(block, self.kept).items():
                 self.kept[layers].filled[block] = True
                 values = encoded.hidden.to("cpu", self.dtype)

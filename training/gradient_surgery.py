@@ -4,7 +4,8 @@ Each projection is a combination of the tasks' own gradients, so all of them are
 products; memory is passed over once for these and once for the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,13 @@ class NoSurgery:
         """The share of conflicting pairs since it was last asked for."""
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs between two steps that move the weights."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+
 
 class PCGrad(NoSurgery):
     """Collects the tasks' gradients of a joint step and combines them."""
@@ -108,3 +116,13 @@ class PCGrad(NoSurgery):
         found = sum(float(own) for own, _ in self.counts)
         self.counts = []
         return found / pairs if pairs else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, which addresses the next one's order, and the pairs counted so far."""
+        found = sum(float(own) for own, _ in self.counts)
+        return {"steps": self.steps, "found": found, "pairs": sum(own for _, own in self.counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.steps = state["steps"]
+        self.counts = [(torch.tensor(state["found"], dtype=torch.float64), state["pairs"])]

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from config import Config, UserError
 from datasets import Batches, TaskData
 from evaluation import Scores, overall, predict, probabilities, progress, score_task
+from files import cause
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
 from packing import to_device
 from tasks import Task
 from tokenizer import Tokenizer
+from training import signals
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device, random_state
@@ -27,6 +29,7 @@ from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
 from training.losses import LOSSES
 from training.profiling import Profiler
+from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
 from training.routines import ROUTINES, Plan, Step, task_batches
 from training.seen import Seen
 from training.smart import Teacher
@@ -74,6 +77,8 @@ def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str
 class TaskMeter:
     """Collects one task's training figures over an epoch, without waiting for the device."""
 
+    figures = ("examples", "seconds", "lr", "tokens", "peak_memory")
+
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.outputs: list[Tensor] = []
@@ -95,6 +100,23 @@ class TaskMeter:
         self.seconds += seconds
         self.lr = lr
         self.peak_memory = max(self.peak_memory, peak)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs, of a meter that has seen a step."""
+        tensors = {name: torch.cat(getattr(self, name)) for name in ("outputs", "labels")}
+        lists = {"losses": torch.stack(self.losses), "sizes": [len(own) for own in self.labels]}
+        return {**tensors, **lists, **{name: getattr(self, name) for name in self.figures}}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "TaskMeter":
+        """The inverse of `state_dict`."""
+        meter = cls()
+        meter.losses = list(state["losses"].to(device))
+        for name in ("outputs", "labels"):
+            setattr(meter, name, list(state[name].to(device).split(state["sizes"])))
+        for name in cls.figures:
+            setattr(meter, name, state[name])
+        return meter
 
     def result(self, task: Task) -> TaskEpoch:
         """The epoch's figures.
@@ -177,49 +199,85 @@ class Trainer:
         )
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
+        self.done = 0  # steps of the epoch
+        self.evaluating = False  # whether all of them are done, and only the epoch's evaluation is left
+        self.meters: dict[str, TaskMeter] = {}  # the epoch's figures so far
+        self.seconds = 0.0  # that former processes spent on the epoch
+        self.gradient_waits = False  # whether a joint step's gradients wait for those of other tasks
+        self.saves = SaveEvery(config.run.save_every)
 
     def fit(self) -> Scores:
-        """Train to the end, or until --patience runs out; returns the best dev scores."""
+        """Train to the end, or until --patience runs out; returns the best dev scores.
+
+        Where a signal ends the run, the state is saved; raises SystemExit.
+        """
         torch.manual_seed(self.config.train.seed)
         if self.config.run.resume:
             self.restore()
-        self.telemetry = Telemetry(self.run, self.config, self.tasks, self.step)
+        self.telemetry = Telemetry(self.run, self.config, self.tasks)
         best: Scores = {}
-        while self.epoch < self.config.train.epochs and not self.out_of_patience():
-            record = self.train_epoch()
-            if record.dev and record.is_best:
-                best = record.dev
-            self.say(epoch_table(self.tasks, record, self.config.train.epochs))
-            self.save_resume()
+        with signals.noted():
+            try:
+                while self.evaluating or (self.epoch < self.config.train.epochs and not self.out_of_patience()):
+                    record = self.train_epoch()
+                    if record.dev and record.is_best:
+                        best = record.dev
+                    self.say(epoch_table(self.tasks, record, self.config.train.epochs))
+                    self.save_resume()
+                    signals.check()
+            except signals.Stopped as stopped:
+                if not self.gradient_waits and self.saves.step != self.step:
+                    self.save_resume()
+                self.say(f"\nstopped by {stopped.name}; {self.how_to_go_on()}")
+                raise SystemExit(stopped.code) from None
+            except KeyboardInterrupt:
+                self.say(f"\nstopped at once; {self.how_to_go_on()}")
+                raise
+            except OSError as error:
+                raise UserError(f"{self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
         best = best or load(self.run.best)["scores"]
         self.telemetry.close(best)
         return best
+
+    def how_to_go_on(self) -> str:
+        """For people: what of the run is saved, and the flags that go on from there."""
+        if self.saves.step is None:
+            return "nothing of the run is saved yet, --overwrite starts it again"
+        flags = f"--run_dir {self.run.path} --resume" + " in place of --overwrite" * self.config.run.overwrite
+        return f"the same command with {flags} goes on after step {self.saves.step}"
 
     def out_of_patience(self) -> bool:
         """Whether --patience evaluations have passed without a better score."""
         return self.config.train.patience is not None and self.stale >= self.config.train.patience
 
     def train_epoch(self) -> Epoch:
-        """One epoch of training, its evaluation if due, and its records."""
-        started = time.perf_counter()
-        command = self.model.freeze_for_epoch(self.config.train, self.epoch)
+        """One epoch of training, or what a former process left to do of it, its evaluation if due, and its records."""
+        self.began = time.perf_counter() - self.seconds
+        epoch = self.epoch - 1 if self.evaluating else self.epoch
+        command = self.model.freeze_for_epoch(self.config.train, epoch)
         if command != self.command:
             self.command = command
-            self.say(f"\nFrom epoch {self.epoch + 1}:\n{parameter_table(self.model)}")
-        meters = self.run_steps()
-        self.epoch += 1
-        self.average.after_epoch(self.epoch)
-        figures = {name: meter.result(self.tasks[name]) for name, meter in meters.items()}
+            self.say(f"\nFrom epoch {epoch + 1}:\n{parameter_table(self.model)}")
+        steps = self.steps_of(epoch)
+        if self.frozen is not None:
+            self.frozen.begin_epoch(steps)
+        if not self.evaluating:
+            self.run_steps(steps)
+            self.epoch += 1
+            self.average.after_epoch(self.epoch)
+            self.done, self.evaluating = 0, True
+        figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
-        record.conflicts = self.surgery.conflicting()
         record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record.device = self.device.name
-        with self.average.applied():
+        with signals.checked_before_batches(self.model), self.average.applied():
             dev = self.evaluate(self.due())
             self.judge(record, dev)
-        record.seconds = time.perf_counter() - started
+        record.conflicts = self.surgery.conflicting()
+        record.seconds = time.perf_counter() - self.began
         record.peak_memory = max([self.device.peak_memory(), *(done.peak_memory for done in figures.values())])
         self.telemetry.epoch(record, dev)
+        self.evaluating, self.meters, self.seconds = False, {}, 0.0
         return record
 
     def due(self) -> list[str]:
@@ -233,33 +291,41 @@ class Trainer:
         """The batches of an epoch."""
         return ROUTINES[self.config.train.routine](self.plan, epoch)
 
-    def run_steps(self) -> dict[str, TaskMeter]:
-        """All optimizer steps of the current epoch."""
+    def run_steps(self, steps: Sequence[Step]) -> None:
+        """Those optimizer steps of the current epoch that are not done yet."""
         self.model.train()
-        steps = self.steps_of(self.epoch)
-        if self.frozen is not None:
-            self.frozen.begin_epoch(steps)
-        meters = {name: self.meter() for name in self.tasks if any(step.task == name for step in steps)}
-        bar = progress(steps, f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
-        for number, step in enumerate(self.profiled(bar)):
+        named = {step.task for step in steps}
+        self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
+        bar = progress(steps[self.done :], f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
+        for step in self.profiled(bar):
+            self.pause()
             self.clock.start()
-            lr = self.set_rates(step.task, self.epoch + number / len(steps))
-            log = len(meters[step.task].losses) % LOG_EVERY == 0
+            meter = self.meters[step.task]
+            lr = self.set_rates(step.task, self.epoch + self.done / len(steps))
+            log = len(meter.losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
-            meters[step.task].add(loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
+            meter.add(loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
+            self.gradient_waits = not step.moves
             if log:
                 if not loss.isfinite():
                     raise diverged(self.tasks[step.task], "a loss")
                 bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
                 self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
             self.step += 1
+            self.done += 1
         started = time.perf_counter()
         self.device.synchronize()
-        meters[steps[-1].task].seconds += time.perf_counter() - started
-        for name, meter in meters.items():
+        self.meters[steps[-1].task].seconds += time.perf_counter() - started
+        for name, meter in self.meters.items():
             drawn = np.concatenate([step.indices for step in steps if step.task == name])
             meter.tokens = int(self.train_data[name].lengths[drawn].sum())
-        return meters
+
+    def pause(self) -> None:
+        """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step."""
+        if not self.gradient_waits:
+            signals.check()
+            if self.saves.due(self.step):
+                self.save_resume()
 
     def set_rates(self, task: str, position: float) -> float:
         """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
@@ -357,43 +423,65 @@ class Trainer:
         if self.config.run.filepath:
             copy(self.run.best, Path(self.config.run.filepath))
 
+    def examples(self) -> dict[str, int]:
+        """How many training examples each task has."""
+        return {name: len(data) for name, data in self.train_data.items()}
+
     def save_resume(self) -> None:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
+        self.telemetry.flush()
         generators = {"cpu": torch.get_rng_state()}
         if self.device.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device.device)
         content = {
             "format": FORMAT,
             "epoch": self.epoch,
+            "done": self.done,
+            "evaluating": self.evaluating,
             "step": self.step,
             "best": self.best,
             "stale": self.stale,
+            "seconds": time.perf_counter() - self.began if self.meters else 0.0,
+            "examples": self.examples(),
             "weights": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict(),
             "teacher": self.teacher.state_dict(),
+            "surgery": self.surgery.state_dict(),
             "generators": generators,
+            "meters": {name: meter.state_dict() for name, meter in self.meters.items() if meter.losses},
+            "lengths": lengths(self.run),
         }
-        save(self.run.resume, content)
+        save_state(self.run, content)
+        self.saves.saved(self.step)
 
     def restore(self) -> None:
-        """Go back to the state that `save_resume` wrote."""
-        content = load(self.run.resume)
-        if "optimizers" not in content:
-            raise UserError(f"{self.run.resume}: is a model without optimizers, not a state to go on from")
+        """Go back to the newest state that `save_resume` wrote."""
+        content = newest_state(self.run, self.say)
+        if content["examples"] != self.examples():
+            raise UserError(
+                f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
+                f"{self.examples()}; put its data back, or --overwrite it"
+            )
         load_weights_into(self.model, content["weights"], self.run.resume)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])
         self.average.load_state_dict(content["average"])
         self.teacher.load_state_dict(content["teacher"])
+        self.surgery.load_state_dict(content["surgery"])
         torch.set_rng_state(content["generators"]["cpu"])
         if "cuda" in content["generators"] and self.device.device.type == "cuda":
             torch.cuda.set_rng_state(content["generators"]["cuda"], self.device.device)
-        self.epoch, self.step = content["epoch"], content["step"]
-        self.best, self.stale = content["best"], content["stale"]
-        self.run.keep_epochs(self.epoch)
+        self.epoch, self.done, self.evaluating = content["epoch"], content["done"], content["evaluating"]
+        self.step, self.best, self.stale = content["step"], content["best"], content["stale"]
+        self.seconds = content["seconds"]
+        meters = content["meters"].items()
+        self.meters = {name: self.meter.from_state(own, self.device.device) for name, own in meters}
+        cut_back(self.run, content["lengths"])
+        self.saves.saved(self.step)
+        self.say(f"going on after step {self.step}")
 
 
 def describe_freezing(command: str) -> str:

@@ -34,10 +34,10 @@ def average_bytes(model: MultitaskBERT, config: Config) -> int:
 
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
-    """About the most that checkpoints take on disk: best.pt, resume.pt, and its successor while that is written."""
+    """About the most that checkpoints take on disk: best.pt, two resume states, and a third while it is written."""
     weights, optimizers = state_bytes(model, config)
     resume = weights + optimizers + average_bytes(model, config)
-    return int(1.05 * (weights + 2 * resume)) + (1 << 20)  # and room for what surrounds the tensors
+    return int(1.05 * (weights + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:

@@ -208,14 +208,14 @@ def residual_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figu
 class Telemetry:
     """Writes a run's curves: metrics.jsonl and timing.jsonl always, TensorBoard unless it is switched off."""
 
-    def __init__(self, run: RunDirectory, config: Config, tasks: Mapping[str, Task], first_step: int = 0) -> None:
+    def __init__(self, run: RunDirectory, config: Config, tasks: Mapping[str, Task]) -> None:
         self.run, self.config, self.tasks = run, config, tasks
         self.writer = None
         if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run.tensorboard), purge_step=first_step or None)
-            if not first_step:
+            self.writer = SummaryWriter(str(run.tensorboard))
+            if not config.run.resume:
                 self.writer.add_text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
 
     def step(self, number: int, task: str, loss: float, lr: float, grad_norm: float) -> None:
@@ -248,6 +248,11 @@ class Telemetry:
             kind = "residuals" if similarity else "confusion"
             self.writer.add_figure(f"{name}/{kind}", figure, epoch.step)
         self.writer.flush()
+
+    def flush(self) -> None:
+        """Let the files have all that was recorded."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def _scalars(self, prefix: str, scores: Scores, step: int) -> None:
         assert self.writer is not None

@@ -1,0 +1,523 @@
+"""Runs that are killed, by real signals to real processes, and go on as if nothing had happened."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from processes import Child, differences, flipped, in_a_tensor, kill_myself, wait_until
+from test_scripts import fill, small_disk
+from test_training import make_trainer
+
+import multitask_classifier
+from config import UserError, parse, run_script
+from tasks import TASKS
+from training import frozen
+from training.checkpoint import RunDirectory, load
+from training.loop import Trainer
+from training.resume import SaveEvery, newest_state
+
+# Runs of nine steps an epoch (three of a joint routine) with all that has a state of its own.
+RUNS: dict[str, list[object]] = {
+    "averaged": [
+        "--routine", "interleave", "--epochs", 3, "--sst_smart", 0.5, "--sts_bregman", 0.5, "--average", "ema",
+        "--ema_warmup", "--lora_mode", "all-lin", "--lora_rank", 2, "--lora_dropout", 0.1, "--optim", "AdamW",
+        "--lr_schedule", "linear", "--clip", 0.5,
+    ],
+    "joint": [
+        "--routine", "joint", "--pcgrad", "--epochs", 3, "--arch", "yin-yang", "--pal", "low-rank",
+        "--pal_low_rank_size", 4, "--average", "swa", "--fine_tune_mode", "full-model", "--lr_schedule", "cyclic",
+    ],
+    "frozen": ["--cache_frozen", "--epochs", 3, "--sst_fraction", 0.6, "--optim", "RAdam", "--ema_every", "epoch",
+               "--average", "ema", "--eval_every", 2],
+    "drawn": ["--routine", "annealed", "--epochs", 3, "--refresh_batchnorm", "--patience", 2, "--lora_mode", "attn",
+              "--dora", "--quora_epoch_eval", 2, "--optim", "SGD", "--lr", 1e-2],
+}  # fmt: skip
+STEPS = {"averaged": 9, "joint": 9, "frozen": 8, "drawn": 9}  # batches in an epoch
+
+
+class Recorder:
+    """Writes what a run does into files beside its folder, a line at once, so that a kill loses none."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.train_step = trainer, trainer.train_step
+        self.path = trainer.run.path.with_suffix(".trace")
+        trainer.train_step = self.step  # type: ignore[method-assign]
+        trainer.say = self.say
+
+    def step(self, step: Any, measure: bool) -> Any:
+        out = self.train_step(step, measure)
+        trainer = self.trainer
+        ids = [trainer.train_data[step.task].examples.ids[i] for i in step.indices]
+        rates = [group["lr"] for group in trainer.optimizers[trainer.optimizer_of[step.task]].param_groups]
+        self.write("trace", json.dumps([trainer.step, step.task, ids, out[0].item().hex(), rates]))
+        return out
+
+    def say(self, text: str) -> None:
+        self.write("said", json.dumps(text))
+
+    def write(self, kind: str, line: str) -> None:
+        with self.path.with_suffix(f".{kind}").open("a") as file:
+            file.write(line + "\n")
+
+
+def build(flags: list[str], run: Path, *more: object) -> Trainer:
+    """A recorded trainer with a gradient scaler, which fp16 needs."""
+    trainer = make_trainer(flags, run, *more)
+    trainer.scaler = torch.amp.GradScaler("cpu", growth_interval=7)
+    Recorder(trainer)
+    return trainer
+
+
+def run_child(flags: list[str], run: Path, *more: object, sabotage: Callable[[Trainer], object] | None = None) -> int:
+    """The exit status of a process that trains; `sabotage` may put a kill into its trainer."""
+
+    def work() -> None:
+        trainer = build(flags, run, *more)
+        if sabotage is not None:
+            sabotage(trainer)
+        trainer.fit()
+
+    return Child(work, run.with_suffix(".log")).wait()
+
+
+def at(name: str, when: Callable[[Trainer], bool], do: Callable[[], object] = kill_myself, after: bool = False) -> Any:
+    """A sabotage: `do` before, or after, the trainer's method `name` once `when` holds."""
+
+    def sabotage(trainer: Trainer) -> None:
+        original = getattr(trainer, name)
+
+        def method(*arguments: Any) -> Any:
+            hit = when(trainer)
+            if hit and not after:
+                do()
+            out = original(*arguments)
+            if hit and after:
+                do()
+            return out
+
+        setattr(trainer, name, method)
+
+    return sabotage
+
+
+def at_step(number: int) -> Any:
+    """Killed before a step, or after it where its number is odd."""
+    return at("train_step", lambda trainer: trainer.step == number, after=number % 2 == 1)
+
+
+def said(run: Path) -> list[str]:
+    """All that was printed."""
+    return [json.loads(line) for line in run.with_suffix(".said").read_text().splitlines()]
+
+
+def tables(run: Path) -> list[str]:
+    """The epoch tables that were printed, the last of each epoch, without what the clock says."""
+    found = [text for text in said(run) if text.startswith("\nEpoch")]
+    return list({text.split(":")[0]: re.sub(r"[\d,]+ s, .* at most", "", text) for text in found}.values())
+
+
+def steps_made(run: Path) -> int:
+    """How many steps the processes of a run have made, those that were made again included."""
+    return len(run.with_suffix(".trace").read_text().splitlines())
+
+
+def assert_same_run(whole: Path, run: Path) -> None:
+    """Weights, optimizers, averages, scaler, generators; losses, rates and order of examples; figures and tables."""
+    states = [load(path / "resume.pt") for path in (whole, run)]
+    for state in states:
+        del state["lengths"]  # timing.jsonl has the clock's digits
+    assert differences(*states) == []
+    bests = [load(path / "best.pt") for path in (whole, run)]
+    assert differences(bests[0]["weights"], bests[1]["weights"]) == []
+    assert [bests[0][key] == bests[1][key] for key in ("scores", "epoch", "step")] == [True] * 3
+    assert (whole / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert len({(run / name).read_bytes().count(b"\n") for name in ("timing.jsonl", "metrics.jsonl")}) == 1
+    wanted = whole.with_suffix(".trace").read_text().splitlines()
+    found = run.with_suffix(".trace").read_text().splitlines()
+    assert sorted(set(found), key=lambda line: json.loads(line)[0]) == wanted  # steps made twice are the same twice
+    assert tables(run) == tables(whole) and len(tables(run)) == states[0]["epoch"]
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Callable[[str], Path]:
+    """The folder of the uninterrupted run of a name in RUNS."""
+    folder, made = tmp_path_factory.mktemp("whole"), set()
+
+    def get(name: str) -> Path:
+        if name not in made:
+            assert run_child(tiny_flags, folder / name, *RUNS[name]) == 0, (folder / f"{name}.log").read_text()
+            made.add(name)
+        return folder / name
+
+    return get
+
+
+# ------------------------------------------------------------------------------------------ killed at any step, resumed
+
+MOMENTS = ("trained", "judged", "recorded", "saved")
+
+
+def around_evaluation(moment: str, epoch: int) -> Any:
+    """Killed when the epoch's steps are done, when best.pt is written, when the epoch is in metrics.jsonl, or later."""
+    if moment in ("trained", "judged"):
+        name = "evaluate" if moment == "trained" else "judge"
+        return at(name, lambda trainer: trainer.epoch == epoch, after=moment == "judged")
+    return at("save_resume", lambda trainer: trainer.epoch == epoch and not trainer.done, after=moment == "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "every", "moment"),
+    [
+        ("averaged", 4, 21), ("averaged", 2, "judged"),
+        ("joint", 2, 16), ("joint", 1, "recorded"),
+        ("frozen", 1, 3), ("frozen", 3, "trained"),
+        ("drawn", 1, 9), ("drawn", 1, "saved"),
+    ],
+)  # fmt: skip
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path], name: str, every: int, moment: int | str
+) -> None:
+    wanted, run = whole(name), tmp_path / "run"
+    flags = [*RUNS[name], "--save_every", every]
+    sabotage = around_evaluation(moment, 2) if isinstance(moment, str) else at_step(moment)
+    assert run_child(tiny_flags, run, *flags, sabotage=sabotage) == -signal.SIGKILL
+    made = steps_made(run)
+    assert run_child(tiny_flags, run, *flags, "--resume") == 0, run.with_suffix(".log").read_text()
+    assert_same_run(wanted, run)
+    twice = steps_made(run) - steps_made(wanted)
+    assert 0 <= twice <= every + 2 * (name == "joint") and made > twice
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_every_single_step(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path], name: str
+) -> None:
+    """And at each moment of its evaluations."""
+    wanted = whole(name)
+    flags = [*RUNS[name], "--save_every", 1]
+    epochs = load(wanted / "resume.pt")["epoch"]
+    moments = [at_step(number) for number in range(3, STEPS[name] * epochs)]
+    for epoch in range(1, epochs + 1):
+        moments += [around_evaluation(kind, epoch) for kind in MOMENTS]
+    for number, moment in enumerate(moments):
+        run = tmp_path / f"run{number}"
+        assert run_child(tiny_flags, run, *flags, sabotage=moment) == -signal.SIGKILL
+        assert run_child(tiny_flags, run, *flags, "--resume") == 0
+        assert_same_run(wanted, run)
+        shutil.rmtree(run)
+    print(f"{name}: {len(moments)} kills survived")
+
+
+def test_a_run_killed_again_and_again(tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    """Every process gets a little further."""
+    wanted, run = whole("averaged"), tmp_path / "run"
+    flags = [*RUNS["averaged"], "--save_every", 1]
+    for number in (3, 8, 14, 26):
+        more = ["--resume"] * (number > 3)
+        assert run_child(tiny_flags, run, *flags, *more, sabotage=at_step(number)) == -signal.SIGKILL
+    assert run_child(tiny_flags, run, *flags, "--resume") == 0
+    assert_same_run(wanted, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_killed_at_random_times(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path], name: str
+) -> None:
+    """From outside, whatever it is doing: starting, training, saving, evaluating, resuming."""
+    wanted, run, log, kills = whole(name), tmp_path / "run", tmp_path / "log", 0
+    flags, generator = [*RUNS[name], "--save_every", 1], random.Random(name)
+    while True:
+        more = ["--resume"] if RunDirectory(run).states() else ["--overwrite"]
+        if more == ["--overwrite"]:
+            for kind in ("trace", "said"):
+                run.with_suffix(f".{kind}").unlink(missing_ok=True)
+        child = Child(lambda more=more: build(tiny_flags, run, *flags, *more).fit(), log)
+        end = time.monotonic() + generator.uniform(0.2, 0.9)
+        while child.running() and time.monotonic() < end:
+            time.sleep(0.002)
+        if not child.running():
+            break
+        child.send(signal.SIGKILL)
+        kills += child.wait() == -signal.SIGKILL
+    assert child.code == 0, log.read_text()
+    assert_same_run(wanted, run)
+    print(f"{name}: {kills} kills at random times survived")
+
+
+def test_the_order_of_projections_goes_on(tiny_flags: list[str], tmp_path: Path) -> None:
+    """PCGrad's order is addressed by the number of its steps, which a new process has to know."""
+    flags = ["--routine", "joint", "--pcgrad", "--epochs", 2]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.fit()
+    resumed = make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume")
+    resumed.restore()
+    assert resumed.surgery.state_dict() == trainer.surgery.state_dict() == {"steps": 6, "found": 0, "pairs": 0}
+
+
+def test_minutes_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    minutes, steps = SaveEvery("2m"), SaveEvery("10")
+    assert not minutes.due(1000) and not steps.due(9) and steps.due(10)
+    clock[0] += 119.9
+    assert not minutes.due(1000)
+    clock[0] += 0.2
+    assert minutes.due(0)
+    minutes.saved(1000)
+    steps.saved(25)  # at the end of an epoch
+    assert not minutes.due(2000) and not steps.due(34) and steps.due(35)
+
+
+@pytest.mark.parametrize("value", ["0", "0m", "-5", "1.5m", "10 m", "10h", "m", "", "1e3"])
+def test_what_is_no_interval_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"--save_every .*: give steps, such as 500, or minutes, such as 30m"):
+        parse([f"--save_every={value}"], TASKS, "test", "Test.")
+
+
+def test_other_data_is_no_data_to_resume_with(tiny_flags: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_flags[tiny_flags.index("--data_dir") + 1], data)
+    flags = ["--train_sst", "--save_every", 1, "--data_dir", data]
+    assert run_child(tiny_flags, tmp_path / "run", *flags, sabotage=at_step(2)) == -signal.SIGKILL
+    lines = (data / "ids-sst-train.csv").read_text().splitlines(keepends=True)
+    (data / "ids-sst-train.csv").write_text("".join(lines[:-2]))
+    with pytest.raises(UserError, match=r"\{'sst': 20\} training examples.*\{'sst': 18\}"):
+        make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume").fit()
+
+
+def test_tensorboard_has_each_point_once(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Killed with points in the files that are made again, and with points that no file has yet."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    words = [*tiny_flags, "--epochs", "3", "--routine", "interleave", "--num_sst_trains", "4", "--save_every", "4"]
+
+    def train(run: Path, *more: str, sabotage: Any = None) -> int:
+        def work() -> None:
+            if sabotage is not None:
+                fit = Trainer.fit
+                Trainer.fit = lambda trainer: (sabotage(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+            multitask_classifier.main([*words, *more, "--run_dir", str(run)])
+
+        return Child(work, run.with_suffix(".log")).wait()
+
+    assert train(tmp_path / "whole") == 0
+    broken = tmp_path / "broken"
+
+    def flush_and_die(trainer: Trainer) -> None:
+        at("train_step", lambda trainer: trainer.step == 7, lambda: (trainer.telemetry.flush(), kill_myself()))(trainer)
+
+    assert train(broken, sabotage=flush_and_die) == -signal.SIGKILL
+    for sabotage in (around_evaluation("recorded", 2), around_evaluation("saved", 2), at_step(50)):
+        assert train(broken, "--resume", sabotage=sabotage) == -signal.SIGKILL
+    assert train(broken, "--resume") == 0
+    for run in (tmp_path / "whole", broken):
+        events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+        events.Reload()
+        points = {tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        clock = ("speed/", "memory/")
+        scalars = {tag: [p[0] for p in own] if tag.startswith(clock) else own for tag, own in points.items()}
+        images = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+        found.append((scalars, images, len(events.Tensors("config/text_summary"))))
+    assert found[0] == found[1]
+    assert len(found[0][0]["score/dev"]) == 3 and len(found[0][0]["sst/loss"]) == 6  # 12 steps an epoch
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_signal_ends_the_run_when_its_step_is_saved(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    """A second one while the state is being written harms nothing."""
+    for number, (signum, code) in enumerate({signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}.items()):
+        run = tmp_path / f"run{number}"
+
+        def sabotage(trainer: Trainer, signum: signal.Signals = signum) -> None:
+            at("train_step", lambda trainer: trainer.step == 12, lambda: kill_myself(signum))(trainer)
+            again = signal.SIGTERM if signum == signal.SIGINT else signum  # a second Ctrl-C ends at once
+            at("save_resume", lambda trainer: trainer.step == 13, lambda: kill_myself(again))(trainer)
+
+        assert run_child(tiny_flags, run, *RUNS["averaged"], sabotage=sabotage) == code
+        goes_on = f"the same command with --run_dir {run} --resume goes on after step 13"
+        assert said(run)[-1] == f"\nstopped by {signum.name}; {goes_on}"
+        assert f"{signum.name}: stopping after this step" in run.with_suffix(".log").read_text()
+        assert load(run / "resume.pt")["step"] == steps_made(run) == 13
+    assert run_child(tiny_flags, run, *RUNS["averaged"], "--resume") == 0
+    assert_same_run(whole("averaged"), run)
+
+
+@pytest.mark.parametrize("name", ["averaged", "frozen"])
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path], name: str
+) -> None:
+    """The weights are those that train, not the average that was being evaluated; nothing trains twice."""
+    run = tmp_path / "run"
+    term = at("evaluate", lambda trainer: trainer.epoch == 2, lambda: kill_myself(signal.SIGTERM))
+    for more in ([], ["--resume"]):  # the second time it is the state's own evaluation that is broken off
+        assert run_child(tiny_flags, run, *RUNS[name], *more, sabotage=term) == 143
+        assert len((run / "metrics.jsonl").read_bytes().splitlines()) == 1
+        assert load(run / "resume.pt")["evaluating"] and load(run / "resume.pt")["step"] == 2 * STEPS[name]
+    assert run_child(tiny_flags, run, *RUNS[name], "--resume") == 0
+    assert_same_run(whole(name), run)
+    assert steps_made(run) == STEPS[name] * load(run / "resume.pt")["epoch"]
+
+
+def test_a_signal_while_frozen_layers_are_computed(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    """Which takes minutes with the real data, in the middle of a step."""
+    run = tmp_path / "run"
+
+    def sabotage(trainer: Trainer) -> None:
+        original = frozen.FrozenData.fill
+
+        def filling(data: frozen.FrozenData, indices: np.ndarray) -> None:
+            if trainer.step == 11:
+                kill_myself(signal.SIGTERM)
+            original(data, indices)
+
+        frozen.FrozenData.fill = filling  # type: ignore[method-assign]
+
+    assert run_child(tiny_flags, run, *RUNS["frozen"], "--save_every", 1, sabotage=at_step(11)) == -signal.SIGKILL
+    assert run_child(tiny_flags, run, *RUNS["frozen"], "--resume", sabotage=sabotage) == 143
+    assert load(run / "resume.pt")["step"] == 11
+    assert run_child(tiny_flags, run, *RUNS["frozen"], "--resume") == 0
+    assert_same_run(whole("frozen"), run)
+
+
+def test_a_joint_step_is_finished_before_the_run_ends(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    """The signal comes at the first of its three batches."""
+    run = tmp_path / "run"
+    term = at("train_step", lambda trainer: trainer.step == 12, lambda: kill_myself(signal.SIGTERM))
+    assert run_child(tiny_flags, run, *RUNS["joint"], sabotage=term) == 143
+    assert load(run / "resume.pt")["step"] == 15
+    assert run_child(tiny_flags, run, *RUNS["joint"], "--resume") == 0
+    assert_same_run(whole("joint"), run)
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*tiny_flags, "--run_dir", str(run), "--no_tensorboard", "--overwrite"]
+
+    def twice() -> None:
+        kill_myself(signal.SIGINT)
+        kill_myself(signal.SIGINT)
+        time.sleep(60)
+
+    sabotage = at("train_step", lambda trainer: trainer.step == 12, twice)
+
+    def work() -> None:
+        fit = Trainer.fit
+        Trainer.fit = lambda trainer: (sabotage(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+        run_script(multitask_classifier.main, words)
+
+    assert Child(work, tmp_path / "log").wait() == 130
+    lines = (tmp_path / "log").read_text().splitlines()
+    goes_on = f"the same command with --run_dir {run} --resume in place of --overwrite goes on after step 9"
+    assert f"stopped at once; {goes_on}" in lines and "stopped" in lines and "Traceback" not in "".join(lines)
+
+
+def test_sigterm_to_the_script(tiny_flags: list[str], tmp_path: Path) -> None:
+    """As a scheduler does it, and not a test that chooses its moment: twice, and exit code 143 within 30 s."""
+    run = tmp_path / "run"
+    words = [sys.executable, ROOT / "multitask_classifier.py", *tiny_flags, "--epochs", "100000", "--run_dir", run]
+    with subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (run / "resume.pt").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.terminate()
+        time.sleep(0.02)
+        process.terminate()
+        started = time.monotonic()
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143 and time.monotonic() - started < 30
+    assert b"stopped by SIGTERM; the same command with" in out.splitlines()[-1]
+    assert newest_state(RunDirectory(run), print)["step"] > 0
+
+
+# ----------------------------------------------------------------------------------------------- faults around the run
+
+
+@pytest.mark.parametrize("how", ["flipped", "another file"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path], how: str
+) -> None:
+    run = tmp_path / "run"
+    flags = [*RUNS["averaged"], "--save_every", 2]
+    assert run_child(tiny_flags, run, *flags, sabotage=at_step(13)) == -signal.SIGKILL
+    assert [load(run / name)["step"] for name in ("resume.pt", "resume-previous.pt")] == [13, 11]
+    content = (run / "resume.pt").read_bytes()
+    spoiled = {
+        "flipped": flipped(content, in_a_tensor(run / "resume.pt"), 3),
+        "another file": (run / "best.pt").read_bytes(),
+    }
+    (run / "resume.pt").write_bytes(spoiled[how])
+    assert run_child(tiny_flags, run, *flags, "--resume", sabotage=at_step(12)) == -signal.SIGKILL
+    (line,) = [line for line in said(run) if "going on from the state before it, resume-previous.pt" in line]
+    assert line.startswith(f"{run}/resume.pt: ") and "going on after step 11" in said(run)
+    assert [load(path)["step"] for path in RunDirectory(run).states()] == [11]  # only what is whole counts
+    assert run_child(tiny_flags, run, *flags, "--resume") == 0
+    assert_same_run(whole("averaged"), run)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_an_epoch(tiny_flags: list[str], tmp_path: Path) -> None:
+    """One line and exit code 2; when there is space again, the run goes on."""
+    with small_disk(tmp_path / "disk", 32 << 20) as disk:
+        run = disk / "run"
+        words = [*tiny_flags, "--run_dir", str(run), "--save_every", "2"]
+
+        def work() -> None:
+            fit = Trainer.fit
+            filling = at("train_step", lambda trainer: trainer.step == 5, lambda: fill(disk))
+            Trainer.fit = lambda trainer: (filling(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+            run_script(multitask_classifier.main, words)
+
+        assert Child(work, tmp_path / "log").wait() == 2
+        (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+        assert str(run) in line and "no space left on the disk" in line
+        assert "Traceback" not in (tmp_path / "log").read_text()
+        assert [path.name for path in run.iterdir() if path.name.endswith("tmp")] == []
+        (disk / "filler").unlink()
+        multitask_classifier.main([*words, "--resume"])
+        assert (run / "scores.json").exists() and not RunDirectory(run).states()
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tiny_flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*tiny_flags, "--no_tensorboard", "--run_dir", str(run), "--epochs", "100000"]
+
+    def start(log: str, *more: str) -> Child:
+        return Child(lambda: run_script(multitask_classifier.main, [*words, *more]), tmp_path / log)
+
+    first = start("first")
+    wait_until((run / "resume.pt").exists, first)
+    for more in ([], ["--resume"], ["--overwrite"]):
+        name = f"second{''.join(more)}"
+        assert start(name, *more).wait() == 2
+        (line,) = [line for line in (tmp_path / name).read_text().splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: --run_dir {run}: a run is going on here (process {first.pid} on ")
+    assert first.running()
+    first.send(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    third, log = start("third", "--resume"), tmp_path / "third"
+    wait_until(lambda: log.exists() and "Epoch" in log.read_text(), third)
+    third.send(signal.SIGTERM)
+    assert third.wait() == 143
