@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import scipy.stats  # noqa: F401  imported here once, and not in every fork
+import matplotlib.figure  # noqa: F401  imported here once, and not in every fork
+import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 from torch import Tensor
 
 

@@ -208,6 +208,15 @@ def test_no_way_to_load_a_model_takes_a_flipped_bit(
             multitask_classifier.main([*tiny_flags, "--init_from", str(path), "--run_dir", str(tmp_path / "run")])
 
 
+def test_another_file_in_place_of_the_state(two_states: RunDirectory, trained: Path) -> None:
+    """A best.pt is a checkpoint too, but without optimizers."""
+    two_states.resume.write_bytes((trained / "best.pt").read_bytes())
+    lines: list[str] = []
+    assert number_of(newest_state(two_states, lines.append)) == 1
+    assert lines[0].startswith(f"{two_states.resume}: is no state that this version can go on from, it lacks ")
+    assert [number_of(load(path)) for path in two_states.states()] == [1]
+
+
 def test_two_damaged_states_are_both_named(two_states: RunDirectory) -> None:
     for path in two_states.states():
         path.write_bytes(path.read_bytes()[:-50])

@@ -892,7 +892,7 @@ def test_metrics_on_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
 def test_the_space_that_is_asked_for_is_enough(train: Run, tmp_path: Path) -> None:
     """A disk that passes the check at the start takes the run to its end, the temporary files of saving included."""
     out = ""
-    for size in range(2_000_000, 10_000_000, 400_000):
+    for size in range(4_000_000, 12_000_000, 400_000):
         with small_disk(tmp_path / f"disk{size}", size) as disk:
             try:
                 out = train("--run_dir", disk / "run", "--no_tensorboard", "--fine_tune_mode", "full-model")
