@@ -4,11 +4,13 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import Child, kill_myself
 from test_config import DUALITY, ENSEMBLES, ROOT, YIN_YANG, configure, unwrapped
 
 import multitask_classifier
@@ -151,18 +153,18 @@ def test_make_goes_on_where_it_stopped(
         "@recipes/b.args",
     ]
 
-    # a is interrupted after its first epoch, with its checkpoint written; b before the end of its first
+    # a is killed after its first epoch, with its checkpoint written; b before the end of its first
     save_resume = Trainer.save_resume
 
-    def interrupted(trainer: Trainer) -> None:
+    def killed(trainer: Trainer) -> None:
         save_resume(trainer)
-        raise KeyboardInterrupt
+        kill_myself()
 
     with monkeypatch.context() as patch:
         patch.chdir(workshop)
-        patch.setattr(Trainer, "save_resume", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            multitask_classifier.main(["@recipes/a.args", "--data_dir", str(small_data), *flags])
+        patch.setattr(Trainer, "save_resume", killed)
+        words = ["@recipes/a.args", "--data_dir", str(small_data), *flags]
+        assert Child(lambda: multitask_classifier.main(words), workshop / "killed").wait() == -signal.SIGKILL
     runs = workshop / "runs" / "r0"
     first_epoch = (runs / "a" / "metrics.jsonl").read_bytes()
     assert (runs / "a.pt").exists() and not (runs / "a" / "scores.json").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from processes import Child, kill_myself
 
 import config
 import multitask_classifier
@@ -255,12 +256,13 @@ def test_a_trial_cut_short_goes_on_and_keeps_its_checkpoints_if_asked(
 
     def die(trainer: Trainer) -> None:
         save(trainer)
-        raise KeyboardInterrupt
+        kill_myself()
 
     save = Trainer.save_resume
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save_resume", die)
-        multitask_classifier.main([*flags, "--seed=5", "--run_dir", str(folder)])
+        words = [*flags, "--seed=5", "--run_dir", str(folder)]
+        assert Child(lambda: multitask_classifier.main(words), tmp_path / "killed").wait() == -signal.SIGKILL
     run(tmp_path, [*flags, "--keep_checkpoints"], "seed=5")
     log = (folder / "log.txt").read_text()
     assert "Epoch 1/2" not in log and log.count("Epoch 2/2") == 1
