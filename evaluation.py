@@ -85,6 +85,22 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / norm) if norm > 0 else 0.0
 
 
+def confusion(task: Task, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How often each true label (rows) was decided as each label (columns): counts [K, K]."""
+    count = int(task.label_range[1]) + 1
+    return np.bincount(labels.astype(np.int64) * count + decided.astype(np.int64), minlength=count**2).reshape(
+        count, -1
+    )
+
+
+def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line through y over x, in float64; the mean where x is constant."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    spread = x - x.mean()
+    slope = float(spread @ (y - y.mean()) / (spread @ spread)) if spread.any() else 0.0
+    return slope, float(y.mean() - slope * x.mean())
+
+
 def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Scores:
     """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N], which must be there.
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import Config
-from evaluation import Scores, decide, primary
+from evaluation import Scores, confusion, decide, linear_fit, primary
 from multitask_bert import MultitaskBERT
 from tasks import Task
 from training.checkpoint import RunDirectory
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -162,26 +163,34 @@ def timing_line(epoch: Epoch) -> dict[str, Any]:
     }
 
 
-def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
-    """Confusion matrix of dev predictions, each row in percent of the true label."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import confusion_matrix
+def class_names(task: Task) -> tuple[str, ...]:
+    """What the labels of a task of classes or of two labels are called."""
+    return task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
 
-    names = task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
-    counts = confusion_matrix(labels, decide(task, values), labels=range(len(names)))
+
+def draw_confusion(axes: "Axes", counts: np.ndarray, names: Sequence[str], fontsize: float) -> None:
+    """Draw a confusion matrix [K, K]: each row in percent of its true label, above the number of examples."""
     share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    size = 2.2 + 0.55 * len(names)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(*counts.shape):
         colour = "white" if share[i, j] > 0.6 else "black"
-        axes.text(j, i, f"{share[i, j]:.0%}\n{counts[i, j]}", ha="center", va="center", color=colour, fontsize=9)
+        text = f"{share[i, j]:.0%}\n{counts[i, j]}"
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=fontsize)
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted", ylabel="true")
     axes.set_xticklabels(names, rotation=30, ha="right")
     axes.set_yticklabels(names)
+
+
+def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
+    """Confusion matrix of dev predictions, each row in percent of the true label."""
+    from matplotlib.figure import Figure
+
+    size = 2.2 + 0.55 * len(class_names(task))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    draw_confusion(axes, confusion(task, decide(task, values), labels), class_names(task), 9)
     axes.set_title(f"{task.title}, dev: share of each true label")
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(axes.images[0], ax=axes, shrink=0.8)
     return figure
 
 
@@ -193,8 +202,7 @@ def residual_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figu
     """
     from matplotlib.figure import Figure
 
-    design = np.stack([values, np.ones_like(values)], axis=1).astype(np.float64)
-    slope, intercept = np.linalg.lstsq(design, labels.astype(np.float64), rcond=None)[0]
+    slope, intercept = linear_fit(values, labels)
     residuals = slope * values + intercept - labels
     figure = Figure(figsize=(5.6, 4.2), layout="constrained", dpi=110)
     axes = figure.add_subplot()
