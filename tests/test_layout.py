@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Top to bottom; a module may import from lower rows only. The scripts share a row, so they never import each other.
 ROWS: list[tuple[str, ...]] = [
     ("multitask_classifier", "ensemble", "sweep", "report", "benchmark", "sample_topics"),
+    ("reporting",),
     ("training",),
     ("evaluation",),
     ("multitask_bert",),
@@ -80,13 +81,13 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def upward_imports(graph: dict[str, set[str]]) -> list[str]:
-    """Imports that do not go to a lower row, as text; inside the training package any order is right."""
+    """Imports that do not go to a lower row, as text; inside a package any order is right."""
     wrong = []
     for name, targets in sorted(graph.items()):
         row = name.partition(".")[0]
         for target in sorted(targets):
             other = target.partition(".")[0]
-            if LEVEL[other] <= LEVEL[row] and not row == other == "training":
+            if LEVEL[other] <= LEVEL[row] and row != other:
                 wrong.append(f"{name} imports {target}, which does not stand below it")
     return wrong
 

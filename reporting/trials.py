@@ -1,0 +1,370 @@
+"""What trials show beside each other: tables and figures of a study, or of all the run directories of a report."""
+
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import mean
+
+from config import Config, TaskOptions
+from reporting.figures import Lines, batches_figure, costs_figure, pairs_figure, ranks_figure, seeds_figure
+from reporting.measures import mean_and_spread
+from reporting.page import Piece, Section
+from reporting.sources import Study, Trial, flags_of
+from reporting.tables import Column, Table, Value
+from tasks import TASKS
+
+SCORES = tuple(f"{task.name}_{task.metric}" for task in TASKS.values())
+ROWS = 12  # configurations that a figure of seeds shows at most
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that trials are compared by: its name with its unit, its format, and how to read it off a trial."""
+
+    name: str
+    format: str
+    of: Callable[[Trial], float | None]
+
+
+SCORE = Metric("dev score", ".4f", lambda trial: trial.score)
+SECONDS = Metric("training time (s per epoch)", ",.1f", lambda trial: trial.seconds)
+MEMORY = Metric("peak memory (GB)", ".3f", lambda trial: None if trial.memory is None else trial.memory / 1e9)
+METRICS = (MEMORY, SECONDS, SCORE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What trials have in common, and what tells them apart
+
+
+def shared_command(commands: Sequence[str]) -> str:
+    """What all commands ask for: the flags of the first that every other has too, in its order."""
+    if not commands:
+        return ""
+
+    def parts(command: str) -> list[tuple[str, ...]]:
+        words = shlex.split(command)
+        starts = [0, *(i for i, word in enumerate(words) if word.startswith("--")), len(words)]
+        return [tuple(words[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+    first, *others = map(parts, dict.fromkeys(commands))
+    return shlex.join(word for part in first if all(part in other for other in others) for word in part)
+
+
+def small_print(trials: Sequence[Trial]) -> str:
+    """Where figures come from: commit, device, and what the commands have in common."""
+    commits = dict.fromkeys(trial.commit[:12] + trial.commit[40:] for trial in trials if trial.commit)
+    devices = dict.fromkeys(trial.device for trial in trials if trial.device)
+    about = [f"commit {', '.join(commits) or 'not recorded'}", *[", ".join(devices)] * bool(devices)]
+    return "; ".join([*about, shared_command([trial.command for trial in trials])])
+
+
+def settings(config: Config, without: Collection[str] = ()) -> dict[str, str]:
+    """Every option that can change a result, by its flag, apart from those in `without`."""
+    files = [spec.metadata["template"] for spec in fields(TaskOptions) if spec.name in ("dev", "test")]
+    apart = {"use_gpu", "threads", "eval_batch_size", "data_dir", "max_bad_rows", *without}
+    apart |= {template.format(task=name) for template in files for name in config.tasks}
+    return {name: str(value) for name, value in flags_of(config).items() if name not in apart}
+
+
+def differing(configs: Sequence[Config], without: Collection[str] = ()) -> list[str]:
+    """The flags by which configurations differ."""
+    all_settings = [settings(config, without) for config in configs]
+    names = dict.fromkeys(name for own in all_settings for name in own)
+    return [name for name in names if len({own.get(name) for own in all_settings}) > 1]
+
+
+def averaged(trials: Sequence[Trial], shown: Collection[str]) -> str:
+    """A sentence on what the trials behind a figure differ in, beside what it shows; empty where in nothing."""
+    names = differing([trial.config for trial in trials], shown)
+    return f" Trials also differ in {', '.join(names)}; where several share a point, it is their mean." if names else ""
+
+
+def grouped(trials: Sequence[Trial], without: Collection[str]) -> list[list[Trial]]:
+    """The trials that have the same settings, apart from those in `without`, together."""
+    groups: dict[tuple[tuple[str, str], ...], list[Trial]] = defaultdict(list)
+    for trial in trials:
+        groups[tuple(settings(trial.config, without).items())].append(trial)
+    return list(groups.values())
+
+
+def has_adapters(config: Config) -> bool:
+    """Whether a configuration has LoRA or DoRA."""
+    return config.lora.lora_mode != "none"
+
+
+def method_of(config: Config) -> tuple[str, bool]:
+    """The mode of its adapters and whether they are DoRA, or without any what of the backbones trains."""
+    return (config.lora.lora_mode, config.lora.dora) if has_adapters(config) else (config.train.fine_tune_mode, False)
+
+
+def title_of(config: Config) -> str:
+    """A configuration in a few words."""
+    mode, dora = method_of(config)
+    kind = f"{'DoRA' if dora else 'LoRA'} {mode} r{config.lora.lora_rank}" if has_adapters(config) else mode
+    return kind + " + AMP" * config.compute.amp
+
+
+def titles_of(configs: Sequence[Config]) -> list[str]:
+    """`title_of` for each, with the settings that tell those apart which would have the same."""
+    titles = [title_of(config) for config in configs]
+    out = []
+    for title, config in zip(titles, configs, strict=True):
+        twins = [other for name, other in zip(titles, configs, strict=True) if name == title]
+        more = [f"{name} {settings(config).get(name)}" for name in differing(twins, ("seed",))]
+        out.append(", ".join([title, *more]))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All trials
+
+
+def study_piece(study: Study) -> Piece:
+    """All trials of a study with their figures; what was not run and why stands in the text."""
+    done = [row for row in study.rows if row["status"] == "ok"]
+    names = list(study.rows[0])
+    flags = [name for name in names[names.index("status") + 1 :] if names.index(name) < names.index("score")]
+    full = reference(study.trials, "full-model")
+    numbers = {
+        "score": Column("score", ".4f"),
+        "relative": Column("relative to full-model", ".3f"),
+        **{name: Column(name.replace("_", " "), ".4f") for name in SCORES},
+        **{f"{name}_seconds_per_epoch": Column(f"{name} time (s per epoch)", ",.1f") for name in TASKS},
+        "peak_memory_bytes": Column("peak memory (MB)", ",.1f"),
+        "trainable_parameters": Column("trainable parameters", ",.0f"),
+        "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
+    }
+
+    def value(row: Mapping[str, str], name: str) -> Value:
+        if name == "relative":
+            return float(row["score"]) / full if full else None
+        text = row.get(name, "")
+        return float(text) / (1e6 if name.endswith("_bytes") else 1) if text else None
+
+    usable = {trial.name for trial in study.trials}
+    rows = [
+        [*(row.get(name) for name in flags), *(value(row, name) for name in numbers)]
+        for row in done
+        if row["trial"] in usable
+    ]
+    columns = [*(Column(name.replace("_", " ")) for name in flags), *numbers.values()]
+    causes = Counter((row["status"], row["cause"]) for row in study.rows if row["status"] != "ok")
+    not_run = "; ".join(f"{count} {status}: {cause}" for (status, cause), count in causes.items())
+    text = small_print(study.trials) + (f". Not there: {not_run}" if not_run else "")
+    return Piece(f"{study.name}-trials", "All trials", text, Table(columns, rows).filled())
+
+
+def reference(trials: Sequence[Trial], mode: str) -> float | None:
+    """The mean score of the trials without adapters in a fine-tune mode; None where there are none."""
+    own = [trial.score for trial in trials if method_of(trial.config) == (mode, False)]
+    return mean(own) if own else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Over rank and batch size
+
+
+def lines_over(trials: Sequence[Trial], position: Callable[[Config], int], metric: Metric) -> Lines:
+    """The mean of a metric by position, for each method."""
+    values: dict[tuple[str, bool], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for trial in trials:
+        value = metric.of(trial)
+        if value is not None:
+            values[method_of(trial.config)][position(trial.config)].append(value)
+    return {method: {at: mean(own) for at, own in sorted(points.items())} for method, points in values.items()}
+
+
+def has_lines(lines: Lines) -> bool:
+    """Whether there is more to draw than lone points."""
+    return any(len(points) > 1 for points in lines.values())
+
+
+def rank_of(config: Config) -> int:
+    """The rank of the adapters."""
+    return config.lora.lora_rank
+
+
+def with_adapters(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that have LoRA or DoRA."""
+    return [trial for trial in trials if has_adapters(trial.config)]
+
+
+def lines_table(position: str, panels: Mapping[Column, Lines]) -> Table:
+    """The points of lines: a row for each method and position, a column for each of the panels."""
+    keys = dict.fromkeys((method, at) for lines in panels.values() for method, points in lines.items() for at in points)
+    rows: list[list[Value]] = [
+        [mode, "DoRA" if dora else "", at, *(lines.get((mode, dora), {}).get(at) for lines in panels.values())]
+        for (mode, dora), at in keys
+    ]
+    return Table([Column("method"), Column(""), Column(position), *panels], rows).filled()
+
+
+SHOWN_RANKS = ("lora_mode", "lora_rank", "dora")
+
+
+def ranks_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
+    """Dev score over rank by mode, relative to full fine-tuning where that is there (R0, figure 2, left)."""
+    own = with_adapters(trials)
+    points = lines_over(own, rank_of, SCORE)
+    if not has_lines(points):
+        return "no dev score over rank, which needs adapters of one mode and two ranks"
+    full, frozen = reference(trials, "full-model"), reference(trials, "last-layer")
+    lines = {method: {at: height / (full or 1) for at, height in heights.items()} for method, heights in points.items()}
+    scores = {"full fine-tuning": full, "frozen backbone": frozen}
+    references = {key: score / (full or 1) for key, score in scores.items() if score is not None}
+    axis = "dev score relative to full fine-tuning" if full else "dev score"
+    text = "LoRA solid, DoRA dashed." + averaged(own, SHOWN_RANKS)
+    if not full:
+        text += " Without a trial of --lora_mode none --fine_tune_mode full-model, scores are relative to nothing."
+    table = lines_table("rank", {Column(axis, ".4f"): lines})
+    figure = ranks_figure(lines, references, axis, small_print(trials))
+    return Piece(f"{name}-ranks", "Dev score over rank", text, table, figure)
+
+
+def costs_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
+    """Memory, time and score over rank, each mode relative to its own LoRA of the lowest rank (R0, figure 20)."""
+    own = with_adapters(trials)
+    plain = [rank_of(trial.config) for trial in own if not trial.config.lora.dora]
+    if not plain:
+        return "no memory and time over rank, which need LoRA"
+    lowest = min(plain)
+    panels = {}
+    for metric in METRICS:
+        lines = lines_over(own, rank_of, metric)
+        units = {mode: points[lowest] for (mode, dora), points in lines.items() if not dora and lowest in points}
+        relative = {
+            (mode, dora): {at: height / units[mode] for at, height in points.items()}
+            for (mode, dora), points in lines.items()
+            if units.get(mode)
+        }
+        if relative:
+            panels[metric] = relative
+    if not any(has_lines(panels.get(metric, {})) for metric in (MEMORY, SECONDS)):
+        return "no memory and time over rank, which need figures of one mode at two ranks"
+    text = f"Each mode relative to its own LoRA of rank {lowest}." + averaged(own, SHOWN_RANKS)
+    table = lines_table("rank", {Column(f"{metric.name}, relative", ".4f"): own for metric, own in panels.items()})
+    names = {SCORE: "score", SECONDS: "time", MEMORY: "memory"}
+    figure = costs_figure({f"{names[metric]} (relative)": own for metric, own in panels.items()}, small_print(trials))
+    return Piece(f"{name}-costs", "Memory, time and score over rank", text, table, figure)
+
+
+def batches_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
+    """Peak memory over the batch size by method (R0, figure 2, right)."""
+    own = [trial for trial in trials if trial.memory is not None]
+    lines = lines_over(own, lambda config: config.train.batch_size, MEMORY)
+    if not has_lines(lines):
+        return "no memory over batch size, which needs one method with two batch sizes"
+    text = "LoRA solid, DoRA dashed." + averaged(own, (*SHOWN_RANKS, "batch_size", "fine_tune_mode"))
+    table = lines_table("batch size", {Column(MEMORY.name, MEMORY.format): lines})
+    figure = batches_figure(lines, MEMORY.name, small_print(own))
+    return Piece(f"{name}-batches", "Memory over batch size", text, table, figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# With and without mixed precision; over seeds
+
+
+def amp_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
+    """Memory, time and score with and without mixed precision, by method (R0, figures 21 and 22)."""
+    groups = [group for group in grouped(trials, ("amp",)) if len({t.config.compute.amp for t in group}) == 2]
+    if not groups:
+        return "no comparison of mixed precision, which needs two trials that differ in --amp alone"
+    pairs = [sorted(group, key=lambda trial: trial.config.compute.amp) for group in groups]
+    methods = [title_of(off.config) for off, *_ in pairs]
+    panels: dict[Metric, dict[str, tuple[float, float]]] = {}
+    for metric in METRICS:
+        by_method: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for method, pair in zip(methods, pairs, strict=True):
+            off, on = metric.of(pair[0]), metric.of(pair[-1])
+            if off is not None and on is not None:
+                by_method[method].append((off, on))
+        if set(by_method) == set(methods):
+            panels[metric] = {
+                method: (mean(off for off, _ in own), mean(on for _, on in own)) for method, own in by_method.items()
+            }
+    order = list(dict.fromkeys(methods))
+    columns = [Column("method")]
+    for metric in panels:
+        columns += [Column(f"{metric.name}, fp32", metric.format), Column(f"{metric.name}, AMP", metric.format)]
+        columns.append(Column(f"change of {metric.name.split(' (')[0]}", "+.1%"))
+    rows: list[list[Value]] = [
+        [method, *(cell for own in panels.values() for cell in (*own[method], change(*own[method])))]
+        for method in order
+    ]
+    used = [trial for group in groups for trial in group]
+    figure = pairs_figure(
+        order, {metric.name: [own[method] for method in order] for metric, own in panels.items()}, small_print(used)
+    )
+    text = f"Means over {len(pairs)} pairs of trials, each of which differs in --amp alone."
+    return Piece(f"{name}-amp", "With and without mixed precision", text, Table(columns, rows), figure)
+
+
+def place(config: Config) -> tuple[bool, bool, bool]:
+    """The order of configurations: without adapters, LoRA, DoRA; of each first those without mixed precision."""
+    return has_adapters(config), config.lora.dora, config.compute.amp
+
+
+def seeds_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
+    """Configurations over their seeds: means, deviations, and changes against the baseline (R0, 5.4.3, figure 3)."""
+    groups = [group for group in grouped(trials, ("seed",)) if len({t.config.train.seed for t in group}) > 1]
+    if not groups:
+        return "no comparison over seeds, which needs trials that differ in --seed alone"
+    groups.sort(key=lambda group: place(group[0].config))
+    titles = titles_of([group[0].config for group in groups])
+    plain = [g for g in groups if not has_adapters(g[0].config) and not g[0].config.compute.amp]
+    used = [trial for group in groups for trial in group]
+    tasks = [task for task in TASKS.values() if any(task.name in trial.by_task for trial in used)]
+    metrics = [*METRICS[::-1], *(Metric(f"{task.name} {task.metric}", ".4f", of_task(task.name)) for task in tasks)]
+    columns = [Column("configuration"), Column("seeds")]
+    for metric in metrics:
+        columns += [Column(metric.name, metric.format), Column(f"deviation of {metric.name}", metric.format)]
+        columns += [Column(f"{metric.name} against baseline", "+.1%")] * (len(plain) == 1 and metric in METRICS)
+    rows: list[list[Value]] = []
+    for title, group in zip(titles, groups, strict=True):
+        row: list[Value] = [title, len(group)]
+        for metric in metrics:
+            average, spread = spread_of(group, metric)
+            row += [average, spread]
+            if len(plain) == 1 and metric in METRICS:
+                base, _ = spread_of(plain[0], metric)
+                row.append(None if group is plain[0] else change(base, average))
+        rows.append(row)
+    shown = groups if len(groups) <= ROWS else sorted(groups, key=lambda g: -mean(t.score for t in g))[:ROWS]
+    panels = {
+        metric.name: [[value for trial in group if (value := metric.of(trial)) is not None] for group in shown]
+        for metric in METRICS[::-1]
+    }
+    figure = seeds_figure(
+        [titles[groups.index(group)] for group in shown],
+        {key: own for key, own in panels.items() if any(own)},
+        small_print(used),
+    )
+    text = "Deviations are sample standard deviations over the seeds."
+    if len(plain) == 1:
+        text += f" The baseline is {titles[groups.index(plain[0])]}."
+    if len(shown) < len(groups):
+        text += f" The figure has the {ROWS} best of {len(groups)} configurations."
+    return Piece(f"{name}-seeds", "Configurations over seeds", text, Table(columns, rows).filled(), figure)
+
+
+def change(before: float | None, after: float | None) -> float | None:
+    """The relative change of a figure; None where one of the two is not known."""
+    return after / before - 1 if before and after is not None else None
+
+
+def of_task(name: str) -> Callable[[Trial], float | None]:
+    """How to read a task's own metric off a trial."""
+    return lambda trial: trial.by_task.get(name)
+
+
+def spread_of(group: Sequence[Trial], metric: Metric) -> tuple[float | None, float | None]:
+    """Mean and deviation of a metric over trials; None where none has it."""
+    values = [value for trial in group if (value := metric.of(trial)) is not None]
+    return mean_and_spread(values) if values else (None, None)
+
+
+def compare_trials(section: Section, name: str, trials: Sequence[Trial]) -> None:
+    """Add all that trials show beside each other to a section."""
+    for piece in (ranks_piece, costs_piece, batches_piece, amp_piece, seeds_piece):
+        section.add(piece(name, trials))
