@@ -1,7 +1,7 @@
 """Two checkpoints on the same dev sets: where they disagree, by how much, and whether one of them is better."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """What two models say of one task's dev set: decided labels [N], or similarities [N] on the labels' scale.
+    """What two models say of one task's dev set: decided labels [N], or similarities [N] as they were predicted.
 
     `far` [N] orders the examples by how much the models disagree on them.
     """
@@ -56,6 +56,12 @@ class Pair:
         """The true labels [N]."""
         assert self.examples.labels is not None
         return self.examples.labels
+
+    def on_one_scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decided labels, or similarities [N] mapped to the labels' scale, since each model may have its own."""
+        if self.task.kind != "similarity":
+            return self.a, self.b
+        return fitted(self.a, self.labels), fitted(self.b, self.labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,12 +95,11 @@ def predicted(
 
 
 def pair_of(examples: Examples, a: np.ndarray, b: np.ndarray) -> Pair:
-    """Two models' values for the same examples, made comparable."""
+    """Two models' probabilities or similarities for the same examples."""
     task = examples.task
     if task.kind == "similarity":
-        assert examples.labels is not None
-        a, b = fitted(a, examples.labels), fitted(b, examples.labels)
-        return Pair(examples, a, b, np.abs(a - b))
+        pair = Pair(examples, a, b, np.zeros(len(a)))
+        return replace(pair, far=np.abs(np.subtract(*pair.on_one_scale())))
     own_a, own_b = decide(task, a), decide(task, b)
     apart = np.abs(a - b)
     apart = apart.sum(axis=1) / 2 if task.kind == "classes" else apart  # total variation distance
@@ -162,8 +167,8 @@ def gaps_piece(pairs: list[Pair]) -> Piece:
     columns += [Column("more than 1 apart", ".1%"), Column("r of A and B", ".4f")]
     rows: list[list[Value]] = []
     for pair in pairs:
-        gap = np.abs(pair.a - pair.b)
-        rows.append([pair.task.title, float(gap.mean()), share(gap > 0.5), share(gap > 1), correlation(pair.a, pair.b)])
+        agreement = correlation(pair.a, pair.b)
+        rows.append([pair.task.title, float(pair.far.mean()), share(pair.far > 0.5), share(pair.far > 1), agreement])
     text = "Each model's similarities are first mapped to the labels' scale by least squares."
     return Piece("comparison-similarities", "How far similarities differ", text, Table(columns, rows))
 
@@ -178,7 +183,10 @@ def worst_piece(pair: Pair) -> Piece | str:
     columns = [Column(name) for name in pair.task.text_columns]
     columns += [Column("true", "g"), Column("A", number), Column("B", number)]
     rows: list[list[Value]] = [
-        [*(column[i] for column in pair.examples.texts), *(own[i].item() for own in (pair.labels, pair.a, pair.b))]
+        [
+            *(column[i] for column in pair.examples.texts),
+            *(own[i].item() for own in (pair.labels, *pair.on_one_scale())),
+        ]
         for i in order
     ]
     title = f"{pair.task.title}: the examples on which they differ most"
@@ -189,8 +197,8 @@ def figure_piece(pair: Pair, note: str) -> Piece:
     """What B says over what A says."""
     task = pair.task
     if task.kind == "similarity":
-        line = linear_fit(pair.a, pair.b)
-        figure = scatter_figure(pair.a, pair.b, line, ("similarity by A (fitted)", "similarity by B (fitted)"), note)
+        a, b = pair.on_one_scale()
+        figure = scatter_figure(a, b, linear_fit(a, b), ("similarity by A (fitted)", "similarity by B (fitted)"), note)
         return Piece(f"comparison-{task.name}", f"{task.title}: A and B", figure=figure)
     counts = confusion(task, pair.b, pair.a)
     figure = confusion_figure(counts, class_names(task), note, x="decided by B", y="decided by A")

@@ -14,9 +14,9 @@ SEED = 0  # of the resampling, so that a report made twice is the same
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of values [N] and labels [N]
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; a single value has none."""
-    return mean(values), stdev(values) if len(values) > 1 else None
+def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None of too few values."""
+    return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -272,17 +272,7 @@ def amp_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
         return "no comparison of mixed precision, which needs two trials that differ in --amp alone"
     pairs = [sorted(group, key=lambda trial: trial.config.compute.amp) for group in groups]
     methods = [title_of(off.config) for off, *_ in pairs]
-    panels: dict[Metric, dict[str, tuple[float, float]]] = {}
-    for metric in METRICS:
-        by_method: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for method, pair in zip(methods, pairs, strict=True):
-            off, on = metric.of(pair[0]), metric.of(pair[-1])
-            if off is not None and on is not None:
-                by_method[method].append((off, on))
-        if set(by_method) == set(methods):
-            panels[metric] = {
-                method: (mean(off for off, _ in own), mean(on for _, on in own)) for method, own in by_method.items()
-            }
+    panels = {metric: own for metric in METRICS if (own := off_and_on(pairs, metric)).keys() == set(methods)}
     order = list(dict.fromkeys(methods))
     columns = [Column("method")]
     for metric in panels:
@@ -300,6 +290,16 @@ def amp_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     return Piece(f"{name}-amp", "With and without mixed precision", text, Table(columns, rows), figure)
 
 
+def off_and_on(pairs: Sequence[Sequence[Trial]], metric: Metric) -> dict[str, tuple[float, float]]:
+    """By method, the means of a metric without and with mixed precision, over the pairs in which both are known."""
+    by_method: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for pair in pairs:
+        off, on = metric.of(pair[0]), metric.of(pair[-1])
+        if off is not None and on is not None:
+            by_method[title_of(pair[0].config)].append((off, on))
+    return {method: (mean(off for off, _ in own), mean(on for _, on in own)) for method, own in by_method.items()}
+
+
 def place(config: Config) -> tuple[bool, bool, bool]:
     """The order of configurations: without adapters, LoRA, DoRA; of each first those without mixed precision."""
     return has_adapters(config), config.lora.dora, config.compute.amp
@@ -311,41 +311,39 @@ def seeds_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     if not groups:
         return "no comparison over seeds, which needs trials that differ in --seed alone"
     groups.sort(key=lambda group: place(group[0].config))
-    titles = titles_of([group[0].config for group in groups])
-    plain = [g for g in groups if not has_adapters(g[0].config) and not g[0].config.compute.amp]
-    used = [trial for group in groups for trial in group]
-    tasks = [task for task in TASKS.values() if any(task.name in trial.by_task for trial in used)]
-    metrics = [*METRICS[::-1], *(Metric(f"{task.name} {task.metric}", ".4f", of_task(task.name)) for task in tasks)]
-    columns = [Column("configuration"), Column("seeds")]
-    for metric in metrics:
-        columns += [Column(metric.name, metric.format), Column(f"deviation of {metric.name}", metric.format)]
-        columns += [Column(f"{metric.name} against baseline", "+.1%")] * (len(plain) == 1 and metric in METRICS)
-    rows: list[list[Value]] = []
-    for title, group in zip(titles, groups, strict=True):
-        row: list[Value] = [title, len(group)]
-        for metric in metrics:
-            average, spread = spread_of(group, metric)
-            row += [average, spread]
-            if len(plain) == 1 and metric in METRICS:
-                base, _ = spread_of(plain[0], metric)
-                row.append(None if group is plain[0] else change(base, average))
-        rows.append(row)
-    shown = groups if len(groups) <= ROWS else sorted(groups, key=lambda g: -mean(t.score for t in g))[:ROWS]
-    panels = {
-        metric.name: [[value for trial in group if (value := metric.of(trial)) is not None] for group in shown]
-        for metric in METRICS[::-1]
-    }
-    figure = seeds_figure(
-        [titles[groups.index(group)] for group in shown],
-        {key: own for key, own in panels.items() if any(own)},
-        small_print(used),
-    )
+    by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
+    plain = [title for title, own in by_title.items() if place(own[0].config) == (False, False, False)]
+    baseline = plain[0] if len(plain) == 1 else None
+    best = sorted(by_title, key=lambda title: -mean(trial.score for trial in by_title[title]))[:ROWS]
+    shown = {title: own for title, own in by_title.items() if title in best}
+    panels = {metric.name: [values_of(own, metric) for own in shown.values()] for metric in METRICS[::-1]}
+    note = small_print([trial for own in by_title.values() for trial in own])
+    figure = seeds_figure(list(shown), {key: own for key, own in panels.items() if any(own)}, note)
     text = "Deviations are sample standard deviations over the seeds."
-    if len(plain) == 1:
-        text += f" The baseline is {titles[groups.index(plain[0])]}."
-    if len(shown) < len(groups):
-        text += f" The figure has the {ROWS} best of {len(groups)} configurations."
-    return Piece(f"{name}-seeds", "Configurations over seeds", text, Table(columns, rows).filled(), figure)
+    text += f" The baseline is {baseline}." if baseline else ""
+    if len(shown) < len(by_title):
+        text += f" The figure has the {ROWS} best of {len(by_title)} configurations."
+    return Piece(f"{name}-seeds", "Configurations over seeds", text, seeds_table(by_title, baseline), figure)
+
+
+def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
+    """Mean and deviation of each metric by configuration, and the change against the baseline, if there is one."""
+    of_tasks = [Metric(f"{task.name} {task.metric}", ".4f", of_task(task.name)) for task in TASKS.values()]
+    columns = [Column("configuration"), Column("seeds")]
+    rows: list[list[Value]] = [[title, len(group)] for title, group in groups.items()]
+    for metric in (*METRICS[::-1], *of_tasks):
+        found = {title: mean_and_spread(values_of(group, metric)) for title, group in groups.items()}
+        columns += [Column(metric.name, metric.format), Column(f"deviation of {metric.name}", metric.format)]
+        columns.append(Column(f"{metric.name} against baseline", "+.1%"))
+        for row, (title, (average, spread)) in zip(rows, found.items(), strict=True):
+            compared = metric in METRICS and baseline is not None and title != baseline
+            row += [average, spread, change(found[baseline][0], average) if compared and baseline else None]
+    return Table(columns, rows).filled()
+
+
+def values_of(trials: Sequence[Trial], metric: Metric) -> list[float]:
+    """A metric of those trials that have it."""
+    return [value for trial in trials if (value := metric.of(trial)) is not None]
 
 
 def change(before: float | None, after: float | None) -> float | None:
@@ -356,12 +354,6 @@ def change(before: float | None, after: float | None) -> float | None:
 def of_task(name: str) -> Callable[[Trial], float | None]:
     """How to read a task's own metric off a trial."""
     return lambda trial: trial.by_task.get(name)
-
-
-def spread_of(group: Sequence[Trial], metric: Metric) -> tuple[float | None, float | None]:
-    """Mean and deviation of a metric over trials; None where none has it."""
-    values = [value for trial in group if (value := metric.of(trial)) is not None]
-    return mean_and_spread(values) if values else (None, None)
 
 
 def compare_trials(section: Section, name: str, trials: Sequence[Trial]) -> None:

@@ -113,6 +113,8 @@ def test_scores_and_their_tests() -> None:
     similar = rng(0).random(60).astype(np.float32)
     own = named(scores_piece([pair_of(examples(STS, similar), similar + rng(1).random(60), similar * 2)]))
     assert own["test"] == "paired bootstrap" and own["p"] < 0.01 and own["B"] == pytest.approx(1)
+    against = named(scores_piece([pair_of(examples(STS, similar), -similar, similar)]))
+    assert (against["A"], against["B - A"]) == pytest.approx((-1, 2))  # what a best line would hide
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

@@ -123,7 +123,7 @@ def test_rates_by_hand() -> None:
 def test_mean_and_spread() -> None:
     values = [0.2, 0.5, 0.9]
     assert mean_and_spread(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert mean_and_spread([0.3]) == (0.3, None)
+    assert mean_and_spread([0.3]) == (0.3, None) and mean_and_spread([]) == (None, None)
 
 
 def test_mcnemar_equals_the_binomial_test_of_discordant_pairs() -> None:
