@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind people tell apart; markers, dash
 Every figure has a small print at its foot: where its data come from.
 """
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ def frame(note: str, height: float, panels: int = 1) -> "tuple[Figure, list[Axes
     """An empty figure of `height` inches with `panels` one below the other, and `note` as the small print below."""
     from matplotlib.figure import Figure
 
-    small = textwrap.wrap(note, 88, break_on_hyphens=False)
+    together = re.sub(r"(--\w+) (?!-)", "\\1\N{NO-BREAK SPACE}", note)  # a flag stands in one line with its value
+    small = textwrap.wrap(together, 88, break_on_hyphens=False)
     margin = 0.095 * len(small)  # inches
     whole = height + margin
     figure = Figure(figsize=(COLUMN_WIDTH, whole), dpi=DPI)

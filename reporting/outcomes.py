@@ -62,7 +62,7 @@ class DevSets:
             rows = BadRows(data.max_bad_rows, lambda line: self.problems.append(f"skipped row {line}"))
             return load_split(data, options, task, "dev", rows)
         except UserError as error:
-            self.problems.append(f"labels: {error}")
+            self.problems.append(f"no figures of predictions of {task.title}, for want of labels: {error}")
             return None
 
 
@@ -81,8 +81,11 @@ def read_predictions(path: Path, task: Task) -> dict[str, float]:
     return found
 
 
-def outcome_of(run: Run, task: Task, dev_sets: DevSets) -> Outcome | str:
-    """A run's predictions of a task's dev set beside the labels, or why they cannot be had."""
+def outcome_of(run: Run, task: Task, dev_sets: DevSets) -> Outcome | str | None:
+    """A run's predictions of a task's dev set beside the labels, or why they cannot be had.
+
+    None where the labels cannot be read, which `dev_sets` has said already.
+    """
     path = run.path / "predictions" / f"{task.name}-dev-output.csv"
     if not path.exists():
         return f"{run.name}: no predictions of {task.title}, since {path.name} is missing"
@@ -92,7 +95,7 @@ def outcome_of(run: Run, task: Task, dev_sets: DevSets) -> Outcome | str:
         return str(error)
     dev = dev_sets.of(run.config, task)
     if dev is None or dev.labels is None:
-        return f"{run.name}: no figures of {task.title}, whose labels cannot be read; --data_dir names their folder"
+        return None
     if set(predicted) != set(dev.ids):
         return f"{run.name}: {dev.path} is not the dev file of {task.title} that it predicted; name it with --data_dir"
     values = np.array([predicted[example] for example in dev.ids])
@@ -137,7 +140,7 @@ def runs_piece(runs: Sequence[Run]) -> Piece:
             + ([None] * 2 if trial is None else [trial.seconds, trial.memory and trial.memory / 1e9])
             + [run.metrics[-1].get("trainable_parameters") if run.metrics else None]
         )
-    return Piece("runs", "Runs", note_of(runs), Table(columns, rows).filled())
+    return Piece("runs", "All runs", note_of(runs), Table(columns, rows).filled())
 
 
 def note_of(runs: Sequence[Run]) -> str:
@@ -307,10 +310,9 @@ def run_sections(runs: Sequence[Run], dev_sets: DevSets) -> tuple[Section, list[
             outcome = outcome_of(run, task, dev_sets)
             if isinstance(outcome, str):
                 section.left_out.append(outcome)
-                continue
-            outcomes[name][run.name] = outcome
-            for piece in PIECES[task.kind]:
-                section.add(piece(run, outcome))
+            elif outcome is not None:
+                outcomes[name][run.name] = outcome
+                section.pieces += [piece(run, outcome) for piece in PIECES[task.kind]]
         sections.append(section)
     for own in (own for own in outcomes.values() if own):
         kind = next(iter(own.values())).task.kind

@@ -16,6 +16,7 @@ from reporting.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONG = 20  # rows above which a table is folded
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
   padding: 0 1rem 4rem; overflow-wrap: break-word; }
@@ -185,6 +186,6 @@ def piece_html(piece: Piece, image: bytes | None) -> str:
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     if piece.table is not None:
         table = piece.table.html()
-        shown = f"<details><summary>In numbers</summary>\n{table}\n</details>" if image is not None else table
-        parts.append(shown)
+        folded = image is not None or len(piece.table.rows) > LONG
+        parts.append(f"<details><summary>In numbers</summary>\n{table}\n</details>" if folded else table)
     return "\n".join(parts)
