@@ -227,25 +227,29 @@ def curves_figure(
     best: int | None,
     note: str,
 ) -> "Figure":
-    """A run's training (dashed) and dev (solid) metric of each task over epochs, and below it the training losses."""
-    figure, (above, below) = frame(note, 3.7, 2)
-    style = {name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(losses)}
-    for lines, dashed in ((dev, False), (train, True)):
+    """A run's training losses of each task over epochs, and above them its training (dashed) and dev (solid) metrics.
+
+    Further pre-training has losses alone.
+    """
+    scored = bool(train or dev)
+    figure, panels = frame(note, 3.7 if scored else 2.4, 1 + scored)
+    names = dict.fromkeys([*losses, *dev])  # a task may be scored without being trained
+    style = {name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(names)}
+    keys = [key(marker=marker, label=name, **line_style(False, colour)) for name, (colour, marker) in style.items()]
+    parts = [(panels[0], dev, False), (panels[0], train, True), (panels[-1], losses, True)]
+    for axes, lines, dashed in parts:
         for name, points in lines.items():
             colour, marker = style[name]
-            above.plot(list(points), list(points.values()), marker=marker, **line_style(dashed, colour))
-    for name, points in losses.items():
-        colour, marker = style[name]
-        below.plot(list(points), list(points.values()), marker=marker, **line_style(True, colour))
-    for axes in (above, below):
-        set_epochs(axes, "epoch" if axes is below else "")
+            axes.plot(list(points), list(points.values()), marker=marker, **line_style(dashed, colour))
+    for axes in panels:
+        set_epochs(axes, "epoch" if axes is panels[-1] else "")
         if best is not None:
             axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":")
-    above.set_ylabel(axis, fontsize=LABEL)
-    below.set_ylabel("training loss", fontsize=LABEL)
-    below.set_ylim(bottom=0)
-    keys = [key(marker=marker, label=name, **line_style(False, colour)) for name, (colour, marker) in style.items()]
-    keys += [key(label="dev", **line_style(False, "0.3")), key(label="training", **line_style(True, "0.3"))]
+    panels[0].set_ylabel(axis, fontsize=LABEL)
+    panels[-1].set_ylabel("training loss", fontsize=LABEL)
+    panels[-1].set_ylim(bottom=0)
+    if scored:
+        keys += [key(label="dev", **line_style(False, "0.3")), key(label="training", **line_style(True, "0.3"))]
     if best is not None:
         keys.append(key(color="0.6", linewidth=0.8, linestyle=":", label="epoch kept"))
     legend(figure, keys, 3)

@@ -225,13 +225,14 @@ def curves_piece(run: Run) -> Piece | str:
             (train, "train", task.metric),
             (dev, "dev", task.metric),
         ):
-            points = {line["epoch"]: line[part][name][metric] for line in run.metrics if name in line[part]}
+            found = [(line["epoch"], line[part].get(name, {})) for line in run.metrics]
+            points = {epoch: figures[metric] for epoch, figures in found if metric in figures}
             if points:
                 curves[task.title] = points
-    kinds = {task.metric: None for task in TASKS.values() if task.title in losses}
+    kinds = {task.metric: None for task in TASKS.values() if task.title in {**train, **dev}}
     axis = " or ".join({"accuracy": "accuracy", "pearson": "Pearson r"}[metric] for metric in kinds)
     rows: list[list[Value]] = [
-        [name, epoch, losses[name][epoch], train[name].get(epoch), dev.get(name, {}).get(epoch)]
+        [name, epoch, losses[name][epoch], train.get(name, {}).get(epoch), dev.get(name, {}).get(epoch)]
         for name in losses
         for epoch in losses[name]
     ]
@@ -244,7 +245,7 @@ def curves_piece(run: Run) -> Piece | str:
     ]
     figure = curves_figure(train, dev, losses, axis, run.best_epoch, note_of([run]))
     text = "Training figures are those of the passes that trained, with dropout."
-    return Piece(f"{run.name}-curves", "Learning curves", text, Table(columns, rows), figure)
+    return Piece(f"{run.name}-curves", "Learning curves", text, Table(columns, rows).filled(), figure)
 
 
 def confusion_piece(run: Run, outcome: Outcome) -> Piece:

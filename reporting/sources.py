@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from config import GROUPS, Config, LoraOptions, ModelOptions, TaskOptions, UserError, assemble, build_parser
@@ -20,6 +19,7 @@ from files import first_line
 from lora import LoRAConfig
 from tasks import TASKS
 from training.checkpoint import load
+from training.efficiency import per_task
 
 SCRIPT = "multitask_classifier.py"
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # any of them makes a folder a run directory
@@ -278,6 +278,9 @@ def read_scores(path: Path, problems: list[str]) -> tuple[dict[str, Any] | None,
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         dev = content["dev"]
+        if not dev:
+            problems.append(f"{path.parent}: was pre-trained alone and has no scores; it counts in no comparison")
+            return None, None
         for name, task in TASKS.items():
             if name in dev:
                 finite(dev[name][task.metric])
@@ -293,13 +296,13 @@ def trial_of_run(run: Run) -> Trial | None:
     """A run directory as a trial; None for one that is not finished or did not train."""
     if run.config is None or run.scores is None:
         return None
-    by_task = [[line["train_seconds"][name] for line in run.timing if name in line["train_seconds"]] for name in TASKS]
+    seconds = per_task(run.timing, "train_seconds")
     return Trial(
         name=run.name,
         config=with_adapters_named(run.config),
         score=run.scores["score"],
         by_task={name: float(run.scores[name][task.metric]) for name, task in TASKS.items() if name in run.scores},
-        seconds=sum(mean(own) for own in by_task if own) if any(by_task) else None,
+        seconds=sum(seconds.values()) if seconds else None,
         memory=max((float(line["peak_memory_bytes"]) for line in run.timing), default=None),
         command=run.command,
         commit=run.commit,

@@ -131,7 +131,9 @@ def study_piece(study: Study) -> Piece:
         "relative": Column("relative to full-model", ".3f"),
         **{name: Column(name.replace("_", " "), ".4f") for name in SCORES},
         **{f"{name}_seconds_per_epoch": Column(f"{name} time (s per epoch)", ",.1f") for name in TASKS},
+        **{f"{name}_peak_memory_bytes": Column(f"{name} peak memory (MB)", ",.1f") for name in TASKS},
         "peak_memory_bytes": Column("peak memory (MB)", ",.1f"),
+        "tokens_per_second": Column("tokens per second", ",.0f"),
         "trainable_parameters": Column("trainable parameters", ",.0f"),
         "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
     }

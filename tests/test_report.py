@@ -36,7 +36,7 @@ from reporting.trials import (
     titles_of,
     with_adapters,
 )
-from sweep import COLUMNS
+from training.efficiency import COLUMNS
 
 FLAGS = ["lora_mode", "lora_rank", "dora", "fine_tune_mode", "batch_size", "amp", "seed"]
 BASE = "--train_sst --train_sts --lr 1e-4 --fine_tune_mode full-model"

@@ -54,10 +54,11 @@ from reporting.outcomes import (
 from reporting.page import Piece, Report, Section, write
 from reporting.sources import Run, collect, read_run, short_names, trial_of_run
 from reporting.tables import Column, Table
-from sweep import figures as sweep_figures
 from tasks import PARA, SST, STS, TASKS
+from training.efficiency import figures as row_of
 
 rng = np.random.default_rng
+TRAINED = {name: task for name, task in TASKS.items() if task.by_default}
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -244,20 +245,22 @@ def test_damaged_predictions_are_refused(tmp_path: Path, content: str) -> None:
         read_predictions(tmp_path / "x.csv", SST)
 
 
-def test_a_run_is_a_trial_with_the_figures_that_a_sweep_would_give_it(runs: Path) -> None:
+def test_a_run_is_a_trial_with_the_figures_that_its_row_would_have(runs: Path) -> None:
     for name in ("yin", "sst"):
-        trial, row = trial_of_run(run_of(runs / name)), sweep_figures(runs / name)
+        trial, row = trial_of_run(run_of(runs / name)), row_of(runs / name)
         assert trial is not None
         assert (trial.score, trial.memory, trial.device) == (row["score"], row["peak_memory_bytes"], row["device"])
-        assert trial.seconds == pytest.approx(sum(row.get(f"{task}_seconds_per_epoch", 0) for task in TASKS), abs=2e-3)
-        assert trial.by_task == {task.name: row[f"{task.name}_{task.metric}"] for task in TASKS.values()
+        assert trial.seconds == pytest.approx(
+            sum(row.get(f"{task}_seconds_per_epoch", 0) for task in TRAINED), abs=2e-3
+        )
+        assert trial.by_task == {task.name: row[f"{task.name}_{task.metric}"] for task in TRAINED.values()
                                  if f"{task.name}_{task.metric}" in row}  # fmt: skip
         assert len(trial.commit.rstrip("+")) == 40 and "--epochs" in trial.command
 
 
 def test_figures_of_predictions_are_those_of_the_dev_file(runs: Path, small_data: Path) -> None:
     run = run_of(runs / "yin")
-    for task in TASKS.values():
+    for task in TRAINED.values():
         found = outcome(run, task)
         examples = read_examples(small_data / task.files["dev"], task, "dev", BadRows(0, print))
         assert examples.labels is not None and np.array_equal(found.labels, examples.labels)
@@ -301,19 +304,27 @@ def test_learning_curves_are_those_of_metrics_jsonl(runs: Path) -> None:
     run = run_of(runs / "yin")
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     above, below = drawn(curves_piece(run)).axes
-    metric = {name: task.metric for name, task in TASKS.items()}
-    wanted = [[line["dev"][name][metric[name]] for line in lines] for name in TASKS]
-    wanted += [[line["train"][name][metric[name]] for line in lines] for name in TASKS]
+    metric = {name: task.metric for name, task in TRAINED.items()}
+    wanted = [[line["dev"][name][metric[name]] for line in lines] for name in TRAINED]
+    wanted += [[line["train"][name][metric[name]] for line in lines] for name in TRAINED]
     curves = [line for line in above.lines if len(line.get_xdata()) == 2 and line.get_linestyle() != ":"]
     assert [list(line.get_ydata()) for line in curves] == wanted
     assert [line.get_linestyle() for line in curves] == ["-"] * 3 + ["--"] * 3
     assert all(list(line.get_xdata()) == [1, 2] for line in curves)
     losses = [list(line.get_ydata()) for line in below.lines if line.get_linestyle() != ":"]
-    assert losses == [[line["train"][name]["loss"] for line in lines] for name in TASKS]
+    assert losses == [[line["train"][name]["loss"] for line in lines] for name in TRAINED]
     assert [list(line.get_xdata()) for line in above.lines if line.get_linestyle() == ":"] == [[run.best_epoch] * 2]
     assert (above.get_ylabel(), below.get_ylabel(), below.get_xlabel()) == (
         "accuracy or Pearson r", "training loss", "epoch")  # fmt: skip
     assert curves_piece(run_of(runs / "sst")) == "no learning curves, which need two epochs"
+
+
+def test_a_task_that_is_scored_and_not_trained_has_a_dev_curve() -> None:
+    metrics = [{"epoch": epoch, "train": {"sst": {"loss": 1.0, "accuracy": 0.5}}, "dev": {"sts": {"pearson": 0.1}}}
+               for epoch in (1, 2)]  # fmt: skip
+    above, below = drawn(curves_piece(Run(Path("r"), "r", None, metrics, [], None, None, ""))).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[0.1, 0.1], [0.5, 0.5]]
+    assert [list(line.get_ydata()) for line in below.lines] == [[1.0, 1.0]]
 
 
 def test_runs_beside_each_other(runs: Path) -> None:
@@ -507,6 +518,15 @@ def test_the_rest_is_reported(damaged: tuple[Path, list[str]]) -> None:
     assert {row["run"] for row in csv.DictReader((out / "runs.csv").open())} == finished
 
 
+def test_further_pre_training_has_losses_alone(tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    multitask_classifier.main([*tiny_flags, "--mlm", "--no_tensorboard", "--run_dir", str(tmp_path / "run")])
+    said = say(capsys, tmp_path / "run", "--out", tmp_path / "out")
+    assert "run: was pre-trained alone and has no scores; it counts in no comparison" in said
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"run-curves"}
+    (axes,) = drawn(curves_piece(read_run(tmp_path / "run", "run", []))).axes
+    assert len([line for line in axes.lines if line.get_linestyle() == "--"]) == 3
+
+
 def test_folders_that_hold_no_run(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text('{"model_type": "bert"}')
@@ -551,6 +571,16 @@ def test_each_dev_file_is_read_once(runs: Path) -> None:
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/seed1", "b/seed1", "b/seed2", "study/results.csv")]
     assert list(short_names(paths).values()) == ["a/seed1", "b/seed1", "seed2", "study"]
+
+
+def test_the_table_of_benchmark_is_a_study(tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    flags = [*tiny_flags, "--train_sst", "--no_tensorboard", "--no_test_predictions", "--epochs", "1"]
+    for seed in (1, 2):
+        more = ["--seed", seed, "--benchmark", tmp_path / "costs.csv", "--run_dir", tmp_path / f"seed{seed}"]
+        multitask_classifier.main([str(word) for word in [*flags, *more]])
+    say(capsys, tmp_path / "costs.csv", "--out", tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "costs.csv-seeds.csv").open()))
+    assert [row["seeds"] for row in rows] == ["2"] and float(rows[0]["peak memory (GB)"]) > 0
 
 
 def test_a_folder_named_twice_is_reported_once(runs: Path, tmp_path: Path) -> None:
