@@ -36,8 +36,8 @@ def number_of(content: dict[str, Any]) -> int:
     return int(content["step"])
 
 
-def kill_while_saving(folder: Path, seed: int) -> int:
-    """Kill a process that saves one state after the other, at a random moment; returns the newest one's number."""
+def kill_while_saving(folder: Path, seed: int) -> bool:
+    """Kill a process that saves one state after the other, at a random moment; returns whether it left half a file."""
     run, told = RunDirectory(folder), folder / "told"
     folder.mkdir()
 
@@ -56,21 +56,22 @@ def kill_while_saving(folder: Path, seed: int) -> int:
     found = number_of(newest_state(run, pytest.fail))  # nothing that is not whole is ever found
     if last.endswith(" "):
         assert found in (int(last), int(last) + 1)
+    left_half = any(name.endswith(".tmp") for name in os.listdir(folder))
     run.prepare(False, True, 0)
     assert set(os.listdir(folder)) <= {"told", "log", ".lock", "resume.pt", "resume-previous.pt"}
-    return found
+    return left_half
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_while_saving(tmp_path: Path, seed: int) -> None:
-    assert kill_while_saving(tmp_path / "run", seed) >= 1
+    kill_while_saving(tmp_path / "run", seed)
 
 
 @pytest.mark.long
 def test_killed_while_saving_at_50_moments(tmp_path: Path) -> None:
-    found = [kill_while_saving(tmp_path / f"run{seed}", 100 + seed) for seed in range(50)]
-    assert len(set(found)) > 5
-    print(f"50 kills survived, after {min(found)} to {max(found)} saved states")
+    left_half = sum(kill_while_saving(tmp_path / f"run{seed}", 100 + seed) for seed in range(50))
+    assert left_half >= 10  # most moments are those of a write
+    print(f"50 kills survived, {left_half} of them in the middle of a file")
 
 
 @pytest.fixture
