@@ -121,13 +121,13 @@ def test_a_storage_that_cannot_be_used_is_one_line(storage: str, tmp_path: Path,
 
 @pytest.mark.long
 def test_two_machines_share_a_study(tmp_path: Path, flags: list[str]) -> None:
-    words = ["--storage", str(tmp_path / "journal"), *flags, "--epochs", "1", "--grid", "seed=1,2,3,4,5,6"]
+    words = ["--storage", str(tmp_path / "journal"), *flags, "--epochs", "1", "--grid", "seed=1,2,3,4"]
     folders = [tmp_path / machine / "seeds" for machine in ("one", "two")]
     for own, (out, err) in [
-        (own, own.communicate(timeout=240)) for own in [start(["--out", str(folder), *words]) for folder in folders]
+        (own, own.communicate(timeout=900)) for own in [start(["--out", str(folder), *words]) for folder in folders]
     ]:
         assert own.returncode == 0, out + err
     trained = [[path.parent.name for path in folder.glob("trials/*/scores.json")] for folder in folders]
-    assert trained[0] and trained[1] and sorted(trained[0] + trained[1]) == [f"seed={i}" for i in range(1, 7)]
+    assert trained[0] and trained[1] and sorted(trained[0] + trained[1]) == [f"seed={i}" for i in range(1, 5)]
     rows = [by_trial(folder) for folder in folders]
-    assert rows[0] == rows[1] and {row["status"] for row in rows[0].values()} == {"ok"} and len(rows[0]) == 6
+    assert rows[0] == rows[1] and {row["status"] for row in rows[0].values()} == {"ok"} and len(rows[0]) == 4
