@@ -14,7 +14,6 @@ import torch
 from test_training import make_trainer
 
 import multitask_classifier
-import report
 from config import UserError
 from packing import PackedBatch
 from training.device import Device
@@ -95,12 +94,6 @@ def test_tokens_are_those_that_the_batches_hold(tiny_flags: list[str], tmp_path:
     trainer.fit()
     timing = read_jsonl(tmp_path / "run" / "timing.jsonl")
     assert timing[0]["tokens"] == counts and timing[1]["tokens"]["sts"] == counts["sts"]
-
-
-def test_the_table_can_be_drawn(benchmark: Path) -> None:
-    rows = report.read_rows(benchmark / "tables" / "runs.csv")
-    plain, dora = report.trials_of(rows)
-    assert plain.config.lora.lora_mode == "none" and dora.config.lora.dora and dora.config.train.seed == 5
 
 
 class Late(Device):
