@@ -3,9 +3,11 @@
     python benchmark.py
     python benchmark.py --tasks sst,sts --modes train --steps 40 --data_dir data
     python benchmark.py --modes tokenise
+    python benchmark.py --modes scaling --ranks 1,2,4,8 --use_gpu --amp
 
 The peer is what one writes with transformers: batches padded to their longest text, SDPA, torch's fused AdamW.
 The mode tokenise has no peer: it reads and tokenises a generated file of Quora's size, at first and from the cache.
+Neither has scaling: it trains in so many processes, each with its share of the batch, and with --threads each.
 """
 
 import json
@@ -13,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -56,6 +59,7 @@ from tasks import DEFAULT_TASKS, PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.checkpoint import RunDirectory, git_commit, write_text
 from training.device import Device, choose_device
+from training.distributed import ONE, World, joined
 from training.loop import Trainer
 from training.losses import LOSSES
 from training.routines import Plan, Step, task_batches
@@ -86,13 +90,15 @@ class Options:
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
         ("train", "eval"),
-        "comma-separated: train, eval; tokenise a large file; steps of the optimizer alone, on BERT-base's parameters",
-        choices=("train", "eval", "tokenise", "optimizer"),
+        "comma-separated: train, eval; tokenise a large file; steps of the optimizer alone, on BERT-base's parameters; "
+        "scaling over --ranks",
+        choices=("train", "eval", "tokenise", "optimizer", "scaling"),
     )
     batch_size: int = option(64, "examples per step", low=1)
     steps: int = option(20, "timed training steps of each side", low=1)
     warmup: int = option(3, "training steps of each side before the clock starts", low=0)
     threads: int = option(2, "CPU threads", low=1)
+    ranks: tuple[str, ...] = option(("1", "2"), "comma-separated numbers of processes for --modes scaling")
     data_dir: str = option("data/sample", "folder with the tasks' csv files")
     pretrained: str = option("all-MiniLM-L6-v2", "weights: a known name, a hub name or a folder")
     out: str = option("benchmarks/results", "folder of the results")
@@ -192,7 +198,7 @@ class Side(Protocol):
 class Minbert:
     """This package, by the code that training and evaluation run; with `adapters`, only they and the head train."""
 
-    def __init__(self, work: Workload, adapters: LoRAConfig | None = None) -> None:
+    def __init__(self, work: Workload, adapters: LoRAConfig | None = None, world: World = ONE) -> None:
         name = work.task.name
         self.work, self.model = work, MultitaskBERT(work.config.model, work.bert_config, {name: work.task})
         self.model.backbone(name).load_state_dict(load_weights(work.folder, work.bert_config))
@@ -204,7 +210,7 @@ class Minbert:
         self.model.manage_freezing("unfreezeall")
         run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
         train, dev = {name: work.train}, {name: work.dev}
-        self.trainer = Trainer(work.config, self.model, work.tokenizer, train, dev, work.device, run)
+        self.trainer = Trainer(work.config, self.model, work.tokenizer, train, dev, work.device, run, world=world)
         self.model.train()
 
     def forward(self, indices: np.ndarray) -> Tensor:
@@ -556,6 +562,34 @@ def measure_optimizers(options: Options) -> list[dict[str, Any]]:
     return records
 
 
+def time_rank(options: Options, task: str, rank: int, size: int, port: int) -> list[float]:
+    """Seconds of every training step in one of `size` processes that share each batch."""
+    values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}})
+    with joined(ComputeOptions(options.use_gpu, options.amp, options.threads)) as world:
+        work = make_workload(options, task, lambda line: None)
+        step = {"step": Minbert(work, world=world).train_step}
+        label = f"scaling {task} {size}"
+        return time_in_turn(step, [(own,) for own in work.batches], options.warmup, work.device, label)["step"]
+
+
+def measure_scaling(options: Options, task: str) -> dict[str, Any]:
+    """Seconds of every training step of a task by number of processes, each of which ends a step with the others."""
+    make_workload(options, task, say)  # what is wrong with the data is said once, before any process starts
+    seconds: dict[str, list[float]] = {}
+    for ranks in options.ranks:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        with ProcessPoolExecutor(int(ranks), mp_context=multiprocessing.get_context("spawn")) as pool:
+            running = [pool.submit(time_rank, options, task, rank, int(ranks), port) for rank in range(int(ranks))]
+            try:
+                seconds[ranks] = running[0].result()
+            except BrokenProcessPool:
+                raise UserError(f"--ranks {ranks}: a process died; give fewer, or less memory to each") from None
+    return {"mode": "scaling", "task": task, "batch_size": options.batch_size, "seconds": seconds}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reporting
 
@@ -592,11 +626,26 @@ def optimizer_line(record: Mapping[str, Any]) -> str:
     return f"{what}; theirs over ours {np.median(peer / own):.2f}"
 
 
+def scaling_lines(record: Mapping[str, Any]) -> list[str]:
+    """What measure_scaling measured: rates, and their ratio to the first one's by median seconds."""
+    first, *_ = (float(np.median(own)) * int(ranks) for ranks, own in record["seconds"].items())
+    lines = []
+    for ranks, own in record["seconds"].items():
+        median = float(np.median(own))
+        lines.append(
+            f"scaling {record['task']}, batch {record['batch_size']}: {ranks} processes {median:.4f} s a step, "
+            f"{record['batch_size'] / median:,.0f} examples/s, efficiency {first / median / int(ranks):.0%}"
+        )
+    return lines
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what the command line asks for, print a table and write everything into a file."""
     groups = {"benchmark": Options}
     parser = build_parser("benchmark.py", str(__doc__).split("\n\n")[0], {}, groups)
     options: Options = groups_of(vars(parser.parse_args(expand_arguments(argv))), groups)["benchmark"]
+    if not all(ranks.isdecimal() and int(ranks) for ranks in options.ranks) or not options.ranks:
+        raise UserError(f"--ranks {','.join(options.ranks)}: give numbers of processes, such as 1,2")
     if not (options.comparisons and options.tasks and options.modes):
         raise UserError("--comparisons, --tasks and --modes: name at least one of each")
     try:
@@ -607,6 +656,7 @@ def main(argv: Sequence[str]) -> None:
     modes = tuple(mode for mode in options.modes if mode in ("train", "eval"))
     compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
     tokenising = [measure_tokenising(options)] if "tokenise" in options.modes else []
+    scaling = [measure_scaling(options, task) for task in options.tasks] if "scaling" in options.modes else []
     memory = all_memory(compared)
     records = [
         {**record, "memory": {name: memory[row, name, task] for name in COMPARISONS[row]}}
@@ -626,7 +676,7 @@ def main(argv: Sequence[str]) -> None:
         "device": device.name,
         "amp": device.amp and str(device.amp),
         "started": started,
-        "results": records + tokenising + optimizers,
+        "results": records + tokenising + optimizers + scaling,
     }
     path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -637,6 +687,8 @@ def main(argv: Sequence[str]) -> None:
         say(tokenise_line(record))
     for record in optimizers:
         say(optimizer_line(record))
+    for record in scaling:
+        say("\n".join(scaling_lines(record)))
     say(f"every round: {path}")
 
 

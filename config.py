@@ -5,15 +5,18 @@ A field made by `option` is one flag: its name, type, default, help, choices and
 """
 
 import argparse
+import io
 import logging
 import math
 import os
 import re
 import shlex
 import sys
+import time
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,6 +123,7 @@ ARCHS: dict[str, Arch] = {
 }
 DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")
 ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they do not go through a task a given number of times
+REFERENCE_BATCH = 64  # examples per step for which --lr is meant under --lr_scaling: R0's
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 # What can be done with a trained model, and which options that looks at beside those of the machine.
 USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
@@ -291,8 +295,13 @@ class TrainOptions:
     """Training."""
 
     epochs: int = option(7, "epochs", low=1)
-    batch_size: int = option(64, "examples per step", low=1)
+    batch_size: int = option(64, "examples per step, over all processes", low=1)
     lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0, high=1e30)
+    lr_scaling: str = option(
+        "none",
+        "factor on --lr for another --batch_size than R0's 64: batch size / 64 (linear) or its square root (sqrt)",
+        choices=("none", "linear", "sqrt"),
+    )
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
     decoupled: bool = option(False, "decoupled weight decay in Adam, Adamax and RAdam")
     lr_schedule: str = option(
@@ -362,6 +371,11 @@ class TrainOptions:
     ema_warmup: bool = option(False, "keep no more than the share (1 + t) / (10 + t) at update t")
     swa_from_epoch: int = option(1, "first epoch whose end counts in --average swa", low=1)
 
+    def scaled_lr(self) -> float:
+        """--lr after --lr_scaling: a larger batch makes fewer steps an epoch, each less noisy (Goyal et al. 2017)."""
+        times = self.batch_size / REFERENCE_BATCH
+        return self.lr * {"none": 1.0, "linear": times, "sqrt": math.sqrt(times)}[self.lr_scaling]
+
     def stage(self, epoch: int) -> int:
         """The stage of iterative unfreezing in `epoch`, both counted from 0.
 
@@ -376,7 +390,7 @@ class ComputeOptions:
 
     use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
     amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
-    threads: int | None = option(None, "CPU threads", low=1)
+    threads: int | None = option(None, "CPU threads (under torchrun: the cores divided by its processes)", low=1)
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
 
@@ -765,6 +779,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(
             f"--steps_per_epoch belongs to --routine {', '.join(DRAWING_ROUTINES)}, not {train.routine}; drop one"
         )
+    problems += [
+        f"--{name} works in one process; start it without torchrun"
+        for name in ("predict", "export", "export_peft")
+        if getattr(run, name) is not None and processes() > 1
+    ]
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, own in config.tasks.items() if own.smart > 0.0]
@@ -838,6 +857,8 @@ def check_mlm(config: Config) -> list[str]:
     if not config.train.mlm:
         return []
     problems = []
+    if processes() > 1:
+        problems.append("--mlm works in one process; start it without torchrun")
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
@@ -858,6 +879,8 @@ def check_cache_frozen(config: Config) -> list[str]:
         return []
     problems = []
     mode, lora = config.train.fine_tune_mode, config.lora
+    if processes() > 1:
+        problems.append("--cache_frozen keeps the examples in the memory of one process; drop it or torchrun")
     if mode == "full-model":
         problems.append(
             "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode full-model freezes none; "
@@ -911,15 +934,43 @@ def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description
     return assemble(vars(namespace), tasks)
 
 
+GRACE = 5.0  # seconds that the process which says what went wrong has before the others end
+
+
+def processes() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+def speaks() -> bool:
+    """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Inside, what is wrong is wrong in all processes, and only the first one says so."""
+    if speaks():
+        yield
+        return
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    except (UserError, SystemExit) as error:
+        time.sleep(GRACE)  # torchrun ends all when one has ended
+        sys.exit(error.code if isinstance(error, SystemExit) else 2)
+
+
 def say(line: str) -> None:
     """Print a line at once, even into a file."""
-    print(line, flush=True)
+    if speaks():
+        print(line, flush=True)
 
 
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("minbert").setLevel(logging.INFO)
+    logging.getLogger("minbert").setLevel(logging.INFO if speaks() else logging.WARNING)
     try:
         main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:

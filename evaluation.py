@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from config import speaks
 from datasets import Batches, Examples
 from lora import merged
 from tasks import Task
@@ -30,7 +31,7 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
         leave=leave,
         dynamic_ncols=True,
         mininterval=0.1 if watched else 30.0,
-        disable=not watched and not leave,
+        disable=(not watched and not leave) or not speaks(),
     )
 
 

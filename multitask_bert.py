@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,19 @@ CONV_CHANNELS, CONV_WIDTH = 4, 3
 LABEL_SCALE = 5.0  # a cosine of 1 is the highest similarity label
 
 
+class SharedBatch(Protocol):
+    """What normalises a batch of which this process has a part only."""
+
+    def count(self, x: Tensor) -> int:
+        """Values for each channel in the whole batch, of which `x` [N, C] or [N, C, L] is a part."""
+
+    def batch_norm(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, momentum: float,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """`x` normalised by the statistics of the whole batch, which also move the running ones by `momentum`."""
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over [N, C] or [N, C, L] with running statistics of their own for each name in `stats`.
 
@@ -41,6 +55,8 @@ class BatchNorm(nn.Module):
 
     Running statistics forget by `momentum`, or, while `batches` is a counter, are the equal-weight mean over the
     batches since it was empty.
+
+    Where `shared` is set, statistics are those of a batch that several processes share.
     """
 
     momentum, eps = 0.1, 1e-5
@@ -53,15 +69,19 @@ class BatchNorm(nn.Module):
             self.register_buffer(f"running_mean_{name}", torch.zeros(channels))
             self.register_buffer(f"running_var_{name}", torch.ones(channels))
         self.batches: Counter[str] | None = None
+        self.shared: SharedBatch | None = None
 
     def forward(self, x: Tensor, stats: str = "all") -> Tensor:
         """The normalised `x`; in training also updates the running statistics of `stats`."""
         mean, var = self.get_buffer(f"running_mean_{stats}"), self.get_buffer(f"running_var_{stats}")
-        use_batch = self.training and x.numel() > x.shape[1]
+        count = x.numel() // x.shape[1] if self.shared is None else self.shared.count(x)
+        use_batch = self.training and count > 1
         momentum = self.momentum
         if use_batch and self.batches is not None:
             self.batches[stats] += 1
             momentum = 1 / self.batches[stats]
+        if use_batch and self.shared is not None:
+            return self.shared.batch_norm(x, mean, var, self.weight, self.bias, momentum, self.eps)
         return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
 
 

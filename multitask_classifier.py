@@ -2,6 +2,7 @@
 
 python multitask_classifier.py --data_dir data/sample --pretrained all-MiniLM-L6-v2
 python multitask_classifier.py @recipes/g6-yin-yang.args --use_gpu
+torchrun --nproc_per_node=8 multitask_classifier.py --use_gpu --amp
 python multitask_classifier.py --evaluate best.pt --data_dir data
 echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict - --task sst
 """
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError, expand_arguments, parse, run_script, say
+from config import Config, UserError, expand_arguments, parse, run_script, said_once, say
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
     from training.checkpoint import RunDirectory
     from training.device import Device
+    from training.distributed import World
 
 
 SCRIPT = "multitask_classifier.py"
@@ -82,53 +84,72 @@ def scored_splits(config: Config) -> list[str]:
     return ["dev", "test"] if config.run.test_predictions else ["dev"]
 
 
-def train(config: Config, command: str) -> None:
+def train(config: Config, command: str, world: "World") -> None:
     """Train, then score and predict with the best checkpoint; --mlm has nothing to score.
 
     `command` is for the row of --benchmark.
     """
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory, git_commit, load, load_weights_into, probe_folder
+    from training.checkpoint import git_commit, load, load_weights_into, probe_folder
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
-    from training.plan import checkpoint_bytes, describe
+    from training.plan import describe
     from training.pretraining import Pretrainer
 
     tasks = {name: TASKS[name] for name in config.tasks}
-    splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
-    device = choose_device(config.compute, say)
-    model, tokenizer = build_model(config, tasks)
-    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
+    with world.one_first():
+        splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
+        device = choose_device(config.compute, say)
+        model, tokenizer = build_model(config, tasks)
+        data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
     if config.run.dry_run:
         say(describe(config, model, data["train"]))
         return
-    table = Table(Path(config.run.benchmark), BENCHMARK_COLUMNS) if config.run.benchmark else None
+    table = Table(Path(config.run.benchmark), BENCHMARK_COLUMNS) if config.run.benchmark and world.leads else None
     if table is not None:
         probe_folder(table.path.parent, "--benchmark")
         table.rows()  # what is wrong with it is told before training
-    run = RunDirectory.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
+    run = prepare_run(config, model, world)
+    say(f"{world.named(device.name)}; run directory {run.path}")
+    kind = Pretrainer if config.train.mlm else Trainer
+    kind(config, model, tokenizer, data["train"], data.get("dev", {}), device, run, say, world).fit()
+    about: dict[str, Any] = {}
+    if world.leads:
+        best = load(run.best)
+        load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
+        about = {"epoch": best["epoch"], "checkpoint": run.best.name}
+    if config.train.mlm:
+        run.write_json("scores.json", {"dev": {}, **about})
+    else:
+        world.broadcast(model)
+        report(model, data, device, config, run, about, world)
+    if world.leads:
+        run.drop_states()  # there is nothing left to go on with
+    if table is not None:
+        table.add([benchmark_row(run.path, config, git_commit(), command)])
+    what = "pre-trained, for --init_from:" if config.train.mlm else "best checkpoint"
+    say(f"{what} {run.best}; curves: tensorboard --logdir {run.path.parent}")
+
+
+def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunDirectory":
+    """The run directory, ready to be written by the process that leads."""
+    from training.checkpoint import RunDirectory, probe_folder
+    from training.distributed import Unwritten
+    from training.plan import checkpoint_bytes
+
+    kind = RunDirectory if world.leads else Unwritten
+    run = kind.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
+    if not world.leads:
+        config.run.tensorboard = False
+        return run
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     if config.run.filepath:
         probe_folder(Path(config.run.filepath).parent, "--filepath")
         if Path(config.run.filepath).is_dir():
             raise UserError(f"--filepath {config.run.filepath}: is a folder; name a file, such as best.pt in it")
     run.begin(config)
-    say(f"{device.name}; run directory {run.path}")
-    kind = Pretrainer if config.train.mlm else Trainer
-    kind(config, model, tokenizer, data["train"], data.get("dev", {}), device, run, say).fit()
-    best = load(run.best)
-    about = {"epoch": best["epoch"], "checkpoint": run.best.name}
-    if config.train.mlm:
-        run.write_json("scores.json", {"dev": {}, **about})
-    else:
-        load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
-        report(model, data, device, config, run, about)
-    run.drop_states()  # there is nothing left to go on with
-    if table is not None:
-        table.add([benchmark_row(run.path, config, git_commit(), command)])
-    what = "pre-trained, for --init_from:" if config.train.mlm else "best checkpoint"
-    say(f"{what} {run.best}; curves: tensorboard --logdir {run.path.parent}")
+    return run
 
 
 def report(
@@ -138,18 +159,21 @@ def report(
     config: Config,
     run: "RunDirectory",
     about: dict[str, Any],
+    world: "World",
 ) -> None:
     """Score dev, predict dev and test, print the scores and write all of it into the run directory."""
-    from evaluation import predict, probabilities, score_and_write
+    from evaluation import probabilities, score_and_write
     from training.telemetry import score_table
 
     values = {
         (split, name): probabilities(
-            model.tasks[name], predict(model, own, device.device, config.compute.eval_batch_size, device.amp)
+            model.tasks[name], world.predict(model, own, device.device, config.compute.eval_batch_size, device.amp)
         )
         for split in scored_splits(config)
         for name, own in data[split].items()
     }
+    if not world.leads:
+        return
     splits = {split: {name: own.examples for name, own in by_task.items()} for split, by_task in data.items()}
     scores = score_and_write(model.tasks, values, splits, run.path)
     run.write_json("scores.json", {"dev": scores, **about})
@@ -167,7 +191,7 @@ def trained_model(path: Path) -> "tuple[MultitaskBERT, Tokenizer, Config]":
     return model, tokenizer, saved
 
 
-def evaluate(config: Config) -> None:
+def evaluate(config: Config, world: "World") -> None:
     """--evaluate: score dev and predict dev and test with a checkpoint."""
     from datasets import load_splits, tokenise
     from training.checkpoint import RunDirectory
@@ -182,7 +206,7 @@ def evaluate(config: Config) -> None:
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
-    report(model, data, device, config, run, {"checkpoint": str(path)})
+    report(model, data, device, config, run, {"checkpoint": str(path)}, world)
 
 
 def export(config: Config) -> None:
@@ -274,15 +298,20 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks."""
-    config = parse(argv, TASKS, SCRIPT, str(__doc__).split("\n\n")[0])
+    with said_once():
+        config = parse(argv, TASKS, SCRIPT, str(__doc__).split("\n\n")[0])
     if config.run.predict is not None:
         label_sentences(config)
     elif config.run.export is not None or config.run.export_peft is not None:
         export(config)
-    elif config.run.evaluate is not None:
-        evaluate(config)
     else:
-        train(config, shlex.join(["python", SCRIPT, *expand_arguments(argv)]))
+        from training.distributed import joined
+
+        with joined(config.compute) as world:
+            if config.run.evaluate is not None:
+                evaluate(config, world)
+            else:
+                train(config, shlex.join(["python", SCRIPT, *expand_arguments(argv)]), world)
 
 
 if __name__ == "__main__":

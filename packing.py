@@ -163,6 +163,9 @@ def _cut(lengths: np.ndarray, groups: int) -> list[int]:
 
 def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
     """The grouping of packed sequences whose `lengths` [S] rise."""
+    if not len(lengths):
+        none = torch.empty(0, dtype=torch.int64)
+        return Grouping((), none, none, none)
     cuts = _cut(lengths, groups)
     starts = np.cumsum(lengths) - lengths
     padded_rows, packed_rows, first_rows, made = [], [], [], []
@@ -186,6 +189,7 @@ def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -
 
     `input_ids` [T] holds the tokens, `lengths` [S] the sequences' lengths (each at least 1), `second_start` [S] the
     position where token type 1 begins (the length itself where there is one text only).
+    There may be none at all, as in the shard of a process that has nothing of a batch.
     """
     order = np.argsort(lengths, kind="stable")
     starts = (np.cumsum(lengths) - lengths)[order]
@@ -200,7 +204,7 @@ def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -
         token_type_ids=torch.from_numpy(types.astype(np.int64)),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(sorted_lengths)).astype(np.int32)),
-        max_seqlen=int(sorted_lengths[-1]),
+        max_seqlen=int(sorted_lengths.max(initial=0)),
         order=torch.from_numpy(order),
         restore=torch.from_numpy(restore),
         grouping=group(sorted_lengths),

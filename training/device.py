@@ -111,7 +111,10 @@ def cpu_has_bf16() -> bool:
 
 
 def choose_device(options: ComputeOptions, say: Callable[[str], None]) -> Device:
-    """What --use_gpu, --amp and --threads ask for, as far as this machine has it; `say` gets a line for each lack."""
+    """What --use_gpu, --amp and --threads ask for, as far as this machine has it; `say` gets a line for each lack.
+
+    Of several GPUs, it is the one that this process has chosen.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     kind = "cpu"
@@ -119,7 +122,7 @@ def choose_device(options: ComputeOptions, say: Callable[[str], None]) -> Device
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if kind == "cpu":
             say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
-    device = torch.device(kind)
+    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     if not options.amp:
         return Device(device)
     if kind == "cuda":

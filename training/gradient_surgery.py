@@ -63,6 +63,8 @@ def conflicts(products: Tensor) -> tuple[Tensor, int]:
 class NoSurgery:
     """What the loop talks to without --pcgrad: the gradients of the tasks add up where they are."""
 
+    per_task = False  # whether the gradient of each task has to be whole, and not only that of a step
+
     def take(self) -> None:
         """Take the gradient of one task off the parameters."""
 
@@ -83,6 +85,8 @@ class NoSurgery:
 
 class PCGrad(NoSurgery):
     """Collects the tasks' gradients of a joint step and combines them."""
+
+    per_task = True
 
     def __init__(self, parameters: Sequence[nn.Parameter], seed: int) -> None:
         self.parameters, self.seed = parameters, seed

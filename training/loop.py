@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from config import Config, UserError
 from datasets import Batches, TaskData
-from evaluation import Scores, overall, predict, probabilities, progress, score_task
+from evaluation import Scores, overall, probabilities, progress, score_task
 from files import cause
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
@@ -24,6 +25,7 @@ from training import signals
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
 from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
 from training.device import Device, random_state
+from training.distributed import ONE, World
 from training.efficiency import StepClock, StepGauge
 from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
@@ -65,13 +67,14 @@ def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str
     else:
         groups = {name: [{"params": own, "tasks": (name,)}] for name, own in reach.items()}
         optimizer_of = {name: name for name in reach}
+    base = config.train.scaled_lr()
     for group in (group for own in groups.values() for group in own):
         count = len(group["tasks"])
-        group["lr"] = sum(config.train.lr * config.tasks[name].lr_multiplier for name in group["tasks"]) / count
+        group["lr"] = sum(base * config.tasks[name].lr_multiplier for name in group["tasks"]) / count
         group["weight_decay"] = sum(config.tasks[name].weight_decay for name in group["tasks"]) / count
     decoupled = {"decoupled": True} if config.train.decoupled else {}
     kind = OPTIMIZERS[config.train.optim]
-    return optimizer_of, {name: kind(own, lr=config.train.lr, **decoupled) for name, own in groups.items()}
+    return optimizer_of, {name: kind(own, lr=base, **decoupled) for name, own in groups.items()}
 
 
 class TaskMeter:
@@ -159,11 +162,13 @@ class Trainer:
         device: Device,
         run: RunDirectory,
         say: Callable[[str], None] = print,
+        world: World = ONE,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model.to(device.device), tokenizer
         self.train_data: Mapping[str, Batches] = train
         self.dev_data: Mapping[str, Batches] = dev
-        self.device, self.run, self.say = device, run, say
+        self.device, self.run, self.say, self.world = device, run, say, world
+        world.attach(self.model)
         self.frozen = None
         if config.train.cache_frozen:
             self.frozen = FrozenCache(config, model, train, dev, device, say)
@@ -177,7 +182,7 @@ class Trainer:
         self.schedules = {
             name: Schedule(
                 options.lr_schedule,
-                options.lr * config.tasks[name].lr_multiplier,
+                options.scaled_lr() * config.tasks[name].lr_multiplier,
                 options.epochs,
                 gamma=options.lr_lambda,
                 floor=task.lr_floor,
@@ -195,7 +200,7 @@ class Trainer:
             self.teacher = Teacher(self.model, options, moves)
         self.clock = (StepClock if config.run.benchmark is None else StepGauge)(device)
         self.profiled: Callable[[Iterable[Step]], Iterator[Step]] = (
-            Profiler(run.path, device, say) if config.run.profile else iter
+            Profiler(run.path, device, say) if config.run.profile and world.leads else iter
         )
         self.command = ""
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
@@ -211,7 +216,7 @@ class Trainer:
 
         Where a signal ends the run, the state is saved; raises SystemExit.
         """
-        torch.manual_seed(self.config.train.seed)
+        torch.manual_seed(self.world.seed(self.config.train.seed))
         if self.config.run.resume:
             self.restore()
         self.telemetry = Telemetry(self.run, self.config, self.tasks)
@@ -224,7 +229,7 @@ class Trainer:
                         best = record.dev
                     self.say(epoch_table(self.tasks, record, self.config.train.epochs))
                     self.save_resume()
-                    signals.check()
+                    self.pause()
             except signals.Stopped as stopped:
                 if not self.gradient_waits and self.saves.step != self.step:
                     self.save_resume()
@@ -235,7 +240,8 @@ class Trainer:
                 raise
             except OSError as error:
                 raise UserError(f"{self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
-        best = best or load(self.run.best)["scores"]
+        if not best and self.world.leads:
+            best = load(self.run.best)["scores"]
         self.telemetry.close(best)
         return best
 
@@ -269,8 +275,8 @@ class Trainer:
         figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
         record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
         record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        record.device = self.device.name
-        with signals.checked_before_batches(self.model), self.average.applied():
+        record.device = self.world.named(self.device.name)
+        with self.stoppable(), self.average.applied():
             dev = self.evaluate(self.due())
             self.judge(record, dev)
         record.conflicts = self.surgery.conflicting()
@@ -321,11 +327,19 @@ class Trainer:
             meter.tokens = int(self.train_data[name].lengths[drawn].sum())
 
     def pause(self) -> None:
-        """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step."""
-        if not self.gradient_waits:
-            signals.check()
-            if self.saves.due(self.step):
+        """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step.
+
+        What one process has to end or save for, all have.
+        """
+        if not self.gradient_waits and self.done % self.world.pace == 0:
+            signal, save = self.world.largest(signals.received(), int(self.saves.due(self.step)))
+            signals.stop(signal)
+            if save:
                 self.save_resume()
+
+    def stoppable(self) -> AbstractContextManager[None]:
+        """Inside, a signal ends an evaluation between two batches; of several processes, all evaluate to the end."""
+        return signals.checked_before_batches(self.model) if self.world.size == 1 else nullcontext()
 
     def set_rates(self, task: str, position: float) -> float:
         """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
@@ -340,8 +354,11 @@ class Trainer:
         Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
         """
         loss, outputs, labels = self.forward(step)
-        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-            self.scaler.scale(loss * step.share).backward()
+        trains = loss.requires_grad  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
+        with self.world.summed(step.task, step.moves or self.surgery.per_task):
+            if trains:
+                self.scaler.scale(loss * step.share).backward()
+        if trains:
             self.surgery.take()
         norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
         return loss, outputs, labels, norm
@@ -350,12 +367,15 @@ class Trainer:
         """Loss, outputs and labels of one batch."""
         data, device = self.train_data[step.task], self.device.device
         own = self.config.tasks[step.task]
-        batch, labels = data.batch(step.indices).to(device), to_device(data.labels(step.indices), device)
+        batch = data.batch(self.world.shard(step.indices)).to(device)
+        labels = to_device(data.labels(step.indices), device)
         state = random_state(device)
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
-            outputs = self.model.outputs(step.task, embedding)
-            seen = Seen(self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher)
+            outputs = self.world.gather(self.model.outputs(step.task, embedding), len(labels))
+            seen = Seen(
+                self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher, self.world
+            )
             terms = [term(seen) for term in self.terms[step.task]]
         return sum(terms, start=own.weight * LOSSES[own.loss](outputs, labels)), outputs, labels
 
@@ -379,7 +399,8 @@ class Trainer:
         steps = [step for name in names for step in task_batches(self.plan, self.epoch - 1, name)[:REFRESH_BATCHES]]
         with self.device.autocast():
             for step in progress(steps, "batch norm", "batch", leave=False):
-                self.model(step.task, self.train_data[step.task].batch(step.indices).to(self.device.device))
+                own = self.world.shard(step.indices)
+                self.model(step.task, self.train_data[step.task].batch(own).to(self.device.device))
 
     def bound_gradient(self, optimizer: Optimizer, parameters: Sequence[Tensor], measure: bool) -> Tensor:
         """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
@@ -398,7 +419,7 @@ class Trainer:
         for name in names:
             data = self.dev_data[name]
             size = self.config.compute.eval_batch_size
-            outputs = predict(self.model, data, self.device.device, size, self.device.amp)
+            outputs = self.world.predict(self.model, data, self.device.device, size, self.device.amp)
             if not np.isfinite(outputs).all():
                 raise diverged(self.tasks[name], "an output on dev")
             assert data.examples.labels is not None
@@ -418,6 +439,8 @@ class Trainer:
 
     def save_best(self, scores: Scores) -> None:
         """Write best.pt, and --filepath as well."""
+        if not self.world.leads:
+            return
         content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
         save(self.run.best, {**content, "epoch": self.epoch, "step": self.step})
         if self.config.run.filepath:
@@ -429,10 +452,11 @@ class Trainer:
 
     def save_resume(self) -> None:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
+        generators = {name: self.world.gather(own[None], self.world.size) for name, own in self.generators().items()}
+        if not self.world.leads:
+            self.saves.saved(self.step)
+            return
         self.telemetry.flush()
-        generators = {"cpu": torch.get_rng_state()}
-        if self.device.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device.device)
         content = {
             "format": FORMAT,
             "epoch": self.epoch,
@@ -458,7 +482,8 @@ class Trainer:
 
     def restore(self) -> None:
         """Go back to the newest state that `save_resume` wrote."""
-        content = newest_state(self.run, self.say)
+        with self.world.one_first():  # it may rename the files
+            content = newest_state(self.run, self.say)
         if content["examples"] != self.examples():
             raise UserError(
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
@@ -471,17 +496,37 @@ class Trainer:
         self.average.load_state_dict(content["average"])
         self.teacher.load_state_dict(content["teacher"])
         self.surgery.load_state_dict(content["surgery"])
-        torch.set_rng_state(content["generators"]["cpu"])
-        if "cuda" in content["generators"] and self.device.device.type == "cuda":
-            torch.cuda.set_rng_state(content["generators"]["cuda"], self.device.device)
         self.epoch, self.done, self.evaluating = content["epoch"], content["done"], content["evaluating"]
         self.step, self.best, self.stale = content["step"], content["best"], content["stale"]
+        self.restore_generators(content["generators"])
         self.seconds = content["seconds"]
         meters = content["meters"].items()
         self.meters = {name: self.meter.from_state(own, self.device.device) for name, own in meters}
-        cut_back(self.run, content["lengths"])
+        if self.world.leads:
+            cut_back(self.run, content["lengths"])
         self.saves.saved(self.step)
         self.say(f"going on after step {self.step}")
+
+    def generators(self) -> dict[str, Tensor]:
+        """The states of the generators that training draws from."""
+        if self.device.device.type == "cuda":
+            return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device.device)}
+        return {"cpu": torch.get_rng_state()}
+
+    def restore_generators(self, states: Mapping[str, Tensor]) -> None:
+        """Go back to this rank's of the saved states [ranks, bytes]; other ranks than those seed new ones."""
+        saved = len(states["cpu"])
+        if saved != self.world.size:
+            self.say(
+                f"--resume: {saved} processes began this run and {self.world.size} go on with it; "
+                f"from step {self.step} on, dropout draws other numbers than theirs"
+            )
+            torch.manual_seed(self.world.seed(hash((self.config.train.seed, self.step)) % 2**63))
+            return
+        # clones, because torch reads beyond a state that is a row of another tensor
+        torch.set_rng_state(states["cpu"][self.world.rank].clone())
+        if "cuda" in states and self.device.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"][self.world.rank].clone(), self.device.device)
 
 
 def describe_freezing(command: str) -> str:

@@ -82,7 +82,7 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
     rows = []
     for name, own in data.items():
         count = sum(step.task == name for step in steps)
-        rate = options.lr * config.tasks[name].lr_multiplier
+        rate = options.scaled_lr() * config.tasks[name].lr_multiplier
         rows.append(
             [
                 model.tasks[name].title,

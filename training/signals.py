@@ -52,10 +52,20 @@ def noted() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if _received else before[number] or signal.SIG_DFL)
 
 
+def received() -> int:
+    """The number of the signal that has come, 0 where there is none."""
+    return _received or 0
+
+
+def stop(number: int) -> None:
+    """Raise Stopped for the signal of this number, unless it is 0."""
+    if number:
+        raise Stopped(signal.Signals(number))
+
+
 def check() -> None:
     """Raise Stopped where a signal has come."""
-    if _received is not None:
-        raise Stopped(_received)
+    stop(received())
 
 
 @contextmanager

@@ -64,13 +64,13 @@ def smart_term(options: TrainOptions) -> Term:
 
             def run(start: Tensor) -> Tensor:
                 set_random_state(hidden.device, masks)
-                return model.outputs(task, model.embed(task, EncodedBatch(start, 0, batch)))
+                return seen.gather(model.outputs(task, model.embed(task, EncodedBatch(start, 0, batch))))
 
             # Half precision would round away perturbations of this size: there the clean pass is repeated in fp32.
             half = seen.embedding.dtype != hidden.dtype
             clean = run(hidden) if half else seen.outputs
             kind, fixed = model.tasks[task].kind, hidden.detach()
-            start = first_noise(hidden, options, seen.step)
+            start = first_noise(hidden, options, seen.world.seed(seen.step))
             noise = ascend(lambda noise: run(fixed + noise), clean, start, kind, options)
             return divergence(kind, run(hidden + noise), clean)
 
@@ -87,7 +87,7 @@ def first_noise(hidden: Tensor, options: TrainOptions, step: int) -> Tensor:
 def bregman_term(seen: Seen) -> Tensor:
     """How far the outputs are from those that the slow average of the weights gives."""
     with same_pass(seen), torch.no_grad(), seen.teacher.swapped():
-        before = seen.model(seen.task, seen.batch)
+        before = seen.gather(seen.model(seen.task, seen.batch))
     return divergence(seen.model.tasks[seen.task].kind, seen.outputs, before)
 
 

@@ -11,13 +11,14 @@ from training.smart import bregman_term, smart_term
 
 def contrastive_term(seen: Seen) -> Tensor:
     """`contrastive` of a siamese pair batch; a similarity counts as the share of its highest label."""
-    first, second = seen.embedding.chunk(2)  # [B, H] each
+    first, second = seen.gather_texts(seen.embedding).chunk(2)  # [B, H] each
     return contrastive(first, second, label_shares(seen))
 
 
 def simcse_term(seen: Seen) -> Tensor:
     """`simcse` of the batch's embeddings and of those that a second pass gives under other dropout masks."""
-    return simcse(seen.embedding, seen.model.embed(seen.task, seen.batch))
+    again = seen.model.embed(seen.task, seen.batch)
+    return simcse(seen.gather_texts(seen.embedding), seen.gather_texts(again))
 
 
 # As shares of the highest similarity: 4, 3.5 and 1 of 5 (R4, section 4.3).
@@ -39,15 +40,15 @@ def text_hashes(batch: PackedBatch) -> Tensor:
 def ranking_term(seen: Seen) -> Tensor:
     """`multiple_negatives_ranking` of the equivalent pairs of a siamese batch."""
     assert isinstance(seen.batch, PackedBatch)
-    first, second = seen.embedding.chunk(2)  # [B, H] each
-    a, b = text_hashes(seen.batch).chunk(2)
+    first, second = seen.gather_texts(seen.embedding).chunk(2)  # [B, H] each
+    a, b = seen.gather_texts(text_hashes(seen.batch)).chunk(2)
     same = (a[:, None] == a) | (b[:, None] == b) | (a[:, None] == b) | (b[:, None] == a)
     return multiple_negatives_ranking(first, second, label_shares(seen) >= EQUIVALENT, same)
 
 
 def cosine_term(seen: Seen) -> Tensor:
     """`cosine_embedding` of the clearly similar and the clearly different pairs of a siamese batch."""
-    first, second = seen.embedding.chunk(2)
+    first, second = seen.gather_texts(seen.embedding).chunk(2)
     shares = label_shares(seen)
     return cosine_embedding(first, second, shares >= SIMILAR, shares < DIFFERENT)
 

@@ -1,0 +1,259 @@
+"""What runs in the processes of test_distributed.py, and how they are started: as torchrun starts them."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import multitask_classifier
+from config import UserError, parse, run_script
+from datasets import load_splits, tokenise
+from multitask_bert import BatchNorm
+from tasks import TASKS
+from training import smart
+from training.checkpoint import save
+from training.device import Device
+from training.distributed import World, joined
+from training.loop import Trainer
+
+# Forked from a process that has imported what takes long, and never run anything.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tokenizers", "sklearn.metrics", "scipy.stats", "tqdm"])
+
+
+@dataclass
+class Ended:
+    """How the processes ended: exit codes, what each has printed, and where their results are."""
+
+    codes: list[int | None]
+    folder: Path
+
+    def text(self, stream: str = "err") -> str:
+        """What all processes wrote to standard error (`err`) or output (`out`)."""
+        return "".join((self.folder / f"{rank}.{stream}").read_text() for rank in range(len(self.codes)))
+
+    def result(self, rank: int = 0) -> Any:
+        """What the function returned in one process."""
+        assert self.codes[rank] == 0, f"exit codes {self.codes}: {self.text()}"
+        return torch.load(self.folder / f"{rank}.pt", weights_only=True)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def launch(size: int, folder: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 300.0) -> Ended:
+    """Run a function in `size` processes that wait for each other; those that are not done in time are killed."""
+    folder.mkdir(parents=True)
+    port = free_port()
+    children = [
+        CONTEXT.Process(target=_rank, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    return Ended([child.exitcode for child in children], folder)
+
+
+def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in {**address, "RANK": rank, "LOCAL_RANK": rank}.items()})
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run_script(functools.partial(_keep, folder / f"{rank}.pt", function), list(arguments))
+
+
+def _keep(path: Path, function: Callable[..., Any], arguments: list[Any]) -> None:
+    result = function(*arguments)
+    if result is not None:
+        torch.save(result, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(world: World, flags: list[str], run_dir: Path, *more: object, double: bool = False) -> Trainer:
+    """A Trainer made from a command line as the script makes it, without TensorBoard; in float64 if `double`."""
+    words = [*flags, "--no_tensorboard", "--run_dir", run_dir, *more]
+    config = parse([str(word) for word in words], TASKS, "test", "Test.")
+    tasks = {name: TASKS[name] for name in config.tasks}
+    splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], print)
+    model, tokenizer = multitask_classifier.build_model(config, tasks)
+    data = tokenise(splits, tokenizer, str(config.model.pair_encoding), False, print)
+    run = multitask_classifier.prepare_run(config, model, world)
+    device = Device(torch.device("cpu"))
+    model = model.double() if double else model
+    return Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, multitask_classifier.say, world)
+
+
+def joined_ranks() -> Any:
+    """The processes that `launch` has started, or this one alone."""
+    from config import ComputeOptions
+
+    return joined(ComputeOptions(threads=1))
+
+
+def some_steps(trainer: Trainer, number: int) -> dict[str, Any]:
+    """Weights, losses and gradient norms of the first steps of a run that unfreezes everything."""
+    trainer.model.manage_freezing("unfreezeall")
+    trainer.model.train()
+    losses, norms = [], []
+    epochs = (trainer.steps_of(epoch) for epoch in count())
+    for step in islice(chain.from_iterable(epochs), number):
+        trainer.set_rates(step.task, 0.0)
+        loss, outputs, labels, norm = trainer.train_step(step, True)
+        assert len(outputs) == len(labels) == len(step.indices)
+        losses.append(loss.detach())
+        norms.append(norm)
+        trainer.step += 1
+    weights = {name: own.clone() for name, own in trainer.model.state_dict().items()}
+    return {"weights": weights, "losses": torch.stack(losses), "norms": torch.stack(norms)}
+
+
+def train_cases(
+    flags: list[str], cases: dict[str, list[Any]], folder: Path, steps: int, double: bool
+) -> dict[str, Any]:
+    """`some_steps` of each case, with the given further flags.
+
+    SMART starts from noise that follows from the token and not from its place in the shard, which one process lacks.
+    """
+    drawn = smart.first_noise
+    smart.first_noise = lambda hidden, options, step: options.smart_sigma * torch.sin(1e4 * hidden)
+    try:
+        with joined_ranks() as world:
+            return {
+                name: some_steps(make_trainer(world, flags, folder / name, *more, double=double), steps)
+                for name, more in cases.items()
+            }
+    finally:
+        smart.first_noise = drawn
+
+
+def fit_twice(flags: list[str], folder: Path) -> None:
+    """Two runs with all their files, one after the other."""
+    with joined_ranks() as world:
+        for name in ("a", "b"):
+            trainer = make_trainer(world, flags, folder / name)
+            trainer.fit()
+            if world.leads:
+                save(folder / f"{name}.pt", {"format": 1, "weights": trainer.model.state_dict()})
+
+
+def fit(flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:
+    """A run with all its files; returns the weights at its end."""
+    with joined_ranks() as world:
+        trainer = make_trainer(world, flags, run_dir, *more)
+        trainer.fit()
+        return trainer.model.state_dict()
+
+
+def fit_and_fail(flags: list[str], run_dir: Path, how: str, rank: int, epoch: int) -> None:
+    """A run in whose given epoch one rank fails at the second step."""
+    with joined_ranks() as world:
+        trainer = make_trainer(world, flags, run_dir)
+        step = trainer.train_step
+        done = []
+
+        def failing(*arguments: Any) -> Any:
+            done.append(trainer.epoch == epoch)
+            if world.rank == rank and sum(done) == 2:
+                fail(how)
+            return step(*arguments)
+
+        trainer.train_step = failing  # type: ignore[method-assign]
+        trainer.fit()
+
+
+def fail(how: str) -> None:
+    """Fail in one of the ways that a process can."""
+    if how == "exception":
+        raise ZeroDivisionError("a wrong turn")
+    if how == "mistake":
+        raise UserError("--data_dir: no such thing")
+    os.kill(os.getpid(), signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
+
+
+def fit_and_tell(flags: list[str], run_dir: Path) -> dict[str, Any]:
+    """Which examples of which task this rank has trained on and evaluated, in one epoch; and the dev outputs."""
+    with joined_ranks() as world:
+        trainer = make_trainer(world, flags, run_dir)
+        told: dict[str, list[int]] = {}
+        for split in ("train", "dev"):
+            for task, data in getattr(trainer, f"{split}_data").items():
+                data.batch = _noted(told.setdefault(f"{task} {split}", []), data.batch)
+        trainer.fit()
+        outputs = {
+            task: torch.from_numpy(world.predict(trainer.model, data, trainer.device.device, 5))
+            for task, data in trainer.dev_data.items()
+        }
+        return {**told, "outputs": outputs, "weights": trainer.model.state_dict()}
+
+
+def _noted(noted: list[int], batch: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    def noting(indices: np.ndarray) -> Any:
+        noted.extend(indices.tolist())
+        return batch(indices)
+
+    return noting
+
+
+def script(*words: str) -> None:
+    """multitask_classifier.py."""
+    multitask_classifier.main(words)
+
+
+def pieces() -> dict[str, Any]:
+    """What `gather` and BatchNorm make of rows that every process knows, and this rank's part of the gradients."""
+    out: dict[str, Any] = {}
+    with joined_ranks() as world:
+        for count in (7, 2, 1):
+            for texts in (1, 2):
+                rows = known(count * texts, 3, seed=count)
+                own = torch.cat([part[world.shard(np.arange(count))] for part in rows.chunk(texts)]).requires_grad_()
+                whole = world.gather(own, count, texts)
+                whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows in each gradient
+                out[f"gather {count} {texts}"] = [whole.detach(), own.grad]
+        for shape in ((7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)):
+            for dtype in (torch.float32, torch.float64):
+                x = 1 + 2 * known(*shape, seed=1).to(dtype)
+                norm = known_norm(dtype)
+                norm.shared = world if world.size > 1 else None
+                own = x[world.shard(np.arange(len(x)))].requires_grad_()
+                y = norm(own, "sts")
+                weights = known(*shape, seed=2).to(dtype)[world.shard(np.arange(len(x)))]
+                (y * weights).sum().backward()
+                buffers = {name: own.clone() for name, own in norm.named_buffers()}
+                out[f"norm {shape} {dtype}"] = [y.detach(), own.grad, norm.weight.grad, norm.bias.grad, buffers]
+    return out
+
+
+def known(*shape: int, seed: int) -> torch.Tensor:
+    """The same random numbers in every process."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def known_norm(dtype: torch.dtype) -> BatchNorm:
+    """A BatchNorm over three channels with scales, biases and statistics that are not those of a fresh one."""
+    norm = BatchNorm(3, ("para", "sts")).to(dtype)
+    with torch.no_grad():
+        for i, own in enumerate([*norm.parameters(), *norm.buffers()]):
+            own.copy_(known(3, seed=10 + i).abs() + 0.5)
+    return norm

@@ -1,0 +1,441 @@
+"""Several processes (ranks) that train one model, started by torchrun: the same model as one process trains.
+
+Each rank passes its shard of the global batch through the model. The outputs of all ranks are gathered, and every rank
+computes the loss of the whole batch from them, which sends its gradient into the rank's own rows alone. So the sum of
+the ranks' parameter gradients is the gradient of one process, to rounding, for every loss and for shards that differ in
+size: Pearson's correlation and in-batch negatives see the whole batch, and nothing has to be weighted. Statistics of
+BatchNorm are sums over all ranks in the same way. A rank whose shard is empty passes an empty batch and so takes part
+in all of this.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import GRACE, ComputeOptions, UserError, processes
+from datasets import Batches
+from evaluation import predict
+from files import first_line
+from multitask_bert import BatchNorm, MultitaskBERT
+from packing import Batch
+from training.checkpoint import RunDirectory
+
+BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
+GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another
+POLL = 1.0  # seconds between looks whether another rank has failed
+
+
+class World:
+    """The processes of a run: here, this one alone."""
+
+    rank, size, local_rank = 0, 1, 0
+    pace = 1  # steps from one agreement of all processes to the next
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that prints and writes files."""
+        return self.rank == 0
+
+    def named(self, device: str) -> str:
+        """The name of all devices of the run, each being a `device`."""
+        return device
+
+    def seed(self, seed: int) -> int:
+        """What this rank seeds a generator with whose numbers must differ between ranks; `seed` itself on rank 0."""
+        return (seed + self.rank * 0x9E3779B97F4A7C15) % 2**63
+
+    def largest(self, *numbers: int) -> Sequence[int]:
+        """For each of the numbers the largest that a process has."""
+        return numbers
+
+    def one_first(self) -> AbstractContextManager[None]:
+        """Inside, one process of each machine goes first, so that the others find the caches that it filled."""
+        return nullcontext()
+
+    def attach(self, model: MultitaskBERT) -> None:
+        """Make `model` the same on all ranks and ready to train."""
+
+    def broadcast(self, model: nn.Module) -> None:
+        """Give all ranks the weights and buffers that `model` has on rank 0."""
+
+    def shard(self, indices: np.ndarray) -> np.ndarray:
+        """This rank's part of the global batch `indices` [B], which is now the batch at hand."""
+        return indices
+
+    def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
+        """The rows [count, ...] of all ranks from those of their shards, with gradient.
+
+        Of `texts` texts an example, all rows of first texts come before all rows of second ones.
+        """
+        return rows
+
+    def summed(self, task: str, now: bool) -> AbstractContextManager[None]:
+        """Inside, backward of a batch of `task` runs; after it, if `now`, gradients are sums over all ranks."""
+        return nullcontext()
+
+    def predict(
+        self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
+    ) -> np.ndarray:
+        """`evaluation.predict`, each rank doing a part of it and knowing all of it afterwards."""
+        return predict(model, data, device, batch_size, amp)
+
+
+ONE = World()
+
+
+def shard(count: int, rank: int, size: int) -> slice:
+    """The rows of `count` that belong to a rank: all but the first shards may be smaller by one."""
+    smaller, larger = divmod(count, size)
+    first = rank * smaller + min(rank, larger)
+    return slice(first, first + smaller + (rank < larger))
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks. Each rank computes the same loss from them, so that no gradient has to travel back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, own: slice, count: int) -> Tensor:
+        ctx.own = own
+        whole = rows.new_zeros(count, *rows.shape[1:])
+        whole[own] = rows
+        dist.all_reduce(whole)  # each row is a sum with zeros, and so exact
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.own], None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks of what each has. All of them use it, so that its gradient is a sum over ranks as well."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return summed_over_ranks(own)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return summed_over_ranks(grad)
+
+
+def summed_over_ranks(own: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    total = own.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+class Ranks(World):
+    """The processes that torchrun started, of which this is one."""
+
+    def __init__(self, rank: int, size: int, local_rank: int, pace: int) -> None:
+        self.rank, self.size, self.local_rank, self.pace = rank, size, local_rank, pace
+        self.examples = 0  # in the global batch at hand
+
+    def named(self, device: str) -> str:
+        return f"{self.size} x {device}"
+
+    def largest(self, *numbers: int) -> Sequence[int]:
+        largest = torch.tensor(numbers)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return list(map(int, largest.tolist()))
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        if self.local_rank > 0:
+            dist.barrier()
+        yield
+        if self.local_rank == 0:
+            dist.barrier()
+
+    def attach(self, model: MultitaskBERT) -> None:
+        self.broadcast(model)
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.shared = self
+        self.reducer = Reducer(list(model.parameters()))
+
+    def broadcast(self, model: nn.Module) -> None:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+    def shard(self, indices: np.ndarray) -> np.ndarray:
+        self.examples = len(indices)
+        return indices[shard(len(indices), self.rank, self.size)]
+
+    def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
+        own = shard(count, self.rank, self.size)
+        wholes = [_Gather.apply(part, own, count) for part in rows.chunk(texts)]
+        return wholes[0] if texts == 1 else torch.cat(wholes)
+
+    def summed(self, task: str, now: bool) -> AbstractContextManager[None]:
+        return self.reducer.summed(task) if now else nullcontext()
+
+    def count(self, x: Tensor) -> int:
+        """Values for each channel that all ranks together have of the batch of which `x` [b, C] or [b, C, L] is one."""
+        return self.examples * x.shape[2:].numel()
+
+    def batch_norm(
+        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, momentum: float,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """F.batch_norm in training with the statistics of the global batch, of which `x` [b, C] or [b, C, L] is a part.
+
+        In float64, where the mean of squares less the square of the mean loses nothing that fp32 had.
+        """
+        count, dims, wide = self.count(x), [0, *range(2, x.dim())], x.double()
+        mean, square = _Sum.apply(torch.stack([wide.sum(dims), wide.square().sum(dims)]) / count)  # [C] each
+        var = square - mean.square()
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
+        shape = (-1, *[1] * (x.dim() - 2))  # of a channel's values beside x
+        scale = weight * (var + eps).rsqrt()
+        return (wide * scale.view(shape) + (bias - mean * scale).view(shape)).to(x.dtype)
+
+    def predict(
+        self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
+    ) -> np.ndarray:
+        by_length = np.argsort(-data.lengths, kind="stable")
+        own = by_length[self.rank :: self.size].copy()  # about the same work for each
+        task = data.examples.task
+        outputs = torch.zeros(len(data), task.num_outputs) if task.kind == "classes" else torch.zeros(len(data))
+        if len(own):
+            outputs[torch.from_numpy(own)] = torch.from_numpy(predict(model, Part(data, own), device, batch_size, amp))
+        dist.all_reduce(outputs)  # sums with zeros
+        return outputs.numpy()
+
+
+class Part:
+    """Some of a split's examples as a split of their own."""
+
+    def __init__(self, data: Batches, indices: np.ndarray) -> None:
+        self.data, self.indices, self.examples = data, indices, data.examples
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example [N]."""
+        return self.data.lengths[self.indices]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The examples [B] as the model takes them."""
+        return self.data.batch(self.indices[indices])
+
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """The examples' labels [B]."""
+        return self.data.labels(self.indices[indices])
+
+
+class Unwritten(RunDirectory):
+    """The run directory of a rank that does not lead: its paths can be read, and nothing is written."""
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Rank 0 does."""
+
+    def append_json(self, name: str, content: Any) -> None:
+        """Rank 0 does."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+Bucket = list[nn.Parameter]
+
+
+def buckets_of(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
+    """`parameters` in their order, in runs of at most BUCKET_BYTES, or of one that is larger."""
+    out: list[Bucket] = []
+    filled = 0
+    for parameter in parameters:
+        filled += parameter.nbytes
+        if not out or filled > BUCKET_BYTES:
+            out.append([])
+            filled = parameter.nbytes
+        out[-1].append(parameter)
+    return out
+
+
+class Reducer:
+    """Sums gradients over ranks. A bucket is on its way while backward goes on with the layers below.
+
+    Which parameters a batch of a task reaches, and in which order, is learned from its first backward, whose gradients
+    travel when it is over, and again whenever it has changed, as by unfreezing. Buckets leave in one order on all
+    ranks, so that sums are made in one order, too: two runs with as many ranks are the same to the bit.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.plans: dict[str, list[Bucket]] = {}  # by task
+        self.hooked: set[nn.Parameter] = set()
+        self.backward: Backward | None = None
+
+    @contextmanager
+    def summed(self, task: str) -> Iterator[None]:
+        """Inside, a batch of `task` runs backward; after it, all gradients there are have been summed over ranks."""
+        self.hook()
+        plan = self.plans.get(task, [])
+        self.backward = own = Backward(plan)
+        yield
+        self.backward = None
+        having = [parameter for parameter in self.parameters if parameter.grad is not None]
+        planned = {parameter: None for bucket in plan for parameter in bucket}
+        late = [parameter for bucket in plan[own.sent :] for parameter in bucket if parameter.grad is not None]
+        own.send(buckets_of([*late, *(parameter for parameter in having if parameter not in planned)]))
+        own.receive()
+        if set(having) != set(planned):
+            order = dict.fromkeys([*own.made, *having])
+            self.plans[task] = buckets_of(self.agreed(list(order)))
+
+    def hook(self) -> None:
+        """Hear of the gradients of all that trains now."""
+        for parameter in self.parameters:
+            if parameter.requires_grad and parameter not in self.hooked:
+                self.hooked.add(parameter)
+                parameter.register_post_accumulate_grad_hook(self.made)
+
+    def made(self, parameter: Tensor) -> None:
+        """Take note that backward has made a gradient."""
+        if self.backward is not None:
+            self.backward.made_gradient(parameter)
+
+    def agreed(self, order: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """The order that rank 0 has for these parameters."""
+        number = {parameter: i for i, parameter in enumerate(self.parameters)}
+        numbers = torch.tensor([number[parameter] for parameter in order])
+        dist.broadcast(numbers, 0)
+        return [self.parameters[i] for i in numbers.tolist()]
+
+
+class Backward:
+    """The gradients of one backward pass on their way."""
+
+    def __init__(self, plan: list[Bucket]) -> None:
+        self.plan, self.sent = plan, 0  # buckets
+        self.missing = [len(bucket) for bucket in plan]
+        self.bucket_of = {parameter: i for i, bucket in enumerate(plan) for parameter in bucket}
+        self.made: list[Any] = []  # parameters, in order
+        self.travelling: list[tuple[Bucket, Tensor, Any]] = []
+
+    def made_gradient(self, parameter: Any) -> None:
+        """Send the buckets that are complete now; one waits for those before it."""
+        self.made.append(parameter)
+        if parameter in self.bucket_of:
+            self.missing[self.bucket_of[parameter]] -= 1
+        while self.sent < len(self.plan) and not self.missing[self.sent]:
+            self.send([self.plan[self.sent]])
+            self.sent += 1
+
+    def send(self, buckets: Sequence[Bucket]) -> None:
+        """Begin to sum the gradients in these buckets over ranks."""
+        for bucket in buckets:
+            grads = [parameter.grad.flatten() for parameter in bucket if parameter.grad is not None]
+            flat = torch.cat(grads) if len(grads) > 1 else grads[0]
+            self.travelling.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+
+    def receive(self) -> None:
+        """Wait for the sums and give them to the parameters."""
+        for bucket, flat, work in self.travelling:
+            work.wait()
+            parts = flat.split([parameter.numel() for parameter in bucket])
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beginning and end
+
+
+@contextmanager
+def joined(options: ComputeOptions) -> Iterator[World]:
+    """The processes that torchrun started together with this one; without torchrun, or with one process, this alone.
+
+    An error in one of them ends all: the first one to fail goes on to say why, and the others go without a word.
+    Raises UserError where this machine has fewer GPUs than processes.
+    """
+    if processes() == 1:
+        yield ONE
+        return
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    torch.set_num_threads(options.threads or max(1, cores() // local_size))
+    gpus = options.use_gpu and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    watch = Watch(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+    try:
+        if gpus:
+            take_gpu(local_rank)
+        yield Ranks(rank, size, local_rank, GPU_PACE if gpus else 1)
+        watch.leave()
+    except SystemExit:  # of all, by a signal that one of them has had
+        watch.leave()
+        raise
+    except BaseException:
+        if not watch.first_to_fail():
+            watch.thread.join()  # ends this process
+        raise
+    dist.destroy_process_group()
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def take_gpu(local_rank: int) -> None:
+    """Let each process of this machine have a GPU of its own. Raises UserError where there are too few."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"--use_gpu: process {local_rank + 1} of this machine has no GPU, there being {count}; "
+            f"start torchrun with --nproc_per_node {count}"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+class Watch:
+    """Ends this process when another one has failed, whatever it may be waiting for."""
+
+    def __init__(self, store: dist.Store) -> None:
+        """`store` must be a connection of its own, since one that waits for an answer blocks all that share it."""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an earlier one's failure is no failure of this
+        self.store, self.over = dist.PrefixStore(f"minbert/{attempt}", store), threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def look(self) -> None:
+        """Look for a failure until all is over; give who failed the time to say so."""
+        while not self.over.wait(POLL):
+            if self.failed() and not self.over.wait(GRACE):
+                os._exit(1)
+
+    def leave(self) -> None:
+        """End the watch when all have come to their end: rank 0 may have a file to write, or hold the store."""
+        dist.barrier()
+        self.over.set()
+
+    def failed(self) -> bool:
+        """Whether a rank has failed, or rank 0, which holds the store, is gone."""
+        try:
+            return self.store.check(["failures"])
+        except RuntimeError as error:
+            print(f"the first process cannot be reached: {first_line(error)}", file=sys.stderr, flush=True)
+            return True
+
+    def first_to_fail(self) -> bool:
+        """Tell the others that this rank has failed; whether it is the first one."""
+        try:
+            return self.store.add("failures", 1) == 1
+        except RuntimeError:
+            return True
