@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
-from files import cache_folder
+from files import cache_folder, read_json, refuse_inflating
 from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
@@ -135,17 +134,11 @@ def read_config(folder: Path) -> BertConfig:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); name a folder with a BERT's config.json") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
-    for field in fields(BertConfig):
-        value = values.get(field.name, field.default)
-        numeric = (int, float) if isinstance(field.default, float) else int
-        low = 0 if isinstance(field.default, float) or field.name == "pad_token_id" else 1
-        if not isinstance(value, numeric) or isinstance(value, bool) or value < low:
-            raise UserError(f"{path}: {field.name} is {value!r}, which cannot be; use the config.json of a BERT")
     return BertConfig.from_dict(values, source=str(path))
 
 
@@ -162,6 +155,16 @@ def weights_sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_whole(value: object) -> bool:
+    """Whether this is a plain tensor all of whose numbers are in the file that it was read from.
+
+    One number repeated by a stride of zero can claim a shape of any size, and a tensor without memory any at all.
+    """
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a weights file, as they are named there.
 
@@ -171,10 +174,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        refuse_inflating(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parsers raise a dozen kinds for a bad file, and all of them mean just that
         raise UserError(f"{path}: cannot be read as weights ({reason(error)}); fetch the file again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(is_whole(value) for value in tensors.values()):
         raise UserError(f"{path}: is not a mapping from names to tensors; use a checkpoint saved from a state_dict")
     return tensors
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from files import cache_folder, first_line, write_atomically
+from files import cache_folder, first_line, refuse_inflating, write_atomically
 
 logger = logging.getLogger("minbert")
 
@@ -66,6 +66,7 @@ def unpack_texts(packed: np.ndarray) -> list[str]:
 
 
 def _read(path: Path) -> Arrays:
+    refuse_inflating(path)
     with np.load(path, allow_pickle=False) as saved:
         names = str(saved["names"]).split()  # so that none is missing
         arrays = {name: saved[name] for name in names}

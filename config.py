@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import reprlib
 import shlex
 import sys
 import time
@@ -28,6 +29,20 @@ class UserError(Exception):
     """A mistake that its maker can mend: scripts print it as one line and exit with code 2."""
 
 
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemory|\bMemoryError|can(no|')t allocate memory|not enough memory|Unable to allocate"
+    r"|bad_alloc|ALLOC_FAILED|could not create a (primitive(?! desc)|memory object)",
+    re.IGNORECASE,
+)  # in the words of torch, numpy, Python and oneDNN
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the machine or of a GPU, ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
+    )
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a flag.
 
@@ -38,6 +53,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
+MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,28 @@ class BertConfig:
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "BertConfig":
         """The known keys of a Hugging Face configuration; one that is not a plain BERT is refused.
 
-        Raises UserError where the file describes another architecture, activation or position embedding.
+        Raises UserError where the file describes another architecture, activation or position embedding, or a size
+        that cannot be.
         """
         expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         for key, value in expected.items():
             if values.get(key, value) != value:
-                raise UserError(f"{source}: {key} is {values[key]!r}, but only {value!r} is supported; choose a BERT")
-        names = {f.name for f in fields(cls)}
-        config = cls(**{key: value for key, value in values.items() if key in names})
+                raise UserError(
+                    f"{source}: {key} is {reprlib.repr(values[key])}, but only {value!r} is supported; choose a BERT"
+                )
+        known = {spec.name: values.get(spec.name, spec.default) for spec in fields(cls)}
+        for spec in fields(cls):
+            value, real = known[spec.name], isinstance(spec.default, float)
+            low = 0 if real or spec.name == "pad_token_id" else 1
+            high = 1 if real else MOST_LAYERS if spec.name == "num_hidden_layers" else MOST_SIZE
+            numeric = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
+            if not numeric or not low <= value <= high:
+                raise UserError(
+                    f"{source}: {spec.name} is {reprlib.repr(value)}, which cannot be; use the config.json of a BERT"
+                )
+        config = cls(**known)
+        if config.pad_token_id >= config.vocab_size:
+            raise UserError(f"{source}: pad_token_id {config.pad_token_id} is beyond vocab_size {config.vocab_size}")
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{source}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
@@ -500,7 +530,7 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
         """The inverse of `to_dict`; what is not there has its default, as in a configuration saved before it was.
 
-        Raises TypeError for an option that does not exist.
+        Raises TypeError for an option that does not exist or a value that it cannot have.
         """
         groups = {name: group(**values.get(name, {})) for name, group in GROUPS.items()}
         for group, name in (("model", "pair_features"), ("lora", "lora_targets"), ("pal", "pal_tasks")):
@@ -509,7 +539,34 @@ class Config:
         tasks = {name: TaskOptions(**own) for name, own in values["tasks"].items()}
         for task in tasks.values():
             task.extra = None if task.extra is None else tuple(task.extra)
+        for options in (*groups.values(), *tasks.values()):
+            check_values(options)
         return cls(tasks=tasks, **groups)
+
+
+def check_values(options: Any) -> None:
+    """Raise TypeError where a field of a dataclass of options holds what no command line can have put there."""
+    hints = typing.get_type_hints(type(options))
+    for spec in fields(options):
+        value, hint = getattr(options, spec.name), hints[spec.name]
+        if value is None and _value_type(hint) is not hint:
+            continue
+        kind, metadata = _value_type(hint), spec.metadata
+        items = value if isinstance(value, tuple) else (value,)
+        if typing.get_origin(kind) is tuple:
+            right = isinstance(value, tuple) and all(isinstance(item, str) for item in items)
+        else:
+            right = isinstance(value, (int, float) if kind is float else kind)
+            right = right and isinstance(value, bool) == (kind is bool)
+        low, high, above = (metadata.get(key) for key in ("low", "high", "above"))
+        if (
+            not right
+            or ("choices" in metadata and not set(items) <= set(metadata["choices"]))
+            or (low is not None and not value >= low)
+            or (high is not None and not value <= high)
+            or (above is not None and not above < value < math.inf)
+        ):
+            raise TypeError(f"{spec.name} {reprlib.repr(value)}")
 
 
 GROUPS: dict[str, type] = {
@@ -975,6 +1032,16 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
         main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(
+            f"error: out of memory ({reason:.200}); lower --eval_batch_size, --batch_size or --max_length, or choose a "
+            "smaller model or an --optim with less state",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except BrokenPipeError:  # who read our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end

@@ -13,7 +13,6 @@ the table. A soup must be of members with one arch and the same start weights; R
 """
 
 import hashlib
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from config import (
     task_defaults,
     task_options,
 )
+from files import refuse_inflating
 from tasks import TASKS
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -90,16 +90,14 @@ class Combined:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.checkpoint import load, sha256
+    from training.checkpoint import load, sha256, tasks_of
 
     for name in names:
         if not Path(name).is_file():
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
     members = []
     for name, votes in Counter(names).items():
-        tasks = tuple(load(Path(name)).get("tasks", ()))  # all of it, so that damage is found here
-        if not tasks or not set(tasks) <= set(TASKS):
-            raise UserError(f"--filepaths {name}: knows no task of the task table; name a best.pt of a run")
+        tasks = tuple(tasks_of(load(Path(name)), Path(name)))  # all of it, so that damage is found here
         members.append(Member(Path(name), sha256(Path(name)), tasks, votes))
     return members
 
@@ -145,10 +143,23 @@ def cache_file(cache: Path, member: Member, splits: Splits, device: "Device") ->
 def read_outputs(path: Path) -> Outputs | None:
     """What an earlier ensemble kept; None where there is nothing or it is damaged."""
     try:
-        with np.load(path) as saved:
+        refuse_inflating(path)
+        with np.load(path, allow_pickle=False) as saved:
             return {(key.split("/")[0], key.split("/")[1]): saved[key] for key in saved.files}
-    except (OSError, ValueError, EOFError, KeyError, IndexError, zipfile.BadZipFile):
+    except Exception:  # of a damaged file numpy and zipfile raise a dozen kinds
         return None
+
+
+def fits(outputs: Outputs, splits: Splits) -> bool:
+    """Whether these are outputs for all examples of `splits`, as the tasks have them."""
+    wanted = {
+        (split, name): (len(examples), TASKS[name].num_outputs)[: 2 if TASKS[name].kind == "classes" else 1]
+        for split, by_task in splits.items()
+        for name, examples in by_task.items()
+    }
+    return {key: own.shape for key, own in outputs.items()} == wanted and all(
+        own.dtype.kind == "f" and np.isfinite(own).all() for own in outputs.values()
+    )
 
 
 def member_outputs(
@@ -173,7 +184,7 @@ def member_outputs(
     }
     path = cache_file(cache, member, splits, device)
     outputs = read_outputs(path)
-    if outputs is not None:
+    if outputs is not None and fits(outputs, splits):
         say(f"{member.path}: predictions from {cache}")
         return outputs
     model, tokenizer, saved = load_model(member.path, read and read())

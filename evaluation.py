@@ -3,7 +3,7 @@
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import speaks
+from config import UserError, is_out_of_memory, speaks
 from datasets import Batches, Examples
 from lora import merged
 from tasks import Task
@@ -35,13 +35,24 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
     )
 
 
+def halving(run: Callable[[np.ndarray], torch.Tensor], rows: np.ndarray) -> torch.Tensor:
+    """`run(rows)`, in halves where it does not fit into memory."""
+    try:
+        return run(rows)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    middle = len(rows) // 2  # out here, where the error no longer holds the tensors of the failed pass
+    return torch.cat([halving(run, rows[:middle]), halving(run, rows[middle:])])
+
+
 def predict(
     model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
 ) -> np.ndarray:
     """The model's raw outputs for every example of `data`, in its order: [N, classes] or [N], float32.
 
     Batches are made of examples of similar length; the model is in evaluation mode, its adapters merged, and left as
-    it was.
+    it was. Raises UserError where an output is not finite.
     """
     training = model.training
     model.eval()
@@ -52,9 +63,14 @@ def predict(
     autocast = torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
     with merged(model), torch.inference_mode(), autocast:
         for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
-            outputs.append(model(task.name, data.batch(block).to(device)).float())
+            outputs.append(halving(lambda rows: model(task.name, data.batch(rows).to(device)).float(), block))
     model.train(training)
     joined = torch.cat(outputs).cpu().numpy()
+    if not np.isfinite(joined).all():
+        raise UserError(
+            f"{task.title}: an output on {data.examples.split} is not finite any more; lower --lr or set --clip, or "
+            "use an earlier checkpoint (the best.pt of an earlier epoch, if there is one, stands unharmed)"
+        )
     restored = np.empty_like(joined)
     restored[by_length] = joined
     return restored

@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import json
 import os
 import platform
 import shutil
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from config import UserError
 
@@ -80,3 +83,37 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of others, which may have been made to do harm
+
+MOST_JSON = 4 << 20  # bytes; parsed, they can take some thirty times as much memory
+
+
+def read_json(path: Path) -> Any:
+    """What a json file holds.
+
+    Raises OSError where it cannot be read, and ValueError where it is no JSON, too large or nested too deeply.
+    """
+    with path.open("rb") as file:
+        content = file.read(MOST_JSON + 1)
+    if len(content) > MOST_JSON:
+        raise ValueError(f"larger than {MOST_JSON >> 20} MiB")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def refuse_inflating(path: Path) -> None:
+    """Raise ValueError where a zip archive, as torch and numpy write them, claims to hold more bytes than it has.
+
+    Neither of them compresses, so that such a file can only be meant to fill the memory of its reader.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+    if claimed > path.stat().st_size:
+        raise ValueError(f"its members claim {claimed:,} bytes, more than the file has")

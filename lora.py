@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from base_bert import listing, reason
 from config import LoraOptions, UserError
+from files import read_json
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
@@ -128,9 +130,9 @@ class LoRAConfig:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"--lora_dict {text}: is no JSON ({error}); write it as "
+                f"--lora_dict {text:.200}: is no JSON ({error}); write it as "
                 """'{"mode": "attn-only", "r": 1, "dora": 1}' with the quotes of both kinds"""
             ) from error
         if not isinstance(values, dict):
@@ -612,7 +614,7 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """
     path = folder / PEFT_FILES[0]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         rank, alpha = values["r"], values["lora_alpha"]
         saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
     except Exception as error:  # the parsers raise many kinds for a bad file, and all of them mean just that
@@ -622,25 +624,34 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         ) from error
     for key, plain in PEFT_PLAIN.items():
         if values.get(key, plain[0]) not in plain:
-            raise UserError(f"{path}: {key} is {values[key]!r}, which is not supported; train with {key} {plain[0]!r}")
+            raise UserError(
+                f"{path}: {key} is {reprlib.repr(values[key])}, which is not supported; train with {key} {plain[0]!r}"
+            )
     tensors = {}
     for name, tensor in saved.items():
         ours = _our_name(name)
         if ours is None:
             raise UserError(f"{folder / PEFT_FILES[1]}: {name} is no adapter of {','.join(TARGETS)} in a BERT layer")
+        if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
+            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
+        if ours.endswith("lora_A") and len(tensor) != rank:
+            raise UserError(f"{folder}: {name} has rank {len(tensor)}, but {PEFT_FILES[0]} says r {reprlib.repr(rank)}")
         tensors[ours] = tensor[:, None] if ours.endswith("magnitude") else tensor
     used = {name.split(".")[-2] for name in tensors}
     linears = tuple(name for name in TARGETS if name in used)
     mode = next((mode for mode in MODES if mode.endswith("-only") and MODES[mode] == linears), None)
-    config = LoRAConfig(
-        mode=mode or "all-lin-only",
-        rank=rank,
-        alpha=alpha,
-        rslora=bool(values.get("use_rslora")),
-        dropout=values.get("lora_dropout") or 0.0,
-        dora=bool(values.get("use_dora")),
-        targets=() if mode else linears,
-    )
+    try:
+        config = LoRAConfig(
+            mode=mode or "all-lin-only",
+            rank=rank,
+            alpha=alpha,
+            rslora=bool(values.get("use_rslora")),
+            dropout=values.get("lora_dropout") or 0.0,
+            dora=bool(values.get("use_dora")),
+            targets=() if mode else linears,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return config, tensors
 
 

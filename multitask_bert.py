@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_bert import load_mlm_head, load_weights
+from base_bert import load_mlm_head
 from bert import Adapter, BertModel
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
 from lora import (
@@ -22,6 +22,8 @@ from lora import (
     base_weights_sha256,
     frozen_by_policy,
     inject,
+    load_adapter_state,
+    restore,
 )
 from mlm import MaskedWordHead
 from packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
@@ -285,6 +287,21 @@ class MultitaskBERT(nn.Module):
         for backbone in self.backbones.values():
             inject(backbone, config)
 
+    def start_from_adapters(self, config: LoRAConfig, state: Mapping[str, Tensor], source: str) -> None:
+        """Give every backbone these adapters of a backbone; `source` is where they are from.
+
+        Raises UserError where they do not fit; the model is then as it was.
+        """
+        self.add_adapters(config)
+        try:
+            for backbone in self.backbones.values():
+                load_adapter_state(backbone, state, source)
+        except UserError:
+            for backbone in self.backbones.values():
+                restore(backbone)
+            self.lora, self.base_sha256 = None, ""
+            raise
+
     def add_pals(self, options: PalOptions) -> None:
         """Give tasks, all or those of `options.pal_tasks`, layers of their own beside the backbone that serves them."""
         if options.pal != "none":
@@ -299,9 +316,8 @@ class MultitaskBERT(nn.Module):
             if module is not None:
                 module.requires_grad_(False)
 
-    def load_backbones(self, folder: Path) -> None:
-        """Give every backbone the pretrained weights in `folder`."""
-        weights = load_weights(folder, self.bert_config)
+    def load_backbones(self, weights: Mapping[str, Tensor]) -> None:
+        """Give every backbone these pretrained weights."""
         for backbone in self.backbones.values():
             backbone.load_state_dict(weights)
 

@@ -35,8 +35,8 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 
     import torch
 
-    from base_bert import read_config, resolve_pretrained
-    from lora import LoRAConfig, import_peft, load_adapter_state
+    from base_bert import load_weights, read_config, resolve_pretrained
+    from lora import LoRAConfig, import_peft
     from multitask_bert import MultitaskBERT
     from tokenizer import load_tokenizer
     from training.checkpoint import hand_over
@@ -50,16 +50,15 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
             f"{bert_config.max_position_embeddings} positions; give at most that"
         )
     torch.manual_seed(config.train.seed)
+    weights = load_weights(folder, bert_config)  # first: config.json may ask for a model of any size
     model = MultitaskBERT(config.model, bert_config, tasks)
-    model.load_backbones(folder)
+    model.load_backbones(weights)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     if config.lora.init_peft is not None:
         source = config.lora.init_peft
         lora, adapters = import_peft(Path(source))
         config.lora = lora.to_options()  # so that the checkpoint does not need that folder
-        model.add_adapters(lora)
-        for backbone in model.backbones.values():
-            load_adapter_state(backbone, adapters, f"--init_peft {source}")
+        model.start_from_adapters(lora, adapters, f"--init_peft {source}")
     elif (chosen := LoRAConfig.from_options(config.lora)) is not None:
         model.add_adapters(chosen)
     model.add_pals(config.pal)
@@ -266,6 +265,8 @@ def label_sentences(config: Config) -> None:
     examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
     cleaner = Cleaner() if saved.data.extra_clean else None
     data = TaskData(examples, tokenizer, str(model.options.pair_encoding), cleaner)
+    if data.truncated:  # not among the labels, which people pipe on
+        print(f"truncated {data.truncated} sequences to {tokenizer.max_length} tokens (--max_length)", file=sys.stderr)
     values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
     labels = decide(task, values)
     for row, value, label in zip(texts, values, labels, strict=True):
@@ -281,6 +282,7 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
     """The texts of a file, or of standard input for "-", one example per line."""
     try:
         content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
+        content.encode("utf-8")  # a terminal's bytes that are no UTF-8 arrive as lone surrogates
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
     rows = [[text.strip() for text in line.split("\t")] for line in content.split("\n") if line.strip()]

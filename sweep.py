@@ -46,7 +46,19 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config import Config, UserError, assemble, build_parser, expand_arguments, groups_of, option, run_script, say
+from config import (
+    OUT_OF_MEMORY,
+    Config,
+    UserError,
+    assemble,
+    build_parser,
+    expand_arguments,
+    groups_of,
+    option,
+    run_script,
+    say,
+)
+from files import read_json
 from tasks import TASKS
 from training.efficiency import COLUMNS, Table, figures
 from training.shared_study import OwnStudy, SharedStudy
@@ -163,9 +175,6 @@ def make_trials(grids: Sequence[Mapping[str, Sequence[str]]], base: Sequence[str
 # ----------------------------------------------------------------------------------------------------------------------
 # What became of a trial
 
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|OutOfMemory|\bMemoryError|can(no|')t allocate memory|Unable to allocate|bad_alloc", re.IGNORECASE
-)
 ERROR = re.compile(r"error: |[\w.]+(Error|Exception|Interrupt)\b|[\w.]+: error: ")
 TAIL = 40  # lines of a log in which an error's text is looked for
 
@@ -224,7 +233,7 @@ def claim(log_path: Path) -> TextIO | None:
 def began_as(config: Config, folder: Path) -> bool:
     """Whether the run in a folder has this configuration, where and on what it runs aside."""
     try:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        before = read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
     now = json.loads(json.dumps(config.to_dict()))

@@ -1,10 +1,10 @@
 """WordPiece: texts and pairs of texts to token ids, by the `tokenizers` library."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -13,8 +13,11 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from config import UserError
+from files import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora's 283,000 pairs would take gigabytes
+MOST_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million
+MOST_GAPS = 10_000  # ids without a word
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -41,15 +44,22 @@ class Tokenizer:
         ids = {token: id for token in SPECIAL_TOKENS if (id := backend.token_to_id(token)) is not None}
         if lacking := [token for token in SPECIAL_TOKENS if token not in ids]:
             raise UserError(f"{source}: the vocabulary has no {', '.join(lacking)}; use the vocabulary of a BERT")
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())  # ids may have gaps
+        if self.vocab_size > len(vocabulary) + MOST_GAPS:  # the library takes memory for each of them
+            raise UserError(f"{source}: an id is {self.vocab_size - 1}, of {len(vocabulary)} words; use that of a BERT")
         # A stored tokenizer may pad and truncate to a length of its own (all-MiniLM-L6-v2: both, to 128).
         backend.no_padding()
         backend.no_truncation()
+        try:
+            backend.encode_batch_fast(["A probe: \u8bd5"], add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception; a normaliser or an unknown token may be amiss
+            raise UserError(f"{source}: cannot encode a text ({error}); use the tokenizer of a BERT") from error
         self.pad_id = ids["[PAD]"]
         self.cls_id = ids["[CLS]"]
         self.sep_id = ids["[SEP]"]
         self.mask_id = ids["[MASK]"]
         self.special_ids = tuple(ids.values())
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.max_length = max_length
         self._sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
         self._backend = backend
@@ -64,7 +74,7 @@ class Tokenizer:
         return self._backend.to_str()
 
     @classmethod
-    def from_json(cls, text: str, max_length: int, source: str) -> "Tokenizer":
+    def from_json(cls, text: Any, max_length: int, source: str) -> "Tokenizer":
         """The inverse of `to_json`. Raises UserError, naming `source`, where `text` is no BERT tokenizer."""
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -124,7 +134,7 @@ def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
 def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     """BERT's tokenizer from vocab.txt and the settings that tokenizer_config.json may hold."""
     settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = BertNormalizer(
@@ -147,6 +157,8 @@ def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     path = next((folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder}: has no vocabulary; the folder needs tokenizer.json or vocab.txt")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MiB, as no vocabulary of a BERT is; fetch it again")
     try:
         full = path.name == "tokenizer.json"
         backend = tokenizers.Tokenizer.from_file(str(path)) if full else _from_vocabulary(folder)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import reprlib
 import shutil
 import subprocess
 import time
@@ -18,18 +19,19 @@ from typing import Any
 
 import torch
 
-from base_bert import resolve_pretrained
+from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config, UserError
-from files import cause, first_line, lock, write_atomically, write_text
-from lora import LoRAConfig, merged_state
+from files import cause, first_line, lock, read_json, refuse_inflating, write_atomically, write_text
+from lora import LoRAConfig, inject, merged_state
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+BAD_BATCH = "bad_batch.json"  # the examples at which numbers went wrong
 OWN_FILES = (
     "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "resume-previous.pt",
-    "profile.pt.trace.json.gz",
+    "profile.pt.trace.json.gz", BAD_BATCH,
 )  # fmt: skip
 OWN_FOLDERS = ("predictions", "tensorboard")
 
@@ -55,6 +57,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises UserError for a file that is missing, damaged, or not one of ours.
     """
     try:
+        refuse_inflating(path)
         if not mmap:
             verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -116,14 +119,18 @@ def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config,
     }
 
 
-def load_weights_into(
-    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str] = frozenset()
+def refuse_misfits(
+    own: Mapping[str, torch.Tensor], weights: Any, source: Path, left_out: Set[str] = frozenset()
 ) -> None:
-    """Copy a checkpoint's weights into a model of the same arch; those `left_out` of it may be missing.
+    """See that a checkpoint's weights are those of a model whose state is `own`; those `left_out` may be missing.
 
-    Raises UserError that lists missing, extra and misshapen tensors; the model is then left as it was.
+    Raises UserError that lists missing, extra and misshapen tensors.
     """
-    own = model.state_dict()
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{source}: its weights are no mapping from names to tensors; save it anew")
+    odd = [name for name, tensor in weights.items() if not isinstance(name, str) or not is_whole(tensor)]
+    if odd:
+        raise UserError(f"{source}: {reprlib.repr(odd[0])} is not a plain tensor with all its numbers; save it anew")
     problems = [f"missing {name}" for name in own if name not in weights and name not in left_out]
     problems += [f"unknown {name}" for name in weights if name not in own]
     problems += [
@@ -134,11 +141,23 @@ def load_weights_into(
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {shown}")
+
+
+def load_weights_into(
+    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str] = frozenset()
+) -> None:
+    """Copy a checkpoint's weights into a model of the same arch; those `left_out` of it may be missing.
+
+    Raises UserError that lists missing, extra and misshapen tensors; the model is then left as it was.
+    """
+    own = model.state_dict()
+    refuse_misfits(own, weights, source, left_out)
     model.load_state_dict({**own, **weights})
 
 
-def _foreign(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: the checkpoint lacks or does not understand {error}; save it anew")
+def foreign(path: Path, error: Exception) -> UserError:
+    """The error for a checkpoint whose parts are not what this program writes."""
+    return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
 
 
 def saved_config(content: Mapping[str, Any], path: Path) -> Config:
@@ -146,7 +165,7 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
     try:
         return Config.from_dict(content["config"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise _foreign(path, error) from error
+        raise foreign(path, error) from error
 
 
 def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
@@ -177,32 +196,66 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
         say(f"--init_from {path}: knows nothing of {', '.join(new)}, whose heads are new")
 
 
+def tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
+    """The tasks that a checkpoint knows. Raises UserError where the task table has none of that name."""
+    try:
+        tasks = {name: TASKS[name] for name in content["tasks"]}
+    except (KeyError, TypeError) as error:
+        raise foreign(path, error) from error
+    if not tasks:
+        raise UserError(f"{path}: knows no task; name a best.pt of a run")
+    return tasks
+
+
+def sketch(config: Config, shape: BertConfig, tasks: Mapping[str, Task], lora: LoRAConfig | None) -> MultitaskBERT:
+    """The model of these options without memory for its numbers, to compare shapes with before any is taken."""
+    with torch.device("meta"):
+        model = MultitaskBERT(config.model, shape, tasks)
+        if lora is not None:
+            model.lora = lora
+            for backbone in model.backbones.values():
+                inject(backbone, lora)
+        model.add_pals(config.pal)
+        if config.train.mlm:
+            model.add_mlm_heads()
+    return model
+
+
 def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
     """The model, tokenizer and configuration of a checkpoint file (already read as `content`, if given).
 
     Raises UserError where the file is damaged or its parts do not fit together.
     """
     content = content or load(path)
-    config = saved_config(content, path)
+    config, tasks = saved_config(content, path), tasks_of(content, path)
     try:
-        tasks: dict[str, Task] = {name: TASKS[name] for name in content["tasks"]}
-        model = MultitaskBERT(config.model, BertConfig.from_dict(content["bert_config"], str(path)), tasks)
+        shape = BertConfig.from_dict(content["bert_config"], str(path))
         weights, base_sha256, tokenizer_sha256 = (
             content[key] for key in ("weights", "base_sha256", "tokenizer_sha256")
         )
+        if not isinstance(base_sha256, str):
+            raise TypeError("base_sha256")
         lora = LoRAConfig.from_options(config.lora)
-        if lora is None:
-            tokenizer = Tokenizer.from_json(content["tokenizer"], config.data.max_length, str(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _foreign(path, error) from error
-    if lora is not None:
+        planned = sketch(config, shape, tasks, lora)
+        left_out = planned.never_trained(config.train.fine_tune_mode)
+    except UserError:
+        raise
+    except Exception as error:  # options that no command line can have asked for may fail anywhere
+        raise foreign(path, error) from error
+    refuse_misfits(planned.state_dict(), weights, path, left_out)
+    if lora is None:
+        model = MultitaskBERT(config.model, shape, tasks)
+        tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
+    else:
         folder = resolve_pretrained(config.model.pretrained)
-        model.load_backbones(folder)
+        pretrained = load_weights(folder, shape)
+        model = MultitaskBERT(config.model, shape, tasks)
+        model.load_backbones(pretrained)
         model.add_adapters(lora)
         if model.base_sha256 != base_sha256:
             raise UserError(
                 f"{path}: its adapters were trained on other base weights than {config.model.pretrained} has here "
-                f"(SHA-256 {base_sha256[:12]}, not {model.base_sha256[:12]}); put the original ones there"
+                f"(SHA-256 {base_sha256:.12}, not {model.base_sha256:.12}); put the original ones there"
             )
         tokenizer = load_tokenizer(folder, config.data.max_length)
         if tokenizer.sha256 != tokenizer_sha256:
@@ -210,10 +263,12 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
                 f"{path}: was trained with another tokenizer than {config.model.pretrained} has here; "
                 "put the original one there"
             )
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} words, its weights only {shape.vocab_size}")
     model.add_pals(config.pal)
     if config.train.mlm:
         model.add_mlm_heads()
-    load_weights_into(model, weights, path, model.never_trained(config.train.fine_tune_mode))
+    load_weights_into(model, weights, path, left_out)
     return model, tokenizer, config
 
 
@@ -318,15 +373,15 @@ class RunDirectory:
         if not config.run.resume:
             self.write_json("config.json", config.to_dict())
             return
+        now = json.loads(json.dumps(config.to_dict()))
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = read_json(path)
+            changed = [f"{group}.{name}" for group in now if group not in ("run", "compute") for name in now[group]
+                       if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
+        except (OSError, ValueError, AttributeError) as error:  # the last where it is another kind of json
             raise UserError(
                 f"--resume: {path} cannot be read ({first_line(error)}); --overwrite starts again"
             ) from error
-        now = json.loads(json.dumps(config.to_dict()))
-        changed = [f"{group}.{name}" for group in now if group not in ("run", "compute") for name in now[group]
-                   if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
         if changed:
             raise UserError(f"--resume {self.path}: the run began with another {', '.join(changed)}; repeat its flags")
 
