@@ -211,6 +211,28 @@ def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -
     )
 
 
+def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
+    """Some sequences of a batch as a batch of their own, and their rows [T'] in it.
+
+    `stored` [n] are numbers of stored sequences and rise; the new batch's order is theirs.
+    """
+    whole = batch.to(torch.device("cpu"))
+    lengths = whole.lengths.numpy()[stored]
+    rows = torch.from_numpy(ragged_rows(whole.cu_seqlens.numpy()[stored].astype(np.int64), lengths))
+    part = PackedBatch(
+        input_ids=whole.input_ids[rows],
+        token_type_ids=whole.token_type_ids[rows],
+        position_ids=whole.position_ids[rows],
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)),
+        max_seqlen=int(lengths[-1]),
+        order=torch.arange(len(stored)),
+        restore=torch.arange(len(stored)),
+        grouping=group(lengths),
+    )
+    device = batch.input_ids.device
+    return part.to(device), rows.to(device)
+
+
 def pack_padded(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PackedBatch:
     """A PackedBatch of ordinary padded tensors [S, L]; every row needs at least one real token, padding at its end."""
     mask = attention_mask.bool().cpu().numpy()

@@ -127,7 +127,7 @@ def test_loss_and_all_gradients_are_those_of_transformers(tmp_path: Path) -> Non
 
     model = MultitaskBERT(options(arch="v2"), CONFIG, {"sst": SST}).eval()
     model.add_mlm_heads()
-    model.load_backbones(folder)
+    model.load_backbones(load_weights(folder, CONFIG))
     assert model.load_mlm_heads(folder)
     model.double()
     ids, mask, types = random_ids()

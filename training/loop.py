@@ -29,7 +29,9 @@ from training.distributed import ONE, World
 from training.efficiency import StepClock, StepGauge
 from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
+from training.health import Scaler, refuse_bad_losses, refuse_ruined, states_of
 from training.losses import LOSSES
+from training.memory import Memory
 from training.profiling import Profiler
 from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
 from training.routines import ROUTINES, Plan, Step, task_batches
@@ -40,14 +42,6 @@ from training.terms import terms_of
 
 NOT_MEASURED = torch.tensor(math.nan)
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
-
-
-def diverged(task: Task, what: str) -> UserError:
-    """The error for numbers that are no longer finite."""
-    return UserError(
-        f"{task.title}: {what} is not finite any more; lower --lr or set --clip "
-        "(the best.pt of an earlier epoch, if there is one, stands unharmed)"
-    )
 
 
 def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str], dict[str, Optimizer]]:
@@ -83,6 +77,7 @@ class TaskMeter:
     figures = ("examples", "seconds", "lr", "tokens", "peak_memory")
 
     def __init__(self) -> None:
+        self.numbers: list[int] = []  # of the steps, counted from the start of the epoch
         self.losses: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -93,9 +88,18 @@ class TaskMeter:
         self.peak_memory = 0
 
     def add(
-        self, loss: Tensor, outputs: Tensor, labels: Tensor, examples: int, lr: float, seconds: float, peak: int
+        self,
+        number: int,
+        loss: Tensor,
+        outputs: Tensor,
+        labels: Tensor,
+        examples: int,
+        lr: float,
+        seconds: float,
+        peak: int,
     ) -> None:
         """Take the results of one step on so many examples; nothing is copied to the host yet."""
+        self.numbers.append(number)
         self.losses.append(loss.detach())
         self.outputs.append(outputs.detach())
         self.labels.append(labels)
@@ -108,13 +112,14 @@ class TaskMeter:
         """What resuming needs, of a meter that has seen a step."""
         tensors = {name: torch.cat(getattr(self, name)) for name in ("outputs", "labels")}
         lists = {"losses": torch.stack(self.losses), "sizes": [len(own) for own in self.labels]}
+        lists["numbers"] = self.numbers
         return {**tensors, **lists, **{name: getattr(self, name) for name in self.figures}}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "TaskMeter":
         """The inverse of `state_dict`."""
         meter = cls()
-        meter.losses = list(state["losses"].to(device))
+        meter.losses, meter.numbers = list(state["losses"].to(device)), state["numbers"]
         for name in ("outputs", "labels"):
             setattr(meter, name, list(state[name].to(device).split(state["sizes"])))
         for name in cls.figures:
@@ -122,13 +127,8 @@ class TaskMeter:
         return meter
 
     def result(self, task: Task) -> TaskEpoch:
-        """The epoch's figures.
-
-        Raises UserError where a loss is not finite.
-        """
+        """The epoch's figures."""
         losses = torch.stack(self.losses).double()
-        if not losses.isfinite().all():
-            raise diverged(task, "a loss")
         sizes = torch.tensor([len(outputs) for outputs in self.outputs], dtype=torch.float64, device=losses.device)
         return TaskEpoch(
             steps=len(self.losses),
@@ -192,7 +192,8 @@ class Trainer:
             for name, task in self.tasks.items()
         }
         self.terms = {name: terms_of(config, name) for name in self.tasks}
-        self.scaler = torch.amp.GradScaler(device.device.type, enabled=device.scaled)
+        self.scaler = Scaler(device.device.type, enabled=device.scaled)
+        self.memory = Memory(config, self.model, self.train_data, device.device, say, alone=world.size == 1)
         self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
         self.teacher = NoAverage(self.model, options, self.pass_batches)
         if any(own.bregman > 0.0 for own in config.tasks.values()):
@@ -270,6 +271,7 @@ class Trainer:
         if not self.evaluating:
             self.run_steps(steps)
             self.epoch += 1
+            refuse_ruined(self.model.state_dict().items())
             self.average.after_epoch(self.epoch)
             self.done, self.evaluating = 0, True
         figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
@@ -280,6 +282,7 @@ class Trainer:
             dev = self.evaluate(self.due())
             self.judge(record, dev)
         record.conflicts = self.surgery.conflicting()
+        record.skipped_steps = self.scaler.skipped_steps()
         record.seconds = time.perf_counter() - self.began
         record.peak_memory = max([self.device.peak_memory(), *(done.peak_memory for done in figures.values())])
         self.telemetry.epoch(record, dev)
@@ -302,6 +305,7 @@ class Trainer:
         self.model.train()
         named = {step.task for step in steps}
         self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
+        unseen: list[Tensor] = []  # losses that nobody has looked at yet
         bar = progress(steps[self.done :], f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for step in self.profiled(bar):
             self.pause()
@@ -310,11 +314,13 @@ class Trainer:
             lr = self.set_rates(step.task, self.epoch + self.done / len(steps))
             log = len(meter.losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
-            meter.add(loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
+            meter.add(self.done, loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
             self.gradient_waits = not step.moves
+            unseen.append(loss.detach())
             if log:
-                if not loss.isfinite():
-                    raise diverged(self.tasks[step.task], "a loss")
+                if not torch.stack(unseen).isfinite().all():
+                    self.refuse_bad_losses(steps)
+                unseen.clear()
                 bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
                 self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
             self.step += 1
@@ -325,6 +331,7 @@ class Trainer:
         for name, meter in self.meters.items():
             drawn = np.concatenate([step.indices for step in steps if step.task == name])
             meter.tokens = int(self.train_data[name].lengths[drawn].sum())
+        self.refuse_bad_losses(steps)
 
     def pause(self) -> None:
         """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step.
@@ -341,6 +348,12 @@ class Trainer:
         """Inside, a signal ends an evaluation between two batches; of several processes, all evaluate to the end."""
         return signals.checked_before_batches(self.model) if self.world.size == 1 else nullcontext()
 
+    def refuse_bad_losses(self, steps: Sequence[Step]) -> None:
+        """Raise UserError where a loss of this epoch is not finite; waits for the device."""
+        losses = {name: meter.losses for name, meter in self.meters.items()}
+        numbers = {name: meter.numbers for name, meter in self.meters.items()}
+        refuse_bad_losses(losses, numbers, steps, self.epoch + 1, self.train_data, self.run)
+
     def set_rates(self, task: str, position: float) -> float:
         """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
         rates = {name: schedule.at(position) for name, schedule in self.schedules.items()}
@@ -353,15 +366,19 @@ class Trainer:
 
         Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
         """
-        loss, outputs, labels = self.forward(step)
-        trains = loss.requires_grad  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-        with self.world.summed(step.task, step.moves or self.surgery.per_task):
-            if trains:
-                self.scaler.scale(loss * step.share).backward()
-        if trains:
+        loss, outputs, labels = self.memory.run(step, lambda: self.passes(step))
+        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
             self.surgery.take()
         norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
         return loss, outputs, labels, norm
+
+    def passes(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, outputs and labels of one batch after a pass forward and, where anything trains, one back."""
+        loss, outputs, labels = self.forward(step)
+        with self.world.summed(step.task, step.moves or self.surgery.per_task):
+            if loss.requires_grad:
+                self.scaler.scale(loss * step.share).backward()
+        return loss, outputs, labels
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, outputs and labels of one batch."""
@@ -386,10 +403,9 @@ class Trainer:
         if not parameters:
             return NOT_MEASURED
         norm = self.bound_gradient(optimizer, parameters, measure)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        self.average.after_step()
-        self.teacher.after_step()
+        if self.scaler.moves(optimizer):
+            self.average.after_step()
+            self.teacher.after_step()
         self.model.zero_grad(set_to_none=True)
         return norm
 
@@ -420,8 +436,6 @@ class Trainer:
             data = self.dev_data[name]
             size = self.config.compute.eval_batch_size
             outputs = self.world.predict(self.model, data, self.device.device, size, self.device.amp)
-            if not np.isfinite(outputs).all():
-                raise diverged(self.tasks[name], "an output on dev")
             assert data.examples.labels is not None
             out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
         return out
@@ -442,6 +456,7 @@ class Trainer:
         if not self.world.leads:
             return
         content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
+        refuse_ruined(content["weights"].items())
         save(self.run.best, {**content, "epoch": self.epoch, "step": self.step})
         if self.config.run.filepath:
             copy(self.run.best, Path(self.config.run.filepath))
@@ -452,6 +467,7 @@ class Trainer:
 
     def save_resume(self) -> None:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
+        refuse_ruined([*self.model.state_dict().items(), *states_of(self.optimizers)])
         generators = {name: self.world.gather(own[None], self.world.size) for name, own in self.generators().items()}
         if not self.world.leads:
             self.saves.saved(self.step)
@@ -473,6 +489,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "teacher": self.teacher.state_dict(),
             "surgery": self.surgery.state_dict(),
+            "part_sizes": self.memory.sizes,
             "generators": generators,
             "meters": {name: meter.state_dict() for name, meter in self.meters.items() if meter.losses},
             "lengths": lengths(self.run),
@@ -496,6 +513,7 @@ class Trainer:
         self.average.load_state_dict(content["average"])
         self.teacher.load_state_dict(content["teacher"])
         self.surgery.load_state_dict(content["surgery"])
+        self.memory.sizes = dict(content["part_sizes"])
         self.epoch, self.done, self.evaluating = content["epoch"], content["done"], content["evaluating"]
         self.step, self.best, self.stale = content["step"], content["best"], content["stale"]
         self.restore_generators(content["generators"])

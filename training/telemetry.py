@@ -52,6 +52,7 @@ class Epoch:
     device: str = ""
     is_best: bool = False
     conflicts: float | None = None  # share of the pairs of tasks whose gradients work against each other
+    skipped_steps: int | None = None  # whose gradients overflowed fp16; None where nothing is scaled
 
     @property
     def examples_per_second(self) -> float:
@@ -99,6 +100,8 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     )
     if epoch.conflicts is not None:
         footer += f", {epoch.conflicts:.0%} of the pairs of tasks in conflict"
+    if epoch.skipped_steps:
+        footer += f", {epoch.skipped_steps} steps skipped, whose gradients overflowed fp16"
     if "score" in epoch.dev:
         best = "  <- best so far, saved" if epoch.is_best else ""
         footer = f"dev score {epoch.dev['score']:.4f}{best}   ({footer})"
@@ -135,7 +138,7 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
         name: {"loss": done.loss, "lr": done.lr, "steps": done.steps, **done.train}
         for name, done in epoch.tasks.items()
     }
-    conflicts = {} if epoch.conflicts is None else {"conflicts": epoch.conflicts}
+    more = {"conflicts": epoch.conflicts, "skipped_steps": epoch.skipped_steps}
     return {
         "epoch": epoch.number,
         "step": epoch.step,
@@ -143,7 +146,7 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
         "trainable_parameters": epoch.trainable_parameters,
         "train": train,
         "dev": epoch.dev,
-        **conflicts,
+        **{name: value for name, value in more.items() if value is not None},
     }
 
 
@@ -231,7 +234,7 @@ class Telemetry:
         if self.writer is not None:
             self.writer.add_scalar(f"{task}/loss", loss, number)
             self.writer.add_scalar(f"{task}/lr", lr, number)
-            if not math.isnan(grad_norm):
+            if math.isfinite(grad_norm):
                 self.writer.add_scalar(f"{task}/gradient_norm", grad_norm, number)
 
     def epoch(self, epoch: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -247,6 +250,8 @@ class Telemetry:
         self.writer.add_scalar("memory/peak_gigabytes", epoch.peak_memory / 1e9, epoch.step)
         if epoch.conflicts is not None:
             self.writer.add_scalar("gradients/conflicting_pairs", epoch.conflicts, epoch.step)
+        if epoch.skipped_steps is not None:
+            self.writer.add_scalar("gradients/skipped_steps", epoch.skipped_steps, epoch.step)
         if "score" in epoch.dev:
             self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
         for name, (values, labels) in dev.items():
