@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from base_bert import read_config
+from bert import BertModel
 from packing import (
     GROUPS,
     PackedBatch,
@@ -295,3 +298,18 @@ def test_to_keeps_all_values() -> None:
     moved = batch.to(torch.device("cpu", 0))  # another device by name, the same by memory
     assert moved is not batch
     assert_same(moved, batch)
+
+
+def test_an_empty_batch_passes_through_a_bert(tiny_bert: Path) -> None:
+    """The shard of a process that has nothing of a batch: no rows out, and a gradient of zeros for every parameter."""
+    none = np.arange(0)
+    batch = pack(none, none, none)
+    assert (batch.num_sequences, batch.num_tokens, batch.max_seqlen, batch.grouping.groups) == (0, 0, 0, ())
+    for pooling in ("cls", "mean"):
+        model = BertModel(read_config(tiny_bert)).train()
+        out = model.sentence_embedding(batch, pooling)
+        assert out.shape == (0, 32)
+        out.sum().backward()
+        grads = {name: own.grad for name, own in model.named_parameters() if own.grad is not None}
+        assert set(grads) >= {name for name, _ in model.named_parameters() if "pooler" not in name}
+        assert all(not own.any() for own in grads.values())
