@@ -350,13 +350,13 @@ from pathlib import Path
 from training.loop import Trainer
 run_steps = Trainer.run_steps
 
-def limited(trainer):
-    step = trainer.steps_of(0)[0]
+def limited(trainer, steps):
+    step = steps[0]
     trainer.train_step(type(step)(step.task, step.indices[:1]), True)  # code, states and buffers are there now
     taken = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[2]), resource.RLIM_INFINITY))
-    meters = run_steps(trainer)
-    print(json.dumps({"sizes": trainer.memory.sizes, "losses": [own.item() for own in meters["sst"].losses]}))
+    run_steps(trainer, steps)
+    print(json.dumps({"sizes": trainer.memory.sizes, "losses": [own.item() for own in trainer.meters["sst"].losses]}))
     raise SystemExit(0)
 
 Trainer.run_steps = limited
@@ -398,7 +398,7 @@ def test_a_process_with_too_little_memory_trains_in_parts(tiny_flags: list[str],
         "--run_dir",
         str(tmp_path / "run"),
     ]
-    words = [sys.executable, "-c", LIMITED, str(ROOT), str(100 << 20), json.dumps(flags)]
+    words = [sys.executable, "-c", LIMITED, str(ROOT), str(200 << 20), json.dumps(flags)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(

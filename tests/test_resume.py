@@ -25,6 +25,7 @@ from config import UserError, parse, run_script
 from tasks import TASKS
 from training import frozen
 from training.checkpoint import RunDirectory, load
+from training.health import Scaler
 from training.loop import Trainer
 from training.resume import SaveEvery, newest_state
 
@@ -75,7 +76,7 @@ class Recorder:
 def build(flags: list[str], run: Path, *more: object) -> Trainer:
     """A recorded trainer with a gradient scaler, which fp16 needs."""
     trainer = make_trainer(flags, run, *more)
-    trainer.scaler = torch.amp.GradScaler("cpu", growth_interval=7)
+    trainer.scaler = Scaler("cpu", growth_interval=7)
     Recorder(trainer)
     return trainer
 
