@@ -228,7 +228,7 @@ def test_the_plan_counts_the_average(tiny_flags: list[str], tmp_path: Path) -> N
         assert average_bytes(plain.model, plain.config) == 0
         assert average_bytes(trainer.model, trainer.config) == size
         disk = [checkpoint_bytes(own.model, own.config) for own in (plain, trainer)]
-        assert disk[1] - disk[0] == pytest.approx(2.1 * size, abs=2)
+        assert disk[1] - disk[0] == pytest.approx(3.15 * size, abs=2)  # in three states
         memory = [memory_bytes(own.model, own.config, own.train_data) for own in (plain, trainer)]
         assert memory[1] - memory[0] == size
         trainer.fit()
