@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from processes import Child, differences, flipped, in_a_tensor, kill_myself, wait_until
 from test_scripts import fill, small_disk
