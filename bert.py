@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import flash
 from base_bert import init_weights
 from config import BertConfig
 from packing import Batch, EncodedBatch, Group, Grouping, PackedBatch, pack_padded, unpack
@@ -148,7 +149,12 @@ def attention(
     `query`, `key`, `value` and the result are [T, H]. With `first_only`, queries come from the first token of each
     sequence: `query` and the result are [S, H] instead. `dropout` acts on the attention probabilities.
     """
-    return _GroupedAttention.apply(query, key, value, batch.grouping, heads, dropout, first_only)
+    if not flash.usable(query, key, value, heads):
+        return _GroupedAttention.apply(query, key, value, batch.grouping, heads, dropout, first_only)
+    starts = batch.cu_seqlens
+    query_starts = torch.arange(len(starts), dtype=starts.dtype, device=starts.device) if first_only else starts
+    query, key, value = (x.unflatten(1, (heads, -1)) for x in (query, key, value))  # [.., H] -> [.., heads, width]
+    return flash.attend(query, key, value, query_starts, starts, batch.max_seqlen, dropout).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,41 @@ class Adapter:
 
 def output_rows(hidden: Tensor, batch: PackedBatch, first_only: bool) -> Tensor:
     """The rows of [T, H] that a layer has outputs for: all of them, or the first token of each sequence [S, H]."""
-    return hidden[batch.cu_seqlens[:-1]] if first_only else hidden
+    return hidden.index_select(0, batch.cu_seqlens[:-1]) if first_only else hidden
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose frozen weights autocast casts once, and not in every pass.
+
+    The copies are kept until the weights change, move, or train. A CUDA graph casts by itself: it would otherwise read
+    copies that later passes outside of it may have replaced.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # what they are made of, and the copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if not self.cast_once(x.device.type):
+            if self.cast is not None:
+                self.cast = None
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)))
+
+    def cast_once(self, device: str) -> bool:
+        """Whether autocast would cast frozen weights here."""
+        frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
+        return frozen and torch.is_autocast_enabled(device) and not torch.cuda.is_current_stream_capturing()
+
+    def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias as `dtype`."""
+        parts = self.weight, self.bias
+        made_of = dtype, *((own.data_ptr(), own._version) for own in parts)
+        if self.cast is None or self.cast[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():  # what evaluation has made, training may use
+                self.cast = made_of, parts[0].to(dtype), parts[1].to(dtype)
+        return self.cast[1:]
 
 
 class BertSelfAttention(nn.Module):
@@ -175,9 +215,9 @@ class BertSelfAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False) -> Tensor:
         """[T, H] to [T, H], or to [S, H] for the first token of each sequence only."""
@@ -195,10 +235,10 @@ class BertLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.self_attention = BertSelfAttention(config)
-        self.attention_dense = nn.Linear(width, width)
+        self.attention_dense = Linear(width, width)
         self.attention_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.interm_dense = nn.Linear(width, config.intermediate_size)
-        self.out_dense = nn.Linear(config.intermediate_size, width)
+        self.interm_dense = Linear(width, config.intermediate_size)
+        self.out_dense = Linear(config.intermediate_size, width)
         self.out_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -233,7 +273,7 @@ class BertModel(nn.Module):
         self.embed_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.embed_dropout = Dropout(config.hidden_dropout_prob)
         self.bert_layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler_dense = nn.Linear(width, width)
+        self.pooler_dense = Linear(width, width)
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def embed(self, batch: PackedBatch) -> Tensor:
@@ -277,9 +317,9 @@ class BertModel(nn.Module):
         batch = start.packed
         hidden = self.encode(start.hidden, batch, pooling == "cls", start.layers, adapters)
         if pooling == "cls":
-            return self.pool(hidden)[batch.restore]
+            return self.pool(hidden).index_select(0, batch.restore)
         sums = hidden.new_zeros(batch.num_sequences, hidden.shape[1]).index_add(0, batch.sequence_ids, hidden)
-        return (sums / batch.lengths[:, None])[batch.restore]
+        return (sums / batch.lengths[:, None]).index_select(0, batch.restore)
 
     def frozen_layers(self) -> int:
         """How many of the lowest layers neither train nor stand above anything that trains.

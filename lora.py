@@ -329,14 +329,17 @@ class DoRALinear(LoRALinear):
     def norm(self) -> Tensor:
         """norm(V) [out] in at least fp32, from norm(W0)^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B> without making V.
 
-        Where an update nearly undoes its row the terms cancel; such rows are made after all.
+        Where an update nearly undoes its row the terms cancel; such rows are made after all. Looking for them
+        would make the host wait for a GPU, which makes all of V in less time.
         """
         with _own_precision(self.weight.device):
             w, a, b = (_at_least_fp32(t) for t in (self.weight, self.lora_A, self.lora_B))
+            if w.device.type != "cpu":
+                return torch.addmm(w, b, a, alpha=self.scaling).norm(dim=1)
             positive = self.squared_norm + self.scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
             squared = positive + 2 * self.scaling * ((w @ a.t()) * b).sum(1)
             norm = squared.clamp(min=0).sqrt()
-            if not squared.is_meta and (cancelled := squared < CANCELLATION * positive).any():
+            if (cancelled := squared < CANCELLATION * positive).any():
                 norm[cancelled] = torch.addmm(w[cancelled], b[cancelled], a, alpha=self.scaling).norm(dim=1)
         return norm
 

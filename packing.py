@@ -4,8 +4,11 @@ Everything in a BERT but attention works token by token, so it needs no padding 
 in order of length and computes, once per batch, what attention needs to see them as a few nearly full rectangles.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,39 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+ALIGNMENT = 16  # bytes; no number of a tensor is wider
+
+
+def joined_bytes(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
+    """The bytes of CPU tensors end to end, each from a multiple of ALIGNMENT on, in `pinned` memory or not."""
+    starts = byte_starts(tensors)
+    out = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+    for tensor, start in zip(tensors, starts, strict=False):
+        out[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    return out
+
+
+def split_bytes(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What joined_bytes made of `tensors` as views of their types and shapes."""
+    return [
+        joined[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, byte_starts(tensors), strict=False)
+    ]
+
+
+def byte_starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where joined_bytes puts each tensor, and the length of it all."""
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    return [0, *accumulate(sizes)]
+
+
+def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies on `device` that the host does not wait for; a GPU fetches all of them at once."""
+    if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return [tensor.to(device) for tensor in tensors]
+    return split_bytes(joined_bytes(tensors, pinned=True).to(device, non_blocking=True), tensors)
 
 
 @dataclass(frozen=True)
@@ -40,27 +76,40 @@ class Grouping:
     packed_rows: Tensor  # [T] padded row of each packed row
     first_rows: Tensor  # [S] padded row of each sequence's first token
 
+    def to(self, device: torch.device) -> "Grouping":
+        """The same on another device."""
+        masks = [group.key_mask for group in self.groups if group.key_mask is not None]
+        tensors = self.padded_rows, self.packed_rows, self.first_rows, *masks
+        padded_rows, packed_rows, first_rows, *masks = all_to_device(tensors, device)
+        moved = iter(masks)
+        groups = [own if own.key_mask is None else replace(own, key_mask=next(moved)) for own in self.groups]
+        return Grouping(tuple(groups), padded_rows, packed_rows, first_rows)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """S sequences with T tokens in all, stored by rising length.
 
     `order` holds, for each stored sequence, its index in the batch as the caller gave it; `restore` is its inverse.
+
+    Behind them there may be a tail (see `with_tail`), one further sequence that nobody asked for: T and the offsets
+    count it, `order`, `restore` and whatever is in the caller's order do not.
     """
 
     input_ids: Tensor  # [T] int64
     token_type_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T
-    max_seqlen: int
+    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T; one more where there is a tail
+    max_seqlen: int  # no sequence is longer
     order: Tensor  # [S] int64
     restore: Tensor  # [S] int64
-    grouping: Grouping
+    sizes: np.ndarray  # [S] int64, the sequences' lengths, which the host knows wherever the tensors are
+    tail: int = 0  # tokens of the tail
 
     @property
     def num_sequences(self) -> int:
-        """S."""
-        return len(self.order)
+        """S, and one more where there is a tail."""
+        return len(self.cu_seqlens) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -77,34 +126,26 @@ class PackedBatch:
         """[T] int64, the stored sequence that each row belongs to."""
         return torch.repeat_interleave(self.lengths, output_size=self.num_tokens)
 
+    @cached_property
+    def grouping(self) -> Grouping:
+        """The sequences as rectangles."""
+        made = group(self.sizes)
+        return (with_tail_group(made, self.tail) if self.tail else made).to(self.cu_seqlens.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch's tensors by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    def with_tensors(self, tensors: dict[str, Any]) -> "PackedBatch":
+        """The same batch with others in the place of `tensors()`; what was derived from those is made anew."""
+        return replace(self, **tensors)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on another device."""
         if self.input_ids.device == device:
             return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return to_device(tensor, device)
-
-        groups = tuple(
-            replace(group, key_mask=None if group.key_mask is None else move(group.key_mask))
-            for group in self.grouping.groups
-        )
-        grouping = Grouping(
-            groups,
-            move(self.grouping.padded_rows),
-            move(self.grouping.packed_rows),
-            move(self.grouping.first_rows),
-        )
-        return PackedBatch(
-            input_ids=move(self.input_ids),
-            token_type_ids=move(self.token_type_ids),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
-            max_seqlen=self.max_seqlen,
-            order=move(self.order),
-            restore=move(self.restore),
-            grouping=grouping,
-        )
+        own = self.tensors()
+        return self.with_tensors(dict(zip(own, all_to_device(list(own.values()), device), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -118,6 +159,10 @@ class EncodedBatch:
     hidden: Tensor
     layers: int
     packed: PackedBatch | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch's tensors by name."""
+        return {"hidden": self.hidden, **(self.packed.tensors() if self.packed is not None else {})}
 
     def to(self, device: torch.device) -> "EncodedBatch":
         """The same batch on another device."""
@@ -184,6 +229,18 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
     return Grouping(tuple(made), *joined)
 
 
+def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
+    """`grouping` with a rectangle of its own for a last sequence of `tail` tokens."""
+    tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
+    rows = torch.arange(tail)
+    return Grouping(
+        (*grouping.groups, Group(padded, 1, tail, None)),
+        torch.cat([grouping.padded_rows, tokens + rows]),
+        torch.cat([grouping.packed_rows, padded + rows]),
+        torch.cat([grouping.first_rows, torch.tensor([padded])]),
+    )
+
+
 def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -> PackedBatch:
     """A PackedBatch of sequences given end to end.
 
@@ -207,7 +264,7 @@ def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -
         max_seqlen=int(sorted_lengths.max(initial=0)),
         order=torch.from_numpy(order),
         restore=torch.from_numpy(restore),
-        grouping=group(sorted_lengths),
+        sizes=sorted_lengths,
     )
 
 
@@ -276,3 +333,39 @@ def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tens
         lengths.append(len(a) + len(b))
         second_start.append(len(a))
     return pack(np.concatenate(ids), np.array(lengths), np.array(second_start)).to(ids_1.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Few shapes
+
+
+def bucket(tokens: int, longest: int) -> tuple[int, int]:
+    """A token count above `tokens` and a length of at least `longest`, such that few pairs of them occur.
+
+    Counts are multiples of an eighth of the power of two below, so that a tail adds 1/16 in the mean; 64 at least.
+    Lengths are powers of two, no shorter than the tail can be.
+    """
+    step = max(64, 1 << max(tokens.bit_length() - 4, 0))
+    return (tokens // step + 1) * step, 1 << (max(longest, step) - 1).bit_length()
+
+
+def with_tail(batch: PackedBatch) -> PackedBatch:
+    """A batch on the host grown to its `bucket` by tokens of a last sequence of their own.
+
+    Nothing reads what a backbone makes of them, so that losses and gradients stay as they are.
+    """
+    tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
+    tail = tokens - batch.num_tokens
+
+    def grown(rows: Tensor) -> Tensor:
+        return torch.nn.functional.pad(rows, (0, tail))  # token, type and position 0, which every backbone has
+
+    return replace(
+        batch,
+        input_ids=grown(batch.input_ids),
+        token_type_ids=grown(batch.token_type_ids),
+        position_ids=grown(batch.position_ids),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([tokens])]),
+        max_seqlen=longest,
+        tail=tail,
+    )

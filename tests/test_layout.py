@@ -20,6 +20,7 @@ ROWS: list[tuple[str, ...]] = [
     ("multitask_bert",),
     ("pals", "mlm"),
     ("bert",),
+    ("flash",),
     ("lora",),
     ("base_bert",),
     ("datasets",),

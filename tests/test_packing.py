@@ -16,13 +16,17 @@ from bert import BertModel
 from packing import (
     GROUPS,
     PackedBatch,
+    bucket,
     group,
     join_padded_pairs,
+    joined_bytes,
     pack,
     pack_padded,
     ragged_rows,
+    split_bytes,
     stack_padded_pairs,
     unpack,
+    with_tail,
 )
 
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
@@ -313,3 +317,45 @@ def test_an_empty_batch_passes_through_a_bert(tiny_bert: Path) -> None:
         grads = {name: own.grad for name, own in model.named_parameters() if own.grad is not None}
         assert set(grads) >= {name for name, _ in model.named_parameters() if "pooler" not in name}
         assert all(not own.any() for own in grads.values())
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from([torch.int64, torch.int32, torch.bool, torch.bfloat16]))))
+def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dtype]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randint(0, 2, (size, 1, 2), generator=generator).to(dtype) for size, dtype in shapes]
+    joined = joined_bytes(tensors, pinned=False)
+    assert joined.dtype == torch.uint8
+    for found, wanted in zip(split_bytes(joined, tensors), tensors, strict=True):
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(found, wanted)
+        assert found.data_ptr() % found.itemsize == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- the tail
+
+
+@QUICK
+@given(lengths_lists, st.integers(0, 2**32 - 1))
+def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch = packed(ragged_ids(lengths, rng), [int(rng.integers(0, n + 1)) for n in lengths])
+    tailed = with_tail(batch)
+    tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
+    assert (tailed.num_tokens, tailed.max_seqlen, tailed.tail) == (tokens, longest, tokens - sum(lengths))
+    assert tailed.num_sequences == len(lengths) + 1 and batch.num_sequences == len(lengths)
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        own = getattr(tailed, name)
+        assert torch.equal(own[: batch.num_tokens], getattr(batch, name)) and not own[batch.num_tokens :].any()
+    assert tailed.cu_seqlens.tolist() == [*batch.cu_seqlens.tolist(), tokens]
+    assert tailed.cu_seqlens.dtype == torch.int32
+    assert torch.equal(tailed.restore, batch.restore) and torch.equal(tailed.order, batch.order)
+    assert tailed.lengths.tolist() == [*batch.lengths.tolist(), tailed.tail]
+    assert tailed.sequence_ids.tolist() == [*batch.sequence_ids.tolist(), *[len(lengths)] * tailed.tail]
+    plain, made = batch.grouping, tailed.grouping
+    assert len(made.groups) == len(plain.groups) + 1
+    assert (made.groups[-1].sequences, made.groups[-1].length, made.groups[-1].key_mask) == (1, tailed.tail, None)
+    assert made.groups[-1].first == len(plain.padded_rows)
+    assert made.padded_rows[made.packed_rows].tolist() == list(range(tokens))
+    assert made.padded_rows[: len(plain.padded_rows)].tolist() == plain.padded_rows.tolist()
+    assert made.padded_rows[made.first_rows].tolist() == tailed.cu_seqlens[:-1].tolist()

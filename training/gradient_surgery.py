@@ -96,7 +96,10 @@ class PCGrad(NoSurgery):
 
     def take(self) -> None:
         """Take the gradient of one task off the parameters."""
-        self.gradients.append([parameter.grad for parameter in self.parameters])
+        gradient = [parameter.grad for parameter in self.parameters]
+        if all(own is None for own in gradient):  # all that the task has is frozen
+            return
+        self.gradients.append(gradient)
         for parameter in self.parameters:
             parameter.grad = None
 

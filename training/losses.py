@@ -51,7 +51,7 @@ def ordinal_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     # The logit of P(class <= j) is a difference of two log-sum-exps; 1 - cumsum(softmax) would round to 0.
     below = torch.stack([z[:, :cut].logsumexp(dim=1) for cut in cuts], dim=1)  # [B, C-1]
     above = torch.stack([z[:, cut:].logsumexp(dim=1) for cut in cuts], dim=1)
-    targets = labels[:, None] < torch.tensor(cuts, device=labels.device)
+    targets = labels[:, None] < torch.arange(1, logits.shape[1], device=labels.device)
     return F.binary_cross_entropy_with_logits(below - above, targets.float())
 
 

@@ -28,7 +28,7 @@ class Seen:
     embedding: Tensor
     outputs: Tensor
     labels: Tensor
-    random_state: Tensor
+    random_state: Tensor | None
     step: int
     teacher: NoAverage
     world: World = ONE

@@ -109,6 +109,7 @@ class Teacher(RunningAverage):
 @contextmanager
 def same_pass(seen: Seen) -> Iterator[None]:
     """Inside, passes in fp32 draw the random numbers of the clean pass again; none of them leaves a trace."""
+    assert seen.random_state is not None
     device, norms = seen.outputs.device, [own for own in seen.model.modules() if isinstance(own, BatchNorm)]
     after = random_state(device)
     set_random_state(device, seen.random_state)
