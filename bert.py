@@ -196,7 +196,8 @@ class Linear(nn.Linear):
     def cast_once(self, device: str) -> bool:
         """Whether autocast would cast frozen weights here."""
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
-        return frozen and torch.is_autocast_enabled(device) and not torch.cuda.is_current_stream_capturing()
+        recorded = device == "cuda" and torch.cuda.is_current_stream_capturing()
+        return frozen and torch.is_autocast_enabled(device) and not recorded
 
     def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias as `dtype`."""

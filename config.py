@@ -360,6 +360,10 @@ class TrainOptions:
     unfreeze_every: int | None = option(
         None, "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)", low=1
     )
+    cuda_graphs: bool = option(
+        False,
+        "replay the passes forward and back from CUDA graphs, one for each common size of batch (--use_gpu --amp)",
+    )
     cache_frozen: bool = option(
         False, "compute what the frozen lower layers put out once, with dropout off in them, and keep it in memory"
     )
@@ -853,6 +857,10 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         )
     if train.anneal_factor != 0.8 and train.routine != "annealed":
         problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
+    if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
+        problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
+    if train.cuda_graphs and processes() > 1:
+        problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
     problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
     problems += check_mlm(config)
     for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
@@ -920,6 +928,8 @@ def check_mlm(config: Config) -> list[str]:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
         problems.append("--cache_frozen keeps what whole texts become, but --mlm masks them anew; drop one of the two")
+    if config.train.cuda_graphs:
+        problems.append("--cuda_graphs replays passes over whole texts, but --mlm masks them anew; drop one of the two")
     for name, own in config.tasks.items():
         given = {"smart": own.smart > 0.0, "bregman": own.bregman > 0.0, "embedding_loss": own.embedding_loss != "none"}
         problems += [
@@ -938,6 +948,10 @@ def check_cache_frozen(config: Config) -> list[str]:
     mode, lora = config.train.fine_tune_mode, config.lora
     if processes() > 1:
         problems.append("--cache_frozen keeps the examples in the memory of one process; drop it or torchrun")
+    if config.train.cuda_graphs:
+        problems.append(
+            "--cuda_graphs replays whole passes, of which --cache_frozen leaves out a part; drop one of them"
+        )
     if mode == "full-model":
         problems.append(
             "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode full-model freezes none; "

@@ -93,6 +93,7 @@ def train(config: Config, command: str, world: "World") -> None:
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
+    from training.passes import check_device
     from training.plan import describe
     from training.pretraining import Pretrainer
 
@@ -100,6 +101,7 @@ def train(config: Config, command: str, world: "World") -> None:
     with world.one_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = choose_device(config.compute, say)
+        check_device(config, device)
         model, tokenizer = build_model(config, tasks)
         data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
     if config.run.dry_run:

@@ -284,7 +284,7 @@ def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
         max_seqlen=int(lengths[-1]),
         order=torch.arange(len(stored)),
         restore=torch.arange(len(stored)),
-        grouping=group(lengths),
+        sizes=lengths.astype(np.int64),
     )
     device = batch.input_ids.device
     return part.to(device), rows.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 import flash
 from bert import attention
 from packing import PackedBatch, with_tail
-from tasks import TASKS
+from tasks import DEFAULT_TASKS
 
 
 def parts_of(starts_q: Tensor, starts: Tensor, *rows: Tensor) -> Iterator[list[Tensor]]:
@@ -131,7 +131,7 @@ def test_a_whole_model_by_the_operator(
 ) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v1")
     model = trainer.model.eval()
-    for task in TASKS:
+    for task in DEFAULT_TASKS:
         batch = trainer.train_data[task].batch(np.arange(9))
         found = model(task, batch)
         with monkeypatch.context() as patch:

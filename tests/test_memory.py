@@ -42,7 +42,7 @@ def gradients(trainer: Trainer, task: str, rows: np.ndarray = ROWS) -> dict[str,
     model, start = trainer.model, copied(trainer.model)
     torch.manual_seed(3)
     step = loop.Step(task, rows)
-    loss, outputs, _ = trainer.memory.run(step, lambda: trainer.passes(step))
+    loss, outputs, _ = trainer.memory.run(step, lambda: trainer.passed(step))
     out = {"loss": loss.detach(), "outputs": outputs.detach(), "generator": torch.get_rng_state()}
     out |= {name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None}
     out |= {name: own.clone() for name, own in model.named_buffers() if "running_" in name}

@@ -18,7 +18,7 @@ from evaluation import Scores, overall, probabilities, progress, score_task
 from files import cause
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule
-from packing import to_device
+from packing import Batch
 from tasks import Task
 from tokenizer import Tokenizer
 from training import signals
@@ -27,11 +27,13 @@ from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_i
 from training.device import Device, random_state
 from training.distributed import ONE, World
 from training.efficiency import StepClock, StepGauge
+from training.feed import Feed
 from training.frozen import FrozenCache
 from training.gradient_surgery import NoSurgery, PCGrad
 from training.health import Scaler, refuse_bad_losses, refuse_ruined, states_of
 from training.losses import LOSSES
 from training.memory import Memory
+from training.passes import passes_of
 from training.profiling import Profiler
 from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
 from training.routines import ROUTINES, Plan, Step, task_batches
@@ -100,8 +102,8 @@ class TaskMeter:
     ) -> None:
         """Take the results of one step on so many examples; nothing is copied to the host yet."""
         self.numbers.append(number)
-        self.losses.append(loss.detach())
-        self.outputs.append(outputs.detach())
+        self.losses.append(loss)
+        self.outputs.append(outputs)
         self.labels.append(labels)
         self.examples += examples
         self.seconds += seconds
@@ -192,6 +194,8 @@ class Trainer:
             for name, task in self.tasks.items()
         }
         self.terms = {name: terms_of(config, name) for name in self.tasks}
+        self.feed = Feed(self.train_data, device.device, options.cuda_graphs, world)
+        self.passes = passes_of(config, self.model, device, self.terms, self.forward_backward, say)
         self.scaler = Scaler(device.device.type, enabled=device.scaled)
         self.memory = Memory(config, self.model, self.train_data, device.device, say, alone=world.size == 1)
         self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
@@ -314,9 +318,11 @@ class Trainer:
             lr = self.set_rates(step.task, self.epoch + self.done / len(steps))
             log = len(meter.losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
+            if self.done + 1 < len(steps):
+                self.feed.expect(steps[self.done + 1])
             meter.add(self.done, loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
             self.gradient_waits = not step.moves
-            unseen.append(loss.detach())
+            unseen.append(loss)
             if log:
                 if not torch.stack(unseen).isfinite().all():
                     self.refuse_bad_losses(steps)
@@ -332,6 +338,8 @@ class Trainer:
             drawn = np.concatenate([step.indices for step in steps if step.task == name])
             meter.tokens = int(self.train_data[name].lengths[drawn].sum())
         self.refuse_bad_losses(steps)
+        if (line := self.passes.report()) is not None:
+            self.say(line)
 
     def pause(self) -> None:
         """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step.
@@ -366,35 +374,36 @@ class Trainer:
 
         Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
         """
-        loss, outputs, labels = self.memory.run(step, lambda: self.passes(step))
-        if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-            self.surgery.take()
+        loss, outputs, labels = self.memory.run(step, lambda: self.passed(step))
+        self.surgery.take()
         norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
         return loss, outputs, labels, norm
 
-    def passes(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, outputs and labels of one batch after a pass forward and, where anything trains, one back."""
-        loss, outputs, labels = self.forward(step)
-        with self.world.summed(step.task, step.moves or self.surgery.per_task):
-            if loss.requires_grad:
-                self.scaler.scale(loss * step.share).backward()
-        return loss, outputs, labels
+    def passed(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, outputs and labels of one batch, without their history; its gradients are added to those at hand."""
+        batch, labels = self.feed.take(step)
+        return *self.passes(step, batch, labels), labels
 
-    def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, outputs and labels of one batch."""
-        data, device = self.train_data[step.task], self.device.device
-        own = self.config.tasks[step.task]
-        batch = data.batch(self.world.shard(step.indices)).to(device)
-        labels = to_device(data.labels(step.indices), device)
-        state = random_state(device)
+    def forward_backward(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What `passed` returns but the labels, as `passes` runs it."""
+        own, terms = self.config.tasks[step.task], self.terms[step.task]
+        state = random_state(self.device.device) if terms else None
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
             outputs = self.world.gather(self.model.outputs(step.task, embedding), len(labels))
             seen = Seen(
                 self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher, self.world
             )
-            terms = [term(seen) for term in self.terms[step.task]]
-        return sum(terms, start=own.weight * LOSSES[own.loss](outputs, labels)), outputs, labels
+            further = [term(seen) for term in terms]
+        loss = sum(further, start=own.weight * LOSSES[own.loss](outputs, labels))
+        self.backward(loss, step)
+        return loss.detach(), outputs.detach()
+
+    def backward(self, loss: Tensor, step: Step) -> None:
+        """Add a batch's gradients to those at hand."""
+        with self.world.summed(step.task, step.moves or self.surgery.per_task):
+            if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
+                self.scaler.scale(loss * step.share).backward()
 
     def move(self, optimizer: Optimizer, measure: bool) -> Tensor:
         """An optimizer step by the gradients at hand, if there are any; returns their norm as `bound_gradient` does."""

@@ -38,7 +38,7 @@ def parts_of(batch: Batch, packed: PackedBatch, count: int) -> tuple[list[Batch]
 
     Each gets every count-th sequence in order of length, so that all parts have about as many tokens.
     """
-    stored = [np.arange(first, packed.num_sequences, count) for first in range(count)]
+    stored = [np.arange(first, len(packed.restore), count) for first in range(count)]
     parts: list[Batch] = []
     for own in stored:
         part, rows = take(packed, own)

@@ -35,6 +35,13 @@ class Pretrainer(Trainer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.masking = Masking(self.tokenizer)
+        self.feed.ahead = False  # `forward` makes its own batches
+
+    def passed(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` returns, without its history; the gradients are added to those at hand."""
+        loss, losses, words = self.forward(step)
+        self.backward(loss, step)
+        return loss.detach(), losses.detach(), words
 
     def forward(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss of a batch's masked words in nats, the loss of each of them [M], and the words [M]."""

@@ -1,0 +1,130 @@
+"""No training step makes the host wait for a GPU. Without one: on torch's meta device, whose tensors have no numbers.
+
+There whatever depends on numbers raises: `.item()`, `bool(tensor)`, indices by a mask, `nonzero`. As on a GPU, the code
+takes none of its shortcuts for CPUs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_training import make_trainer
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import training.loop
+import training.smart
+from training.device import Device
+from training.loop import Trainer
+from training.losses import LOSSES
+from training.routines import Step
+
+DEVICE = torch.device("meta")
+
+
+class Copies(TorchDispatchMode):
+    """Raises where an operation has tensors of two devices: such a copy, not from pinned memory, waits for its end."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor) and leaf.numel() > 1]
+        devices = {own.device.type for own in tensors}
+        assert len(devices) < 2, f"{func} copies between {' and '.join(sorted(devices))}"
+        return out
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Inside, waiting for the device raises."""
+    make = torch.tensor
+
+    def on_host(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        assert device is None, "numbers of Python are copied to a device"
+        return make(*args, **options)
+
+    torch.tensor = on_host
+    try:
+        with Copies():
+            yield
+    finally:
+        torch.tensor = make
+
+
+@pytest.fixture
+def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the meta device lacks, and what of it never waits: autocast and generators."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(training.smart, "first_noise", lambda hidden, options, step: torch.zeros_like(hidden))
+
+
+METHODS = [
+    ["--arch", "yin-yang"],
+    ["--arch", "yin-yang", "--optim", "AdamW", "--clip", 1, "--average", "ema"],
+    ["--arch", "r4", "--optim", "RAdam"],
+    ["--arch", "cosine", "--optim", "SGD"],
+    ["--arch", "v2", "--routine", "joint", "--pcgrad", "--optim", "Adam"],
+    ["--arch", "v2", "--sst_smart", 1, "--para_smart", 1, "--sts_bregman", 1],
+    ["--arch", "v1", "--lora_mode", "all-lin", "--lora_rank", 2, "--dora"],
+    ["--arch", "v1", "--lora_mode", "all-lin", "--dora", "--dora_norm", "column", "--lora_dropout", 0.1],
+    ["--arch", "v1", "--pal", "mixed", "--pal_size", 24, "--pal_heads", 2],
+    ["--arch", "v1", "--sts_embedding_loss", "ranking", "--para_embedding_loss", "contrastive"],
+    ["--arch", "v1", "--sts_embedding_loss", "cosine", "--sst_embedding_loss", "simcse"],
+]
+
+
+@pytest.mark.parametrize("more", METHODS, ids=lambda more: " ".join(map(str, more)))
+def test_no_step_waits(tiny_flags: list[str], tmp_path: Path, without_numbers: None, more: list[object]) -> None:
+    """A step of each task, everything trainable, with the gradient's norm."""
+    made = make_trainer(tiny_flags, tmp_path / "run", *more)
+    trainer = Trainer(
+        made.config, made.model, made.tokenizer, made.train_data, made.dev_data, Device(DEVICE), made.run, made.say
+    )
+    trainer.model.freeze_for_epoch(trainer.config.train, 4)
+    trainer.model.train()
+    names = list(trainer.tasks)
+    joint = trainer.config.train.routine == "joint"
+    for name in names:
+        step = Step(name, np.arange(7), 1 / 3, moves=not joint or name == names[-1])
+        trainer.set_rates(name, 0.0)
+        trainer.feed.ahead = True
+        trainer.feed.expect(step)  # copied ahead
+        assert trainer.feed.ready is not None
+        _ = trainer.feed.ready[1].grouping  # type: ignore[union-attr]
+        with watched():
+            loss, outputs, labels, _ = trainer.train_step(step, True)
+        assert {own.device for own in (loss, outputs, labels)} == {DEVICE}
+        assert all(p.grad is None for p in trainer.model.parameters()) == step.moves or joint
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_no_loss_waits(loss: str) -> None:
+    labels = torch.empty(6, dtype=torch.int64, device=DEVICE)
+    shapes = {"ce": [(6, 5)], "kl": [(6, 5)], "ordinal": [(6, 5)], "bce": [(6,), (6, 5)], "mixed": [(6,), (6, 5)]}
+    for shape in shapes.get(loss, [(6,)]):
+        outputs = torch.empty(shape, device=DEVICE, requires_grad=True)
+        with watched():
+            LOSSES[loss](outputs, labels).backward()
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).any()),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "list": lambda x: x.tolist(),
+    "numbers from the host": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "lengths of the host": lambda x: x + torch.ones(5).to(x.device),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_what_waits_is_found(wait: str) -> None:
+    x = torch.empty(5, device=DEVICE)
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), watched():
+        WAITS[wait](x)
