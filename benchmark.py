@@ -4,13 +4,17 @@
     python benchmark.py --tasks sst,sts --modes train --steps 40 --data_dir data
     python benchmark.py --modes tokenise
     python benchmark.py --modes scaling --ranks 1,2,4,8 --use_gpu --amp
+    python benchmark.py --use_gpu --amp --cuda_graphs --block 10 --pretrained random-bert-base --data_dir made
 
 The peer is what one writes with transformers: batches padded to their longest text, SDPA, torch's fused AdamW.
+random-bert-base has BERT-base's shape; made data have the lengths of the real ones. Neither needs a network.
 The mode tokenise has no peer: it reads and tokenises a generated file of Quora's size, at first and from the cache.
 Neither has scaling: it trains in so many processes, each with its share of the batch, and with --threads each.
 """
 
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -19,9 +23,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +41,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from base_bert import load_weights, read_config, resolve_pretrained
+import flash
+from base_bert import load_weights, read_config, resolve_pretrained, save_pretrained
 from bert import BertModel
 from config import (
     BertConfig,
@@ -48,10 +54,12 @@ from config import (
     expand_arguments,
     groups_of,
     option,
+    parse,
     run_script,
 )
 from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation import predict, progress
+from files import cache_folder
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
 from optimizer import Adamax, AdamW
@@ -66,14 +74,18 @@ from training.routines import Plan, Step, task_batches
 from training.telemetry import format_table
 
 LR = 1e-5
+ALONE = ("tokenise", "optimizer", "recipe", "scaling")  # modes without a peer
 MAX_LENGTH = 512
 LOSS = {"classes": "ce", "binary": "bce", "similarity": "mse"}
 TOLERANCE = 1e-4  # largest difference between two sides' outputs that still counts as the same numbers
 EVAL_BATCHES, EVAL_PASSES = 16, 5  # evaluation goes over this many batches at most, at most this often
 MEMORY_STEPS = 5
+BATCH = 64  # examples of the recipe's steps
+RECIPE_WARMUP, RECIPE_STEPS = 30, 60  # steps of each task and stage
+ROOT = Path(__file__).resolve().parent
 LEGEND = """ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens
 need; peak: a layer's matrix products alone. MB: of a process with its libraries, or of a GPU's tensors."""
-PAIRS = 283_000  # rows of Quora's training file
+PAIRS = 283_000  # about the rows of Quora's training file
 
 T = TypeVar("T")
 
@@ -90,25 +102,99 @@ class Options:
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
         ("train", "eval"),
-        "comma-separated: train, eval; tokenise a large file; steps of the optimizer alone, on BERT-base's parameters; "
-        "scaling over --ranks",
-        choices=("train", "eval", "tokenise", "optimizer", "scaling"),
+        "comma-separated: train, eval; tokenise a large file; recipe; the optimizer alone; scaling over --ranks",
+        choices=("train", "eval", *ALONE),
     )
     batch_size: int = option(64, "examples per step", low=1)
-    steps: int = option(20, "timed training steps of each side", low=1)
-    warmup: int = option(3, "training steps of each side before the clock starts", low=0)
+    steps: int = option(20, "timed rounds of each side: training steps, or passes over dev", low=1)
+    warmup: int = option(3, "rounds of each side before the clock starts", low=0)
     threads: int = option(2, "CPU threads", low=1)
     ranks: tuple[str, ...] = option(("1", "2"), "comma-separated numbers of processes for --modes scaling")
-    data_dir: str = option("data/sample", "folder with the tasks' csv files")
-    pretrained: str = option("all-MiniLM-L6-v2", "weights: a known name, a hub name or a folder")
+    data_dir: str = option("data/sample", "folder with the tasks' csv files, or made")
+    pretrained: str = option("all-MiniLM-L6-v2", "weights: a known name, a hub name, a folder or random-bert-base")
     out: str = option("benchmarks/results", "folder of the results")
     use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
     amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
+    cuda_graphs: bool = option(False, "replay our passes from CUDA graphs")
+    block: int = option(1, "training steps between two looks at the clock, which wait for a GPU", low=1)
+    loader_workers: int = option(0, "processes that make the peer's batches", low=0)
 
 
 def say(line: str) -> None:
     """Print a line above the progress bars."""
     tqdm.write(line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and data that need no network
+
+RANDOM = "random-bert-base"
+MADE = "made"
+# Tokens of a text, [CLS] and [SEP] among them: these shares of the real training texts have at most so many.
+TEXT_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
+TEXT_LENGTHS = {
+    "sst": (4, 9, 11, 15, 18, 21, 24, 27, 30, 35, 41, 46, 52, 55, 58, 63, 80),
+    "para": (3, 8, 9, 11, 12, 13, 14, 15, 17, 20, 25, 30, 36, 42, 47, 67, 95),
+    "sts": (5, 8, 8, 9, 10, 11, 12, 13, 16, 19, 26, 31, 36, 38, 41, 46, 70),
+}
+# Rows of the real train and dev files.
+ROWS = {"sst": (8_544, 1_101), "para": (283_003, 40_429), "sts": (6_040, 863)}
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of the start weights."""
+    return random_bert_base() if name == RANDOM else resolve_pretrained(name)
+
+
+def random_bert_base() -> Path:
+    """A folder with weights of BERT-base's shape, drawn from a seed, and made-up words; made once."""
+    folder = cache_folder() / RANDOM
+    if not (folder / "vocab.txt").is_file():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = BertModel(BertConfig())
+        save_pretrained(folder, BertConfig(), model.state_dict())
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?"]
+        letters = map("".join, itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=4))
+        words = itertools.islice(letters, BertConfig().vocab_size - len(special))
+        write_text(folder / "vocab.txt", "\n".join([*special, *words]) + "\n")
+    return folder
+
+
+def write_rows(path: Path, task: Task, tokenizer: Tokenizer, lengths: np.ndarray) -> None:
+    """A labelled file of a task with random words of the vocabulary; `lengths` [N, texts] counts tokens."""
+    words = [word for word in json.loads(tokenizer.to_json())["model"]["vocab"] if word.isalpha()]
+    generator = random.Random(0)
+    low, high = task.label_range
+    with path.open("w", encoding="utf-8") as file:
+        file.write("\t".join(["", "id", *task.text_columns, task.label_column]) + "\n")
+        for number, row in enumerate(lengths.tolist()):
+            texts = [" ".join(generator.choices(words, k=max(1, length - 3))).capitalize() + "?" for length in row]
+            label = (
+                generator.uniform(low, high) if task.kind == "similarity" else generator.randint(int(low), int(high))
+            )
+            file.write("\t".join([str(number), f"{generator.getrandbits(100):025x}", *texts, f"{label:.1f}"]) + "\n")
+
+
+def drawn_lengths(task: Task, rows: int, seed: int) -> np.ndarray:
+    """Lengths [rows, texts] as the real file's are distributed."""
+    shares = np.random.default_rng(seed).random((rows, len(task.text_columns)))
+    return np.interp(shares, TEXT_SHARES, TEXT_LENGTHS[task.name]).round().astype(int)
+
+
+@contextmanager
+def with_data(options: Options, least: int = 0) -> Iterator[Options]:
+    """The options with a folder of data: made ones, at least `least` rows of each task, where they are asked for."""
+    if options.data_dir != MADE:
+        yield options
+        return
+    tokenizer = load_tokenizer(weights_folder(options.pretrained), MAX_LENGTH)
+    rows = max(least, options.batch_size * options.block * (options.warmup + options.steps))
+    with tempfile.TemporaryDirectory() as name:
+        for task in (TASKS[name] for name in ROWS):
+            for seed, (split, count) in enumerate({"train": rows, "dev": EVAL_BATCHES * options.batch_size}.items()):
+                write_rows(Path(name) / task.files[split], task, tokenizer, drawn_lengths(task, count, seed))
+        yield replace(options, data_dir=name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,6 +214,7 @@ class Workload:
     dev: TaskData
     batches: list[np.ndarray]  # the examples [B] of each training step, warmup first
     device: Device
+    loader_workers: int  # that make the peer's batches; 0 makes them in between
 
     def head(self) -> nn.Linear:
         """The linear head on u, or on u and v: the same weights whoever asks."""
@@ -141,9 +228,9 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
     Raises UserError for data that is missing or holds less than one batch.
     """
     device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), say)
-    folder = resolve_pretrained(options.pretrained)
+    folder = weights_folder(options.pretrained)
     bert_config = read_config(folder)
-    count = options.warmup + options.steps
+    count = options.block * (options.warmup + options.steps)
     given = {
         "data.data_dir": options.data_dir,
         "data.max_train_examples": options.batch_size * count,
@@ -155,6 +242,9 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
         f"tasks.{name}.lr_multiplier": 1.0,
         f"tasks.{name}.enabled": True,
         f"tasks.{name}.loss": LOSS[TASKS[name].kind],
+        "train.cuda_graphs": options.cuda_graphs,
+        "compute.use_gpu": options.use_gpu,
+        "compute.amp": options.amp,
     }
     config = assemble(given, TASKS)
     splits = load_splits(config.data, config.tasks, {name: TASKS[name]}, ["train", "dev"], say)
@@ -171,7 +261,17 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
     whole = size // options.batch_size
     steps = [step for epoch in range(-(-count // whole)) for step in task_batches(plan, epoch, name)[:whole]]
     batches = [step.indices for step in steps[:count]]
-    return Workload(config, TASKS[name], folder, bert_config, tokenizer, **data, batches=batches, device=device)
+    return Workload(
+        config,
+        TASKS[name],
+        folder,
+        bert_config,
+        tokenizer,
+        **data,
+        batches=batches,
+        device=device,
+        loader_workers=options.loader_workers,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,8 +288,8 @@ class Side(Protocol):
     def forward(self, indices: np.ndarray) -> Tensor:
         """The outputs of training examples [B]: [B, classes] or [B]."""
 
-    def train_step(self, indices: np.ndarray) -> object:
-        """One optimizer step, from token ids to new weights."""
+    def train_on(self, *batches: np.ndarray) -> object:
+        """An optimizer step for the examples [B] of each batch, from token ids to new weights."""
 
     def evaluate(self) -> object:
         """The outputs of all dev examples."""
@@ -216,12 +316,21 @@ class Minbert:
     def forward(self, indices: np.ndarray) -> Tensor:
         return self.model(self.work.task.name, self.work.train.batch(indices).to(self.work.device.device))
 
-    def train_step(self, indices: np.ndarray) -> object:
-        return self.trainer.train_step(Step(self.work.task.name, indices), False)
+    def train_on(self, *batches: np.ndarray) -> object:
+        run_steps(self.trainer, [Step(self.work.task.name, indices) for indices in batches])
+        return None
 
     def evaluate(self) -> object:
         device = self.work.device
         return predict(self.model, self.work.dev, device.device, self.work.config.train.batch_size, device.amp)
+
+
+def run_steps(trainer: Trainer, steps: Sequence[Step]) -> None:
+    """Steps in a row as the loop does them."""
+    for number, step in enumerate(steps):
+        trainer.train_step(step, False)
+        if number + 1 < len(steps):
+            trainer.feed.expect(steps[number + 1])
 
 
 def import_transformers() -> Any:
@@ -255,7 +364,7 @@ class PeerModel(nn.Module):
         self.dropout = nn.Dropout(work.bert_config.hidden_dropout_prob)
         self.head = None if self.kind == "similarity" else work.head()
 
-    def forward(self, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, texts: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """Token ids and mask [B, L] of each text to [B, classes] or [B]."""
         pooled = [self.dropout(self.bert(input_ids=ids, attention_mask=mask).pooler_output) for ids, mask in texts]
         if self.head is None:
@@ -278,6 +387,36 @@ def with_peft(bert: nn.Module, adapters: LoRAConfig) -> nn.Module:
     return peft.get_peft_model(bert, config)
 
 
+class PeerBatches(torch.utils.data.Dataset):
+    """The peer's training batches in their order: the texts and the labels [B] of each."""
+
+    def __init__(self, data: TaskData, batches: Sequence[np.ndarray], pad_id: int) -> None:
+        self.data, self.batches, self.pad_id = data, batches, pad_id
+        self.rows = [self.texts(tokens) for tokens in data.tokens]
+
+    @staticmethod
+    def texts(tokens: TokenArrays) -> list[Tensor]:
+        """The token ids [L] of each text."""
+        return list(torch.from_numpy(tokens.input_ids).long().split(np.diff(tokens.offsets).tolist()))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        indices = self.batches[number]
+        return self.collate(indices.tolist()), self.data.labels(indices)
+
+    def collate(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Token ids and mask [B, L] of each text."""
+        texts = []
+        for rows in self.rows:
+            chosen = [rows[i] for i in indices]
+            ids = pad_sequence(chosen, batch_first=True, padding_value=self.pad_id)
+            mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in chosen])[:, None]
+            texts.append((ids, mask.long()))
+        return texts
+
+
 class Transformers:
     """transformers, used as most do; with `adapters`, peft's on top of it."""
 
@@ -292,22 +431,23 @@ class Transformers:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, LR, eps=1e-6, weight_decay=own.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.device.scaled)
-        self.train, self.dev = ([self.rows(t) for t in data.tokens] for data in (work.train, work.dev))
+        pad_id = work.tokenizer.pad_id
+        self.batches, self.dev = PeerBatches(work.train, work.batches, pad_id), PeerBatches(work.dev, [], pad_id)
+        self.loader = iter(self.made_ahead()) if work.loader_workers else None
 
-    @staticmethod
-    def rows(tokens: TokenArrays) -> list[Tensor]:
-        """The token ids [L] of each text."""
-        return list(torch.from_numpy(tokens.input_ids).long().split(np.diff(tokens.offsets).tolist()))
+    def made_ahead(self) -> Any:
+        """The training batches, made by processes of their own and put into pinned memory."""
+        return torch.utils.data.DataLoader(
+            self.batches,
+            batch_size=None,
+            num_workers=self.work.loader_workers,
+            prefetch_factor=4,
+            pin_memory=self.device.type == "cuda",
+        )
 
-    def collate(self, data: list[list[Tensor]], indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Token ids and mask [B, L] of each text."""
-        texts = []
-        for rows in data:
-            chosen = [rows[i] for i in indices]
-            ids = pad_sequence(chosen, batch_first=True, padding_value=self.work.tokenizer.pad_id)
-            mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in chosen])[:, None]
-            texts.append((ids.to(self.device), mask.long().to(self.device)))
-        return texts
+    def there(self, texts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
+        """Texts on the device."""
+        return [tuple(own.to(self.device, non_blocking=True) for own in text) for text in texts]
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where --amp asks for it."""
@@ -315,23 +455,31 @@ class Transformers:
         return torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None)
 
     def forward(self, indices: np.ndarray) -> Tensor:
-        return self.model(self.collate(self.train, indices.tolist()))
+        return self.model(self.there(self.batches.collate(indices.tolist())))
 
-    def train_step(self, indices: np.ndarray) -> object:
-        labels = self.work.train.labels(indices).to(self.device)
+    def train_on(self, *batches: np.ndarray) -> object:
+        for indices in batches:
+            if self.loader is None:
+                texts, labels = self.batches.collate(indices.tolist()), self.work.train.labels(indices)
+            else:
+                texts, labels = next(self.loader)
+            self.train_step(self.there(texts), labels.to(self.device, non_blocking=True))
+        return None
+
+    def train_step(self, texts: Sequence[tuple[Tensor, ...]], labels: Tensor) -> None:
+        """One optimizer step."""
         with self.autocast():
-            outputs = self.forward(indices)
+            outputs = self.model(texts)
         self.scaler.scale(self.loss(outputs.float(), labels)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return None
 
     def evaluate(self) -> object:
         self.model.eval()
         blocks = torch.arange(len(self.work.dev)).split(self.work.config.train.batch_size)  # in the file's order
         with torch.inference_mode(), self.autocast():
-            outputs = [self.model(self.collate(self.dev, block.tolist())).float() for block in blocks]
+            outputs = [self.model(self.there(self.dev.collate(block.tolist()))).float() for block in blocks]
         self.model.train()
         return torch.cat(outputs).cpu().numpy()
 
@@ -419,45 +567,59 @@ def matmul_peak(shape: BertConfig, tokens: int, device: Device) -> float:
     inputs = {n: torch.randn(tokens, n, device=device.device, dtype=device.amp) for n in (width, inner)}
     weights = [torch.randn(size, device=device.device, dtype=device.amp) for size in sizes]
 
-    def layer() -> None:
-        for weight in weights:
+    repeats = 1 if device.device.type == "cpu" else 50  # of what is too short to be timed by itself
+
+    def layers() -> None:
+        for weight in weights * repeats:
             inputs[len(weight)] @ weight
 
-    seconds = time_in_turn({"matmul": layer}, [()] * 12, 2, device, "matmul peak")["matmul"]
-    return 2 * tokens * sum(a * b for a, b in sizes) / min(seconds)
+    seconds = time_in_turn({"matmul": layers}, [()] * 12, 2, device, "matmul peak")["matmul"]
+    return repeats * 2 * tokens * sum(a * b for a, b in sizes) / min(seconds)
+
+
+def square_peak(device: Device) -> float | None:
+    """FLOP/s of one large square product on a GPU, the best of ten."""
+    if device.device.type == "cpu":
+        return None
+    x = torch.randn(8192, 8192, device=device.device, dtype=device.amp)
+    seconds = time_in_turn({"square": lambda: x @ x}, [()] * 12, 2, device, "peak")["square"]
+    return 2 * 8192**3 / min(seconds)
 
 
 def measure_speed(options: Options, comparison: str, task: str) -> list[dict[str, Any]]:
     """For each mode, the seconds of every round of each side, and the work in them.
 
-    A round is one training step or one pass over dev. Raises UserError where the sides compute different things.
+    A round is a block of training steps or a pass over dev. Raises UserError where the sides compute different things.
     """
     work = make_workload(options, task, say)
     sides = {name: build(work) for name, build in COMPARISONS[comparison].items()}
     difference = check_same(sides, work)
     say(f"{comparison} {task}: outputs differ by at most {difference:.1e}")
-    steps, passes = work.batches[options.warmup :], min(options.steps, EVAL_PASSES)
+    rounds = [tuple(work.batches[i : i + options.block]) for i in range(0, len(work.batches), options.block)]
+    steps = [np.concatenate(own) for own in rounds[options.warmup :]]
+    passes = min(options.steps, EVAL_PASSES)
     common = {
         "comparison": comparison,
         "task": task,
         "max_difference": difference,
         "matmul_peak": matmul_peak(
-            work.bert_config, int(np.mean([work.train.lengths[step].sum() for step in steps])), work.device
+            work.bert_config, int(np.mean([work.train.lengths[step].sum() for step in work.batches])), work.device
         ),
+        "square_peak": square_peak(work.device),
     }
     records = []
     for mode in options.modes:
         label = f"{comparison} {task} {mode}"
         if mode == "train":
-            train = {name: side.train_step for name, side in sides.items()}
-            seconds = time_in_turn(train, [(step,) for step in work.batches], options.warmup, work.device, label)
+            train = {name: side.train_on for name, side in sides.items()}
+            seconds = time_in_turn(train, rounds, options.warmup, work.device, label)
             # backward costs two forward passes, or one where no gradient of a large weight is wanted
             done = work_done(work.bert_config, work.train, steps, 3 if comparison == "full-model" else 2)
         else:
             evaluate = {name: side.evaluate for name, side in sides.items()}
             seconds = time_in_turn(evaluate, [()] * (1 + passes), 1, work.device, label)
             done = work_done(work.bert_config, work.dev, [np.arange(len(work.dev))] * passes, 1)
-        batches = 1 if mode == "train" else -(-len(work.dev) // options.batch_size)
+        batches = options.block if mode == "train" else -(-len(work.dev) // options.batch_size)
         records.append({**common, "mode": mode, "batches": batches, "seconds": seconds, **done})
     return records
 
@@ -475,7 +637,7 @@ def measure_memory(options: Options, comparison: str, contender: str, task: str)
         peaks["eval"] = work.device.peak_memory()
     if "train" in options.modes:
         for indices in work.batches[:MEMORY_STEPS]:
-            side.train_step(indices)
+            side.train_on(indices)
         peaks["train"] = work.device.peak_memory()
     return peaks
 
@@ -501,18 +663,6 @@ def in_own_process(label: str, function: Callable[..., T], *arguments: object) -
             raise UserError(f"{label}: the process died, of too little memory perhaps") from None
 
 
-def write_pairs(path: Path, tokenizer: Tokenizer) -> None:
-    """A file of PAIRS labelled questions of about thirteen tokens, random words of the vocabulary."""
-    words = [word for word in json.loads(tokenizer.to_json())["model"]["vocab"] if word.isalpha()]
-    generator = random.Random(0)
-    with path.open("w", encoding="utf-8") as file:
-        file.write("\t".join(["", "id", *PARA.text_columns, PARA.label_column]) + "\n")
-        for number in range(PAIRS):
-            texts = [" ".join(generator.choices(words, k=10)).capitalize() + "?" for _ in PARA.text_columns]
-            row = [str(number), f"{generator.getrandbits(100):025x}", *texts, f"{generator.randrange(2)}.0"]
-            file.write("\t".join(row) + "\n")
-
-
 def tokenise_file(path: Path, weights: Path, cache: Path) -> dict[str, float]:
     """Seconds from a file to token ids, peak bytes of the process with its libraries, and tokens a text."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -527,10 +677,11 @@ def tokenise_file(path: Path, weights: Path, cache: Path) -> dict[str, float]:
 
 def measure_tokenising(options: Options) -> dict[str, Any]:
     """tokenise_file of PAIRS pairs, with an empty cache and with a full one, each in a process of its own."""
-    weights = resolve_pretrained(options.pretrained)
+    weights = weights_folder(options.pretrained)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pairs(folder / "pairs.csv", load_tokenizer(weights, MAX_LENGTH))
+        lengths = np.full((PAIRS, len(PARA.text_columns)), 13)
+        write_rows(folder / "pairs.csv", PARA, load_tokenizer(weights, MAX_LENGTH), lengths)
         runs = {
             label: in_own_process("tokenise", tokenise_file, folder / "pairs.csv", weights, folder / "cache")
             for label in progress(("first", "cached"), "tokenise", "process")
@@ -568,7 +719,7 @@ def time_rank(options: Options, task: str, rank: int, size: int, port: int) -> l
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}})
     with joined(ComputeOptions(options.use_gpu, options.amp, options.threads)) as world:
         work = make_workload(options, task, lambda line: None)
-        step = {"step": Minbert(work, world=world).train_step}
+        step = {"step": Minbert(work, world=world).train_on}
         label = f"scaling {task} {size}"
         return time_in_turn(step, [(own,) for own in work.batches], options.warmup, work.device, label)["step"]
 
@@ -588,6 +739,57 @@ def measure_scaling(options: Options, task: str) -> dict[str, Any]:
             except BrokenProcessPool:
                 raise UserError(f"--ranks {ranks}: a process died; give fewer, or less memory to each") from None
     return {"mode": "scaling", "task": task, "batch_size": options.batch_size, "seconds": seconds}
+
+
+def measure_recipe(options: Options) -> dict[str, Any]:
+    """Seconds that R0's Yin Yang recipe would take, from those of its steps in each stage of unfreezing.
+
+    On made data of the real files' lengths; their numbers of rows say how often each step is taken.
+    """
+    flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--data_dir", options.data_dir, "--use_gpu", "--amp"]
+    flags += ["--cuda_graphs"] if options.cuda_graphs else []
+    config = parse(flags, TASKS, "benchmark.py", "")
+    tasks = {name: TASKS[name] for name in ROWS}
+    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), say)
+    folder = weights_folder(options.pretrained)
+    bert_config = read_config(folder)
+    tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
+    data = tokenise(
+        load_splits(config.data, config.tasks, tasks, ["train", "dev"], say), tokenizer, "siamese", False, say
+    )
+    model = MultitaskBERT(config.model, bert_config, tasks)
+    model.load_backbones(load_weights(folder, bert_config))
+    lines: list[str] = []
+    run = RunDirectory(Path(os.devnull))
+    trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, lines.append)
+    epochs, stages = config.train.epochs, {}
+    for epoch in progress(range(epochs), "recipe", "epoch"):
+        command = model.freeze_for_epoch(config.train, epoch)
+        model.train()
+        if command not in stages:
+            stages[command] = {name: recipe_step(trainer, name) for name in tasks}
+    seconds = dict.fromkeys(tasks, 0.0)
+    for epoch in range(epochs):
+        own = stages[model.freeze_for_epoch(config.train, epoch)]
+        for name in tasks:
+            seconds[name] += own[name] * math.ceil(ROWS[name][0] / config.train.batch_size)
+    started = time.perf_counter()
+    trainer.evaluate(list(tasks))
+    per_row = (time.perf_counter() - started) / sum(len(own) for own in data["dev"].values())
+    evaluation = epochs * per_row * sum(rows for _, rows in ROWS.values())
+    report = trainer.passes.report()
+    return {"mode": "recipe", "stages": stages, "train": seconds, "evaluation": evaluation, "graphs": report}
+
+
+def recipe_step(trainer: Trainer, task: str) -> float:
+    """Seconds of a step of a task as the model is frozen now."""
+    steps = task_batches(trainer.plan, 0, task)[: RECIPE_WARMUP + RECIPE_STEPS]
+    run_steps(trainer, steps[:RECIPE_WARMUP])
+    trainer.device.synchronize()
+    started = time.perf_counter()
+    run_steps(trainer, steps[RECIPE_WARMUP:])
+    trainer.device.synchronize()
+    return (time.perf_counter() - started) / len(steps[RECIPE_WARMUP:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -612,6 +814,46 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return format_table(header, rows)
 
 
+# What a GPU is held to with random-bert-base and made data: by batch size, the least ratio and share of the peak.
+RATIOS, SHARES = {64: 5.0, 256: 2.5}, {256: 0.35}
+EPOCH_SECONDS, RECIPE_SECONDS = 25.0, 300.0
+
+
+def targets(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[str]:
+    """A line for each target that these records speak of: what was found, what is wanted, and whether it is met."""
+    lines = []
+
+    def add(what: str, found: float, wanted: float, most: bool, digits: int) -> None:
+        met = found <= wanted if most else found >= wanted
+        bound = "at most" if most else "at least"
+        lines.append(f"{'met   ' if met else 'MISSED'}  {what}: {found:.{digits}f}, {bound} {wanted:g}")
+
+    for record in records:
+        if record["mode"] == "recipe":
+            seconds = sum(record["train"].values()) + record["evaluation"]
+            add("seconds of the Yin Yang recipe", seconds, RECIPE_SECONDS, True, 0)
+        if (record["mode"], record.get("task"), record.get("comparison")) != ("train", "para", "full-model"):
+            continue
+        peer, own = (np.array(seconds) for seconds in record["seconds"].values())
+        if batch_size in RATIOS:
+            add(f"times transformers at batch {batch_size}", np.median(peer / own), RATIOS[batch_size], False, 2)
+        if batch_size in SHARES:
+            share = np.median(record["flops"] / own) / record["square_peak"]
+            add(f"share of the device's peak at batch {batch_size}", share, SHARES[batch_size], False, 3)
+        epoch = ROWS["para"][0] / np.median(record["examples"] / own)
+        add(f"seconds for {ROWS['para'][0]:,} pairs at batch {batch_size}", epoch, EPOCH_SECONDS, True, 1)
+    return lines
+
+
+def recipe_line(record: Mapping[str, Any]) -> str:
+    """What measure_recipe measured."""
+    stages = "; ".join(
+        f"{command} {', '.join(f'{name} {1e3 * seconds:.2f}' for name, seconds in own.items())} ms/step"
+        for command, own in record["stages"].items()
+    )
+    return f"recipe: {stages}; evaluation {record['evaluation']:.0f} s in all\n{record['graphs'] or ''}".rstrip()
+
+
 def tokenise_line(record: Mapping[str, Any]) -> str:
     """What measure_tokenising measured."""
     runs = [f"{run} {record[run]['seconds']:.2f} s, {record[run]['peak'] / 1e6:,.0f} MB" for run in ("first", "cached")]
@@ -626,7 +868,7 @@ def optimizer_line(record: Mapping[str, Any]) -> str:
     return f"{what}; theirs over ours {np.median(peer / own):.2f}"
 
 
-def scaling_lines(record: Mapping[str, Any]) -> list[str]:
+def scaling_lines(record: Mapping[str, Any]) -> str:
     """What measure_scaling measured: rates, and their ratio to the first one's by median seconds."""
     first, *_ = (float(np.median(own)) * int(ranks) for ranks, own in record["seconds"].items())
     lines = []
@@ -636,7 +878,29 @@ def scaling_lines(record: Mapping[str, Any]) -> list[str]:
             f"scaling {record['task']}, batch {record['batch_size']}: {ranks} processes {median:.4f} s a step, "
             f"{record['batch_size'] / median:,.0f} examples/s, efficiency {first / median / int(ranks):.0%}"
         )
-    return lines
+    return "\n".join(lines)
+
+
+# Of what has no peer.
+LINES = {"tokenise": tokenise_line, "optimizer": optimizer_line, "recipe": recipe_line, "scaling": scaling_lines}
+
+
+def measure(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of all comparisons, and those of the modes without a peer."""
+    modes = tuple(mode for mode in options.modes if mode not in ALONE)
+    compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
+    alone = [measure_tokenising(options)] if "tokenise" in options.modes else []
+    alone += [measure_scaling(options, task) for task in options.tasks] if "scaling" in options.modes else []
+    memory = all_memory(compared)
+    records = [
+        {**record, "memory": {name: memory[row, name, task] for name in COMPARISONS[row]}}
+        for row in compared.comparisons
+        for task in options.tasks
+        for record in measure_speed(compared, row, task)
+    ]
+    alone += measure_optimizers(options) if "optimizer" in options.modes else []
+    alone += [measure_recipe(options)] if "recipe" in options.modes else []
+    return records, alone
 
 
 def main(argv: Sequence[str]) -> None:
@@ -653,18 +917,8 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
     started = time.strftime("%Y%m%d-%H%M%S")
-    modes = tuple(mode for mode in options.modes if mode in ("train", "eval"))
-    compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
-    tokenising = [measure_tokenising(options)] if "tokenise" in options.modes else []
-    scaling = [measure_scaling(options, task) for task in options.tasks] if "scaling" in options.modes else []
-    memory = all_memory(compared)
-    records = [
-        {**record, "memory": {name: memory[row, name, task] for name in COMPARISONS[row]}}
-        for row in compared.comparisons
-        for task in options.tasks
-        for record in measure_speed(compared, row, task)
-    ]
-    optimizers = measure_optimizers(options) if "optimizer" in options.modes else []
+    with with_data(options, BATCH * (RECIPE_WARMUP + RECIPE_STEPS) if "recipe" in options.modes else 0) as given:
+        records, alone = measure(given)
     device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), lambda line: None)
     packages = {"torch": torch, "numpy": np, "tokenizers": tokenizers}
     if records:
@@ -676,19 +930,18 @@ def main(argv: Sequence[str]) -> None:
         "device": device.name,
         "amp": device.amp and str(device.amp),
         "started": started,
-        "results": records + tokenising + optimizers + scaling,
+        "attention": dict(flash.calls),
+        "results": records + alone,
     }
     path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"
     write_text(path, json.dumps(content, indent=2) + "\n")
     say(f"{device.name}; --pretrained {options.pretrained} --batch_size {options.batch_size}")
     if records:
         say(f"{table(records)}\n{LEGEND}")
-    for record in tokenising:
-        say(tokenise_line(record))
-    for record in optimizers:
-        say(optimizer_line(record))
-    for record in scaling:
-        say("\n".join(scaling_lines(record)))
+    for record in alone:
+        say(LINES[record["mode"]](record))
+    if options.data_dir == MADE:
+        say("\n".join(targets(records + alone, options.batch_size)))
     say(f"every round: {path}")
 
 

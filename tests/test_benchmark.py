@@ -91,7 +91,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
     assert isinstance(peer, Transformers) and isinstance(own, Minbert)
     before = {side: [p.detach().clone() for p in side.model.parameters()] for side in (peer, own)}
     for side in (peer, own):
-        side.train_step(work.batches[0])
+        side.train_on(work.batches[0])
     bert: Any = peer.model.bert
     backbone: Any = own.model.backbone(task)
     pairs = {
@@ -132,7 +132,7 @@ def test_fifty_steps_have_the_losses_of_padded_training(still_bert: Path, small_
     peer.loss = recorded
     found = []
     for indices in work.batches:
-        peer.train_step(indices)
+        peer.train_on(indices)
         found.append(own.trainer.train_step(Step(task, indices), False)[0].item())
     assert len(found) == len(wanted) == 50
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
@@ -158,7 +158,7 @@ def test_both_sides_train_as_many_adapters_and_nothing_else(bert: Path, small_da
         trained = {name: p for name, p in side.model.named_parameters() if p.requires_grad}
         before = {name: p.detach().clone() for name, p in side.model.named_parameters()}
         for indices in work.batches:
-            side.train_step(indices)
+            side.train_on(indices)
         changed = {name for name, p in side.model.named_parameters() if not torch.equal(p, before[name])}
         assert changed == set(trained)
         assert all(any(part in name for part in ("lora_", "magnitude", "head")) for name in changed)
@@ -202,7 +202,7 @@ def test_flops_are_those_that_torch_counts(still_bert: Path, small_data: Path) -
     assert len(same) > 1
     head = 2 * len(same) * work.bert_config.hidden_size * 5
     with FlopCounterMode(display=False) as counter:
-        sides["minbert"].train_step(same)
+        sides["minbert"].train_on(same)
     assert counter.get_total_flops() == 3 * (forward_flops(work.bert_config, lengths[same]) + head)
 
 
@@ -273,6 +273,58 @@ def test_steps_of_the_optimizers(
         assert record["parameters"] == count
         assert all(len(own) == 3 and min(own) > 0 for own in record["seconds"].values())
         assert f"{record['optimizer']}, a step of {count:,} parameters: torch, " in said
+
+
+# What a GPU is held to
+
+
+def test_made_data_have_the_real_lengths(tiny_bert: Path) -> None:
+    with benchmark.with_data(options(tiny_bert, Path(benchmark.MADE), steps=20), least=400) as given:
+        work = make_workload(given, "para", print)
+        assert len(work.train) == 8 * 21 and len(work.dev) == benchmark.EVAL_BATCHES * 8
+    lengths = benchmark.drawn_lengths(DEFAULT_TASKS["para"], 20_000, 0)
+    assert lengths.shape == (20_000, 2) and lengths.mean() == pytest.approx(15.8, abs=0.3)
+    assert (lengths.min(), np.quantile(lengths, 0.9)) == (3, 25) and lengths.max() <= 95
+    made = np.concatenate([np.diff(tokens.offsets) for tokens in work.train.tokens])
+    assert made.mean() == pytest.approx(lengths.mean(), abs=2)
+    assert not Path(given.data_dir).exists()
+
+
+def test_the_recipe_is_timed_stage_by_stage(tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "RECIPE_WARMUP", 0)
+    monkeypatch.setattr(benchmark, "RECIPE_STEPS", 1)
+    record = benchmark.measure_recipe(options(tiny_bert, small_data))
+    assert list(record["stages"]) == ["freezeall", "unfreezetop1", "unfreezetop2", "unfreezeall"]
+    assert all(list(own) == list(benchmark.ROWS) and min(own.values()) > 0 for own in record["stages"].values())
+    quora = sum(record["stages"][name]["para"] for name in ("freezeall", "unfreezetop1", "unfreezetop1"))
+    quora += record["stages"]["unfreezetop2"]["para"] + 3 * record["stages"]["unfreezeall"]["para"]
+    assert record["train"]["para"] == pytest.approx(quora * 4422)  # batches of 64
+    assert benchmark.recipe_line(record).startswith("recipe: freezeall sst ")
+
+
+def test_targets() -> None:
+    train = {"mode": "train", "task": "para", "comparison": "full-model", "square_peak": 1e15}
+    train |= {"seconds": {"transformers": [1.0, 1.0], "minbert": [0.5, 0.2]}, "examples": [2560, 2560]}
+    train |= {"flops": [1e14, 1e14]}  # 0.2e15 and 0.5e15 a second
+    recipe = {"mode": "recipe", "train": {"sst": 100.0, "para": 150.0}, "evaluation": 49.0}
+    assert benchmark.targets([train, recipe], 256) == [
+        "met     times transformers at batch 256: 3.50, at least 2.5",
+        "met     share of the device's peak at batch 256: 0.350, at least 0.35",
+        "MISSED  seconds for 283,003 pairs at batch 256: 31.6, at most 25",
+        "met     seconds of the Yin Yang recipe: 299, at most 300",
+    ]
+    assert benchmark.targets([train], 64)[0] == "MISSED  times transformers at batch 64: 3.50, at least 5"
+
+
+def test_the_peers_batches_made_by_processes_are_the_same(bert: Path, small_data: Path) -> None:
+    work = make_workload(options(bert, small_data, loader_workers=1), "para", print)
+    peer = Transformers(work)
+    assert peer.loader is not None
+    for number, (texts, labels) in enumerate(peer.loader):
+        wanted, wanted_labels = peer.batches[number]
+        assert all(torch.equal(a, b) for x, y in zip(texts, wanted, strict=True) for a, b in zip(x, y, strict=True))
+        assert torch.equal(labels, wanted_labels)
+    assert number + 1 == len(work.batches)
 
 
 # Mistakes

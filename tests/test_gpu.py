@@ -1,22 +1,31 @@
 """What only a GPU can show; run by make gpu-check. Numbers are compared with the CPU's."""
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_bert
+from test_packing import packed, ragged_ids
 from test_training import changed, copied, interrupted, make_trainer, metrics
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import flash
 import multitask_classifier
+from bert import attention
 from optimizer import OPTIMIZERS
+from packing import with_tail
 from tasks import DEFAULT_TASKS
 from training.device import Device
 from training.efficiency import StepGauge
 from training.loop import Trainer
 from training.losses import LOSSES
-from training.routines import task_batches
+from training.passes import GraphedPasses
+from training.routines import Step, interleave, task_batches
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -101,20 +110,226 @@ def test_every_method_trains(tiny_flags: list[str], tmp_path: Path, more: list[o
     assert len(metrics(tmp_path / "run")) == 2
 
 
-def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
+METHODS = [
+    ["--optim", "AdamW", "--clip", 1, "--average", "ema"],
+    ["--arch", "v2", "--routine", "joint", "--pcgrad"],
+    ["--arch", "v1", "--lora_mode", "all-lin", "--dora", "--lora_dropout", 0.1],
+    ["--arch", "v1", "--pal", "pal", "--pal_size", 24, "--pal_heads", 2],
+    ["--arch", "v1", "--sst_smart", 1, "--sts_bregman", 1],
+    ["--arch", "v1", "--sst_loss", "ordinal", "--sts_loss", "mixed", "--sts_embedding_loss", "ranking"],
+]
+
+
+@pytest.mark.parametrize("more", [["--arch", "yin-yang"], *METHODS], ids=lambda more: " ".join(map(str, more)))
+def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path, more: list[object]) -> None:
     """Between two looks at the loss no step may wait for the device: each such wait is an error here."""
-    trainer = on_gpu(make_trainer(tiny_flags, tmp_path / "run", "--fine_tune_mode", "full-model"), torch.bfloat16)
-    trainer.model.train()
+    trainer = made_on_gpu(tiny_flags, tmp_path, "--fine_tune_mode", "full-model", *more)
     steps = [step for task in DEFAULT_TASKS for step in task_batches(trainer.plan, 0, task)]
-    for step in steps:
-        trainer.train_step(step, False)  # allocations and handles
+    if trainer.config.train.routine == "joint":
+        steps = trainer.steps_of(0)
+    run_all(trainer, steps)  # allocations and handles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in steps:
-            trainer.train_step(step, False)
+        run_all(trainer, steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def made_on_gpu(flags: list[str], folder: Path, *more: object) -> Trainer:
+    """A trainer in bf16 on the GPU, ready for steps."""
+    trainer = on_gpu(make_trainer(flags, folder / f"run-{len(list(folder.iterdir()))}", *more), torch.bfloat16)
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    trainer.model.train()
+    return trainer
+
+
+def run_all(trainer: Trainer, steps: list[Step]) -> list[torch.Tensor]:
+    """Steps in a row as the loop does them; their losses."""
+    losses = []
+    for number, step in enumerate(steps):
+        trainer.set_rates(step.task, number / len(steps))
+        losses.append(trainer.train_step(step, False)[0])
+        if number + 1 < len(steps):
+            trainer.feed.expect(steps[number + 1])
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def test_flash_attention_works_here() -> None:
+    """With the widths of BERT-base and MiniLM; its own trial compares numbers and dropout with the formula."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for width in (32, 64):
+            assert flash.works(GPU, dtype, width)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_flash_attention_gives_the_numbers_of_padded_groups(
+    first_only: bool, tail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    batch = packed(ragged_ids(rng.integers(1, 90, 64).tolist(), rng))
+    batch = (with_tail(batch) if tail else batch).to(GPU)
+    drawn = torch.randn(3, batch.num_tokens, 768, device=GPU, dtype=torch.bfloat16)
+    found = []
+    for use in (True, False):
+        if not use:
+            monkeypatch.setattr(flash, "usable", lambda *_: False)
+        query, key, value = (own.clone().requires_grad_() for own in drawn)
+        asked = query.index_select(0, batch.cu_seqlens[:-1]) if first_only else query
+        out = attention(asked, key, value, batch, 12, 0.0, first_only)
+        out.float().square().sum().backward()
+        found.append([out, query.grad, key.grad, value.grad])
+    for own, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=0.03, atol=0.03)
+
+
+def test_flash_attention_drops_the_share_that_it_should() -> None:
+    """The mean over many draws is what comes out without dropout, and the spread is that of Bernoulli numbers."""
+    rng = np.random.default_rng(1)
+    batch = packed(ragged_ids([64] * 32, rng)).to(GPU)
+    query, key = torch.zeros(2, batch.num_tokens, 768, device=GPU, dtype=torch.bfloat16)  # every key counts alike
+    value = torch.ones_like(query)
+    for dropout in (0.1, 0.3):
+        drawn = torch.stack([attention(query, key, value, batch, 12, dropout, False) for _ in range(50)]).double()
+        assert drawn.mean().item() == pytest.approx(1.0, abs=0.01)
+        wanted = (dropout / (1 - dropout) / 64) ** 0.5
+        assert drawn[..., ::64].std().item() == pytest.approx(wanted, rel=0.05)
+
+
+def test_more_tokens_than_the_small_kernel_of_embeddings_takes(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = made_on_gpu(tiny_flags, tmp_path, "--fine_tune_mode", "full-model")
+    step = Step("para", np.arange(400) % 20)
+    assert trainer.train_data["para"].batch(step.indices).num_tokens > 3072  # type: ignore[union-attr]
+    run_all(trainer, [step])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_all(trainer, [step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --------------------------------------------------------------------------------------------------------------- graphs
+
+STILL = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--fine_tune_mode", "full-model"]
+GRAPHS = ["--use_gpu", "--amp", "--cuda_graphs"]
+
+
+def graphed(trainer: Trainer) -> GraphedPasses:
+    assert isinstance(trainer.passes, GraphedPasses)
+    return trainer.passes
+
+
+@pytest.fixture
+def tiny_flags_for_graphs(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same with heads of a width that the kernel takes."""
+    flags = list(tiny_flags)
+    flags[flags.index("--pretrained") + 1] = str(make_bert(tmp_path_factory.mktemp("bert"), hidden_size=64))
+    return flags
+
+
+def make_graphed(flags: list[str], folder: Path, *more: object) -> Trainer:
+    """A trainer that replays, made like the others: the flags are refused where a CPU trains."""
+    trainer = make_trainer(flags, folder / f"graphed-{len(list(folder.iterdir()))}", *more)
+    trainer.config.train.cuda_graphs = True
+    there = on_gpu(trainer, torch.bfloat16)
+    there.model.freeze_for_epoch(there.config.train, 0)
+    there.model.train()
+    return there
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--arch", "yin-yang", "--optim", "SGD"],
+        ["--arch", "v1", "--optim", "AdamW"],
+        ["--arch", "v1", "--optim", "SGD", "--lora_mode", "all-lin", "--dora"],
+        ["--arch", "v2", "--optim", "SGD", "--average", "ema", "--clip", 1],
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_replayed_steps_are_the_eager_ones(
+    tiny_flags_for_graphs: list[str], sample: Path, tmp_path: Path, more: list[object]
+) -> None:
+    """200 steps of mixed lengths with changing rates and evaluations in between; as near as two eager runs are."""
+    flags = [*tiny_flags_for_graphs, "--data_dir", sample, "--lr", 1e-4, "--lr_schedule", "linear", *STILL, *more]
+    runs = []
+    for make in (made_on_gpu, made_on_gpu, make_graphed):
+        trainer = make([str(flag) for flag in flags], tmp_path)
+        start = copied(trainer.model)
+        steps = [step for epoch in range(2) for step in interleave(trainer.plan, epoch)][:200]
+        losses = []
+        for i in range(0, len(steps), 50):
+            losses += run_all(trainer, steps[i : i + 50])
+            with trainer.average.applied():
+                trainer.evaluate(["sst"])
+        moved = torch.cat([(own - start[name]).flatten().double() for name, own in copied(trainer.model).items()])
+        runs.append((torch.stack(losses), moved))
+    passes = graphed(trainer)
+    assert passes.counts["replayed"] > 150, passes.counts
+    (first, moved), (second, again), (replayed, by_graphs) = runs
+    torch.testing.assert_close(replayed, first, rtol=0, atol=5 * float((first - second).abs().max()) + 0.02)
+    noise = float((moved - again).norm() / moved.norm())
+    assert float((moved - by_graphs).norm() / moved.norm()) < 3 * noise + 0.02
+
+
+def test_replays_draw_other_dropout_masks(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    trainer = make_graphed(tiny_flags_for_graphs, tmp_path, "--arch", "v1", "--fine_tune_mode", "full-model")
+    step, passes = Step("sst", np.arange(8)), graphed(trainer)
+    found = []
+    for _ in range(8):
+        batch, labels = trainer.feed.take(step)
+        found.append(trainer.passes(step, batch, labels)[1])
+        trainer.model.zero_grad(set_to_none=True)
+    assert passes.counts == {"of a rare shape": 2, "replayed": 6}
+    assert len({tuple(own.flatten().tolist()) for own in found}) == 8
+
+
+def test_training_by_graphs_to_the_end(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    """Through the script, iterative unfreezing included; lines say how many passes were replayed."""
+    run = tmp_path / "run"
+    flags = [*tiny_flags_for_graphs, *map(str, GRAPHS), "--epochs", "5", "--run_dir", str(run), "--batch_size", "4"]
+    multitask_classifier.main(flags)
+    assert (run / "scores.json").is_file()
+
+
+def test_graphs_of_a_joint_step(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    for more in ([], ["--pcgrad"]):
+        flags = [*STILL, "--arch", "v1", "--routine", "joint", "--optim", "SGD", *more]
+        eager = made_on_gpu(tiny_flags_for_graphs, tmp_path, *flags)
+        replayed = make_graphed(tiny_flags_for_graphs, tmp_path, *flags)
+        steps = eager.steps_of(0) * 6
+        torch.testing.assert_close(
+            torch.stack(run_all(replayed, steps)), torch.stack(run_all(eager, steps)), rtol=0.02, atol=0.02
+        )
+        assert graphed(replayed).counts["replayed"] > 10
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizer
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_the_optimizer_is_one_kernel_whatever_the_rate(name: str) -> None:
+    class Kernels(TorchDispatchMode):
+        seen: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen[func.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    parameter = nn.Parameter(torch.randn(1000, device=GPU))
+    optimizer = OPTIMIZERS[name]([parameter], lr=1e-3, weight_decay=0.1)
+    with Kernels() as kernels:
+        for rate in (1e-3, 5e-4, 2e-4):
+            optimizer.param_groups[0]["lr"] = rate
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    fused = {"AdamW": "_fused_adamw_.default", "Adam": "_fused_adam_.default"}[name]
+    assert kernels.seen[fused] == 3 and not any("foreach" in own for own in kernels.seen)
 
 
 def test_the_script_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
