@@ -81,7 +81,7 @@ def test_only_ids_change_and_the_batch_itself_stays(tokenizer: Tokenizer) -> Non
     before = batch.input_ids.clone()
     masked, _, _ = Masking(tokenizer)(batch, np.random.default_rng(0))
     assert torch.equal(batch.input_ids, before) and not torch.equal(masked.input_ids, before)
-    for name in ("token_type_ids", "position_ids", "cu_seqlens", "order", "restore", "grouping"):
+    for name in ("token_type_ids", "position_ids", "cu_seqlens", "order", "restore"):
         assert getattr(masked, name) is getattr(batch, name)
 
 
