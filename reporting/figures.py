@@ -32,6 +32,7 @@ METHODS = {  # adapters by their mode; without any, what of the backbones trains
     "last-layer": ("#999999", "v"),
     "iterative": ("#009E73", "P"),
 }
+ROW_WIDTH, ROW_LINES = 26, 4  # characters of a row's label beside the axes, and lines
 OFF, ON = "#999999", "#0072B2"  # without and with
 
 Lines = Mapping[tuple[str, bool], Mapping[int, float]]  # (method, DoRA) -> position -> height
@@ -166,9 +167,22 @@ def costs_figure(panels: Mapping[str, Lines], note: str) -> "Figure":
 # Rows by method
 
 
+def in_lines(name: str) -> str:
+    """A row's label in lines that leave room for the axes; of one that is too long, its middle is left out."""
+    lines = textwrap.wrap(name, ROW_WIDTH, break_on_hyphens=False)
+    if len(lines) > ROW_LINES:
+        lines = [*lines[: ROW_LINES - 2], "\N{HORIZONTAL ELLIPSIS}", lines[-1]]
+    return "\n".join(lines)
+
+
+def rows_height(names: Sequence[str], least: float) -> float:
+    """Inches that rows with these labels need, of which each has at least `least`."""
+    return len(names) * max(least, 0.06 + 0.11 * max(1 + in_lines(name).count("\n") for name in names))
+
+
 def draw_rows(axes: "Axes", names: Sequence[str], x: str) -> None:
     """Label rows from the top down."""
-    axes.set_yticks(range(len(names)), names, fontsize=TICK)
+    axes.set_yticks(range(len(names)), [in_lines(name) for name in names], fontsize=TICK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
     label(axes, x, "", "x")
@@ -178,7 +192,7 @@ def pairs_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float
     """Two bars a row in each panel: without and with mixed precision."""
     from matplotlib.patches import Patch
 
-    figure, all_axes = frame(note, 0.35 + len(panels) * (0.4 + 0.24 * len(names)), len(panels))
+    figure, all_axes = frame(note, 0.35 + len(panels) * (0.4 + rows_height(names, 0.24)), len(panels))
     rows = np.arange(len(names))
     styles: list[dict[str, Any]] = [{"color": OFF}, {"facecolor": "white", "edgecolor": ON, "hatch": "//////"}]
     for axes, (name, pairs) in zip(all_axes, panels.items(), strict=True):
@@ -191,7 +205,7 @@ def pairs_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float
 
 def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], note: str) -> "Figure":
     """A dot for each seed and a black bar at their mean, a row for each configuration in each panel."""
-    figure, all_axes = frame(note, 0.35 + len(panels) * (0.42 + 0.19 * len(names)), len(panels))
+    figure, all_axes = frame(note, 0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
     for axes, (name, rows) in zip(all_axes, panels.items(), strict=True):
         for i, values in enumerate(rows):
             style: dict[str, Any] = {

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, replace
@@ -136,9 +137,20 @@ def is_run(folder: Path) -> bool:
     return begun or any((folder / name).exists() for name in RUN_FILES)
 
 
+def stem(path: Path) -> Path:
+    """What names a run or study: the folder of a results.csv, another table without its ending, or a run directory."""
+    whole = path.resolve()
+    if whole.name == "results.csv":
+        return whole.parent
+    return whole.with_suffix("") if whole.suffix == ".csv" and not whole.is_dir() else whole
+
+
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
     """A name for each path: its last part, with as many before it as tell it from the others."""
-    parts = {path: (path.parent if path.name == "results.csv" else path).resolve().parts for path in paths}
+    stems = {path: stem(path) for path in paths}
+    taken = Counter(stems.values())
+    alone = {path for path in paths if taken[stems[path]] == 1 or path.name == "results.csv"}
+    parts = {path: (stems[path] if path in alone else path.resolve()).parts for path in paths}
 
     def short(path: Path, count: int) -> str:
         name = "/".join(parts[path][-count:])
@@ -329,12 +341,16 @@ def flags_of(config: Config) -> dict[str, Any]:
     return out
 
 
+def defaults_of(config: Config) -> dict[str, Any]:
+    """`flags_of` a run of the same tasks and arch that asks for nothing else."""
+    tasks = {f"tasks.{name}.enabled": True for name in config.tasks}
+    return flags_of(assemble({"model.arch": config.model.arch, **tasks}, TASKS))
+
+
 def command_of(config: Config) -> str:
     """The shortest command line that asks for `config`, where its files lie aside."""
-    by_default = assemble({"model.arch": config.model.arch}, TASKS)
-    same_tasks = set(by_default.tasks) == set(config.tasks)
-    given = {} if same_tasks else {f"tasks.{name}.enabled": True for name in config.tasks}
-    defaults = flags_of(assemble({"model.arch": config.model.arch, **given}, TASKS))
+    same_tasks = set(assemble({}, TASKS).tasks) == set(config.tasks)
+    defaults = defaults_of(config)
     words = ["python", SCRIPT, *(f"--train_{name}" for name in config.tasks if not same_tasks)]
     if config.model.arch != ModelOptions().arch:
         words += ["--arch", config.model.arch]

@@ -3,14 +3,15 @@
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import mean
 
-from config import Config, TaskOptions
+from config import Config
 from reporting.figures import Lines, batches_figure, costs_figure, pairs_figure, ranks_figure, seeds_figure
+from reporting.labels import differing, has_adapters, method_of, settings, title_of, titles_of
 from reporting.measures import mean_and_spread
 from reporting.page import Piece, Section
-from reporting.sources import Study, Trial, flags_of
+from reporting.sources import Study, Trial
 from reporting.tables import Column, Table, Value
 from tasks import TASKS
 
@@ -59,21 +60,6 @@ def small_print(trials: Sequence[Trial]) -> str:
     return "; ".join([*about, shared_command([trial.command for trial in trials])])
 
 
-def settings(config: Config, without: Collection[str] = ()) -> dict[str, str]:
-    """Every option that can change a result, by its flag, apart from those in `without`."""
-    files = [spec.metadata["template"] for spec in fields(TaskOptions) if spec.name in ("dev", "test")]
-    apart = {"use_gpu", "threads", "eval_batch_size", "data_dir", "max_bad_rows", *without}
-    apart |= {template.format(task=name) for template in files for name in config.tasks}
-    return {name: str(value) for name, value in flags_of(config).items() if name not in apart}
-
-
-def differing(configs: Sequence[Config], without: Collection[str] = ()) -> list[str]:
-    """The flags by which configurations differ."""
-    all_settings = [settings(config, without) for config in configs]
-    names = dict.fromkeys(name for own in all_settings for name in own)
-    return [name for name in names if len({own.get(name) for own in all_settings}) > 1]
-
-
 def averaged(trials: Sequence[Trial], shown: Collection[str]) -> str:
     """A sentence on what the trials behind a figure differ in, beside what it shows; empty where in nothing."""
     names = differing([trial.config for trial in trials], shown)
@@ -86,34 +72,6 @@ def grouped(trials: Sequence[Trial], without: Collection[str]) -> list[list[Tria
     for trial in trials:
         groups[tuple(settings(trial.config, without).items())].append(trial)
     return list(groups.values())
-
-
-def has_adapters(config: Config) -> bool:
-    """Whether a configuration has LoRA or DoRA."""
-    return config.lora.lora_mode != "none"
-
-
-def method_of(config: Config) -> tuple[str, bool]:
-    """The mode of its adapters and whether they are DoRA, or without any what of the backbones trains."""
-    return (config.lora.lora_mode, config.lora.dora) if has_adapters(config) else (config.train.fine_tune_mode, False)
-
-
-def title_of(config: Config) -> str:
-    """A configuration in a few words."""
-    mode, dora = method_of(config)
-    kind = f"{'DoRA' if dora else 'LoRA'} {mode} r{config.lora.lora_rank}" if has_adapters(config) else mode
-    return kind + " + AMP" * config.compute.amp
-
-
-def titles_of(configs: Sequence[Config]) -> list[str]:
-    """`title_of` for each, with the settings that tell those apart which would have the same."""
-    titles = [title_of(config) for config in configs]
-    out = []
-    for title, config in zip(titles, configs, strict=True):
-        twins = [other for name, other in zip(titles, configs, strict=True) if name == title]
-        more = [f"{name} {settings(config).get(name)}" for name in differing(twins, ("seed",))]
-        out.append(", ".join([title, *more]))
-    return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +279,8 @@ def seeds_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     panels = {metric.name: [values_of(own, metric) for own in shown.values()] for metric in METRICS[::-1]}
     note = small_print([trial for own in by_title.values() for trial in own])
     figure = seeds_figure(list(shown), {key: own for key, own in panels.items() if any(own)}, note)
-    text = "Deviations are sample standard deviations over the seeds."
+    text = "Deviations are sample standard deviations over the seeds. A configuration is named by what sets it apart: "
+    text += "options that its name leaves out are at their default, the same in all, or change with one that is named."
     text += f" The baseline is {baseline}." if baseline else ""
     if len(shown) < len(by_title):
         text += f" The figure has the {ROWS} best of {len(by_title)} configurations."

@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,8 +18,9 @@ from test_config import configure
 
 import report
 from config import Config, UserError
-from reporting.figures import METHODS, tick_labels
-from reporting.page import Piece
+from reporting.figures import METHODS, seeds_figure, tick_labels
+from reporting.labels import settings, titles_of
+from reporting.page import Piece, png
 from reporting.sources import Study, command_of, config_of, flags_of, read_study
 from reporting.trials import (
     SCORE,
@@ -33,7 +35,6 @@ from reporting.trials import (
     shared_command,
     small_print,
     study_piece,
-    titles_of,
     with_adapters,
 )
 from training.efficiency import COLUMNS
@@ -287,6 +288,96 @@ def test_configurations_of_one_title_are_told_apart(tmp_path: Path) -> None:
     assert titles_of(configs) == ["full-model, batch_size 8", "full-model, batch_size 9", "LoRA attn r2"]
 
 
+SMART = "--sst_smart 1e-2 --sts_smart 1e-2"
+METHOD_FLAGS = {
+    "sequential": "--routine sequential",
+    "annealed": "--routine annealed",
+    "annealed, pal": "--routine annealed --pal pal",
+    "annealed, smart 0.01": f"--routine annealed {SMART} --smart_epsilon 1e-2 --smart_sigma 1e-2",
+    "joint, pcgrad": "--routine joint --pcgrad",
+    "annealed, cross": "--routine annealed --pair_encoding cross",
+}
+
+
+def labels_of(*flags: str) -> list[str]:
+    """The labels of the configurations that these flags ask for beside what all have."""
+    return titles_of([configure(*f"{BASE} --amp {own}".split()) for own in flags])
+
+
+def test_a_label_names_what_sets_a_configuration_apart() -> None:
+    assert labels_of(*METHOD_FLAGS.values()) == list(METHOD_FLAGS)  # distinct, and shorter than 40 characters
+    assert labels_of("--routine joint") == ["full-model + AMP"]  # there is nothing to set it apart from
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ((SMART, f"{SMART} --smart_epsilon 1e-3"), ["smart_epsilon 1e-05", "smart_epsilon 0.001"]),
+        (("", "--sst_smart 1e-2", SMART), ["smart 0.0", "sst_smart 0.01", "smart 0.01"]),
+        (("", "--sst_smart 1 --sts_smart 2"), ["smart 0.0", "sst_smart 1.0, sts_smart 2.0"]),
+        (("", "--clf linear", "--no_head_batchnorm"), ["conv", "clf linear", "no head_batchnorm"]),
+        (("--lr_schedule linear", "--lr_schedule cosine"), ["lr_schedule linear", "lr_schedule cosine"]),
+        (("--pair_features abs,mul", "--pair_features abs"), ["pair_features abs,mul", "pair_features abs"]),
+        (("", "--train_para"), ["no train_para", "train_para"]),
+        (("", "--head_width 8"), ["no head_width", "head_width 8"]),
+        (("--arch duality --clf mlp", "--clf mlp", "--arch v1"), ["duality, mlp", "mlp", "v1"]),
+        (("--sst_embedding_loss simcse", "--sts_embedding_loss simcse"),
+         ["sst_embedding_loss simcse", "sts_embedding_loss simcse"]),
+    ],
+)  # fmt: skip
+def test_labels_of_small_studies(flags: tuple[str, ...], wanted: list[str]) -> None:
+    assert labels_of(*flags) == wanted
+
+
+def test_labels_of_all_recipes_are_distinct() -> None:
+    configs = [configure(f"@{path}") for path in RECIPES]
+    kept = [config for i, config in enumerate(configs) if settings(config, ("seed",)) not in
+            [settings(other, ("seed",)) for other in configs[:i]]]  # fmt: skip
+    labels = titles_of(kept)
+    assert len(kept) > 30 and len(set(labels)) == len(labels) and all(labels)
+
+
+def check_layout(figure: Any) -> None:
+    """The figure is laid out without a warning, all of its text is inside, and the small print is below all axes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        png(figure)
+    whole = figure.bbox
+    (small,) = figure.texts
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    print_box = small.get_window_extent()
+    for box in (*boxes, print_box):
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
+    assert all(box.y0 >= print_box.y1 for box in boxes)
+    assert all(axes.get_position().width > 0.2 for axes in figure.axes)
+    assert all(upper.y0 >= lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+
+
+def test_the_figure_of_many_methods_over_seeds_is_whole(tmp_path: Path) -> None:
+    rows = [row(0.5 + seed / 100, seed=seed) for seed in (1, 2) for _ in METHOD_FLAGS]
+    for own, flags in zip(rows, [*METHOD_FLAGS.values()] * 2, strict=True):
+        own["command"] += f" {flags}"
+    piece = seeds_piece("study", study(tmp_path, rows).trials)
+    figure = drawn(piece)
+    check_layout(figure)
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_yticklabels()] == list(METHOD_FLAGS)
+    assert [line[0] for line in cells(piece)[1:]] == list(METHOD_FLAGS)
+
+
+@pytest.mark.parametrize("name", ["an option and its value, " * 4, "W" * 70, "/a/long/path" * 30])
+@pytest.mark.parametrize("count", [1, 12])
+def test_long_labels_are_wrapped_and_cut_before_a_figure_collapses(name: str, count: int) -> None:
+    names = [f"{name} {i}" for i in range(count)]
+    note = "commit 0123456789ab; python multitask_classifier.py" + " --option_of_a_run and_its_value" * 20
+    figure = seeds_figure(names, {"score": [[0.1, 0.2]] * count, "time": [[1.0]] * count}, note)
+    check_layout(figure)
+    shown = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert all(text.endswith(f" {i}") or text.endswith(f"\n{i}") for i, text in enumerate(shown))
+    boxes = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+
+
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
@@ -451,6 +542,13 @@ def test_the_script(tmp_path: Path) -> None:
     assert "![Dev score over rank](ranks-ranks.png)" in markdown and "no | room" in markdown
     rows = list(csv.DictReader((out / "ranks-trials.csv").open()))
     assert len(rows) == 7 and rows[0]["score"] == "0.6" and float(rows[0]["peak memory (MB)"]) == 1500
+
+
+def test_a_table_of_another_name_names_its_study_without_the_ending(tmp_path: Path, capsys: Any) -> None:
+    table = write(tmp_path / "methods.csv", [row(0.5, seed=1), row(0.6, seed=2)])
+    report.main([str(table), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "methods-seeds.png").exists()
+    assert "## Study methods\n" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_study_is_found_in_a_folder_and_its_trials_are_not_reported_twice(tmp_path: Path, capsys: Any) -> None:

@@ -571,6 +571,8 @@ def test_each_dev_file_is_read_once(runs: Path) -> None:
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/seed1", "b/seed1", "b/seed2", "study/results.csv")]
     assert list(short_names(paths).values()) == ["a/seed1", "b/seed1", "seed2", "study"]
+    tables = [tmp_path / name for name in ("x/methods.csv", "x/costs.csv", "x/costs/results.csv", "y/lr=1.csv")]
+    assert list(short_names(tables).values()) == ["methods", "costs.csv", "costs", "lr=1"]
 
 
 def test_the_table_of_benchmark_is_a_study(tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
@@ -579,7 +581,7 @@ def test_the_table_of_benchmark_is_a_study(tiny_flags: list[str], tmp_path: Path
         more = ["--seed", seed, "--benchmark", tmp_path / "costs.csv", "--run_dir", tmp_path / f"seed{seed}"]
         multitask_classifier.main([str(word) for word in [*flags, *more]])
     say(capsys, tmp_path / "costs.csv", "--out", tmp_path / "out")
-    rows = list(csv.DictReader((tmp_path / "out" / "costs.csv-seeds.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "costs-seeds.csv").open()))
     assert [row["seeds"] for row in rows] == ["2"] and float(rows[0]["peak memory (GB)"]) > 0
 
 
