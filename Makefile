@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
 
-.PHONY: help demo test test-all gpu-check lint clean
+.PHONY: help demo test test-odd test-even test-all gpu-check lint clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -51,8 +51,17 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every second file each, so that two cores are busy.
+TESTS := $(sort $(wildcard tests/test_*.py))
+ODD := $(shell printf '%s\n' $(TESTS) | awk 'NR % 2')
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	$(MAKE) --no-print-directory -j2 test-odd test-even
+
+test-odd: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q --durations=10 $(ODD)
+
+test-even: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q --durations=10 $(filter-out $(ODD),$(TESTS))
 
 # make test-all   the same with the long checks
 test-all: lint

@@ -35,6 +35,7 @@ class Child:
                 stream.flush()
                 os.dup2(file, number)
             sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")  # in place of pytest's
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
             work()
             code = 0
         except SystemExit as error:

@@ -74,6 +74,8 @@ METHODS: dict[str, dict[str, str]] = {
         **{name: f"--lr_schedule {name}" for name in ("constant", "lambda", "cosine", "triangular", "cyclic")},
         "linear": "--lr_schedule linear --warmup 0",  # with a warm-up the first step has a rate of 0
         "cumulative": "--lr_schedule cyclic --lr_cycle cumulative",
+        "for a larger batch": "--lr_schedule constant --lr_scaling linear",
+        "its root": "--lr_schedule constant --lr_scaling sqrt",
     },
     "losses": {
         "ce mse": "--sst_loss ce --sts_loss mse",
