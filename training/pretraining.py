@@ -11,7 +11,8 @@ from evaluation import Scores
 from mlm import Masking
 from packing import PackedBatch, to_device
 from tasks import Task
-from training.loop import TaskMeter, Trainer
+from training.loop import Trainer
+from training.meters import TaskMeter
 from training.routines import Step
 from training.telemetry import Epoch
 
