@@ -80,8 +80,8 @@ class Scaler(torch.amp.GradScaler):
     """torch's scaler of fp16 losses, which also says which steps it skipped.
 
     A step whose gradients overflowed is none: the optimizer's state and running averages stay, and the scale is halved
-    (Micikevicius et al. 2018, "Mixed precision training", section 3.2). Its batch is gone all the same, so that the
-    learning rate, a function of the position in the epoch, goes on.
+    (Micikevicius et al. 2018, "Mixed precision training", section 3.2). The next step has its learning rate; what the
+    schedule loses in an epoch by that, it has caught up with when the next one begins.
     """
 
     skipped = 0

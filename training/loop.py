@@ -233,13 +233,15 @@ class Trainer:
         self.model.train()
         named = {step.task for step in steps}
         self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
+        batches = len(steps) / max(1, sum(step.moves for step in steps))  # of an optimizer step
         unseen: list[Tensor] = []  # losses that nobody has looked at yet
         bar = progress(steps[self.done :], f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
         for step in self.profiled(bar):
             self.pause()
             self.clock.start()
             meter = self.meters[step.task]
-            lr = self.set_rates(step.task, self.epoch + self.done / len(steps))
+            made = self.done - self.scaler.skipped * batches
+            lr = self.set_rates(step.task, self.epoch + made / len(steps))
             log = len(meter.losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
             if self.done + 1 < len(steps):
