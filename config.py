@@ -739,10 +739,16 @@ def groups_of(given: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str,
     }
 
 
-def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions) -> TaskOptions:
-    """A task's options from `given`, which maps "tasks.NAME.option" to values."""
+def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions | None = None) -> TaskOptions:
+    """A task's options from `given`, which maps "tasks.NAME.option" to values.
+
+    Those that are not given are `defaults`, by default the task table's.
+    """
     prefix = f"tasks.{task.name}."
-    return replace(defaults, **{key.removeprefix(prefix): v for key, v in given.items() if key.startswith(prefix)})
+    return replace(
+        defaults or task_defaults(task),
+        **{key.removeprefix(prefix): v for key, v in given.items() if key.startswith(prefix)},
+    )
 
 
 def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:

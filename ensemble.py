@@ -33,7 +33,6 @@ from config import (
     option,
     run_script,
     say,
-    task_defaults,
     task_options,
 )
 from files import refuse_inflating
@@ -387,7 +386,7 @@ def main(argv: Sequence[str]) -> None:
     members = find_members(names)
     check_members(members, options["ensemble"])
     tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}
-    own = {name: task_options(given, task, task_defaults(task)) for name, task in tasks.items()}
+    own = {name: task_options(given, task) for name, task in tasks.items()}
     splits = load_splits(DataOptions(**vars(options["data"])), own, tasks, ["dev", "test"], say)
     ensemble(members, splits, options["ensemble"], options["compute"])
 

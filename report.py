@@ -20,12 +20,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import (
     ComputeOptions,
     DataOptions,
     FileOptions,
+    TaskOptions,
     UserError,
     build_parser,
     expand_arguments,
@@ -33,7 +34,6 @@ from config import (
     option,
     run_script,
     say,
-    task_defaults,
     task_options,
 )
 from tasks import TASKS
@@ -50,8 +50,11 @@ class ReportOptions:
     out: str = option("runs/report", "folder for the page, the tables and the figures", metavar="DIR")
 
 
-def report_on(paths: Sequence[Path], given: Mapping[str, Any], options: FileOptions) -> "Report":
-    """The report on studies and runs. Raises UserError where there is nothing to report."""
+def report_on(paths: Sequence[Path], data: DataOptions | None, files: Mapping[str, TaskOptions]) -> "Report":
+    """The report on studies and runs, with the dev files of `data` in place of the runs' own, and those in `files`.
+
+    Raises UserError where there is nothing to report.
+    """
     from reporting.outcomes import DevSets, run_sections
     from reporting.page import Report, Section
     from reporting.sources import collect, trial_of_run
@@ -66,8 +69,6 @@ def report_on(paths: Sequence[Path], given: Mapping[str, Any], options: FileOpti
         sections.append(section)
     runs = [run for run in sources.runs if run.scores or len(run.metrics) > 1]
     if runs:
-        data = DataOptions(**vars(options)) if "data.data_dir" in given else None
-        files = {name: task_options(given, task, task_defaults(task)) for name, task in TASKS.items()}
         named = {name: own for name, own in files.items() if own.dev is not None}
         together, each = run_sections(runs, DevSets(data, named, sources.problems))
         trials = [trial for run in runs if (trial := trial_of_run(run)) is not None]
@@ -97,12 +98,12 @@ def main(argv: Sequence[str]) -> None:
     from reporting.page import write
     from training.checkpoint import git_commit
 
+    files = {name: task_options(given, task) for name, task in TASKS.items()}
+    data = DataOptions(**vars(options["data"]))
     if checkpoints:
-        files = {name: task_options(given, task, task_defaults(task)) for name, task in TASKS.items()}
-        data = DataOptions(**vars(options["data"]))
         report = compare(tuple(checkpoints), data, files, options["compute"], say)
     else:
-        report = report_on(runs, given, options["data"])
+        report = report_on(runs, data if "data.data_dir" in given else None, files)
     command, commit = shlex.join(["python", "report.py", *argv]), git_commit() or "not recorded"
     report = replace(report, about=f"{report.about} Made by {command}; commit {commit[:12]}.".strip())
     for line in [*report.problems, *report.left_out]:

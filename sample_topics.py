@@ -33,7 +33,6 @@ from config import (
     option,
     run_script,
     say,
-    task_defaults,
     task_options,
 )
 from tasks import TASKS, Task
@@ -219,7 +218,7 @@ def main(argv: Sequence[str]) -> None:
     from files import write_text
     from training.telemetry import format_table
 
-    path = find_file(Path(data.data_dir), task_options(given, task, task_defaults(task)).train, task, "train")
+    path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")
     if path is None:
         raise UserError(f"--data_dir {data.data_dir}: has no {task.files['train']}; name one with --{task.name}_train")
     bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
