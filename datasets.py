@@ -12,6 +12,7 @@ import os
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -449,7 +450,7 @@ class TaskData:
         """Sequences that lost tokens to --max_length."""
         return sum(tokens.truncated for tokens in self.tokens)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example [N], both texts of a pair together."""
         return np.sum([np.diff(tokens.offsets) for tokens in self.tokens], axis=0)

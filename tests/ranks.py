@@ -20,10 +20,10 @@ from config import UserError, parse, run_script
 from datasets import load_splits, tokenise
 from multitask_bert import BatchNorm
 from tasks import TASKS
-from training import smart
+from training import distributed, smart
 from training.checkpoint import save
 from training.device import Device
-from training.distributed import World, joined
+from training.distributed import World, joined, sum_rows
 from training.loop import Trainer
 
 # Forked from a process that has imported what takes long, and never run anything.
@@ -77,6 +77,7 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     torch.set_num_threads(1)
+    distributed.BUCKET_BYTES = 10_000  # so that small models have several, and one that an embedding fills alone
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run_script(functools.partial(_keep, folder / f"{rank}.pt", function), list(arguments))
 
@@ -227,22 +228,45 @@ def pieces() -> dict[str, Any]:
         for count in (7, 2, 1):
             for texts in (1, 2):
                 rows = known(count * texts, 3, seed=count)
-                own = torch.cat([part[world.shard(np.arange(count))] for part in rows.chunk(texts)]).requires_grad_()
+                places = world.shard(np.arange(count), uneven(count))
+                own = torch.cat([part[places] for part in rows.chunk(texts)]).requires_grad_()
                 whole = world.gather(own, count, texts)
                 whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows in each gradient
-                out[f"gather {count} {texts}"] = [whole.detach(), own.grad]
+                out[f"gather {count} {texts}"] = [whole.detach(), own.grad, torch.from_numpy(places)]
         for shape in ((7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)):
             for dtype in (torch.float32, torch.float64):
                 x = 1 + 2 * known(*shape, seed=1).to(dtype)
                 norm = known_norm(dtype)
                 norm.shared = world if world.size > 1 else None
-                own = x[world.shard(np.arange(len(x)))].requires_grad_()
+                places = world.shard(np.arange(len(x)), uneven(len(x)))
+                own = x[places].requires_grad_()
                 y = norm(own, "sts")
-                weights = known(*shape, seed=2).to(dtype)[world.shard(np.arange(len(x)))]
-                (y * weights).sum().backward()
+                (y * known(*shape, seed=2).to(dtype)[places]).sum().backward()
                 buffers = {name: own.clone() for name, own in norm.named_buffers()}
-                out[f"norm {shape} {dtype}"] = [y.detach(), own.grad, norm.weight.grad, norm.bias.grad, buffers]
+                rows = torch.from_numpy(places)
+                out[f"norm {shape} {dtype}"] = [y.detach(), own.grad, rows, norm.weight.grad, norm.bias.grad, buffers]
     return out
+
+
+def uneven(count: int) -> np.ndarray:
+    """Lengths by which no shard is a run of neighbours."""
+    return np.arange(count) * 5 % 7
+
+
+def row_sums() -> list[torch.Tensor]:
+    """What sum_rows makes of gradients: few rows, the same and others on each rank, none on some, all, NaN, and zeros."""
+    with joined_ranks() as world:
+        out = []
+        for case in range(6):
+            grad = torch.zeros(40, 3, dtype=torch.float64)
+            rows = ([0, 7, 39], [5 * world.rank, 7, 2], [] if world.rank else [3], range(40), [4], [])[case]
+            grad[list(rows)] = known(len(rows), 3, seed=10 * case + world.rank)
+            if case == 4 and world.rank == 1:
+                grad[4, 2] = torch.nan
+            before = grad.clone()
+            sum_rows(grad)
+            out += [torch.stack([*world.each(before)]).sum(0), grad]
+        return out
 
 
 def known(*shape: int, seed: int) -> torch.Tensor:

@@ -114,11 +114,17 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], li
 @pytest.mark.parametrize("count", [7, 2, 1])
 def test_gathered_rows_and_their_gradient(pieces: Any, count: int, texts: int) -> None:
     alone, found = pieces
-    whole, gradient = alone[f"gather {count} {texts}"]
+    whole, gradient, _ = alone[f"gather {count} {texts}"]
     parts = [own[f"gather {count} {texts}"] for own in found]
     assert all(torch.equal(part[0], whole) for part in parts)
-    by_text = [torch.cat(chunks) for chunks in zip(*(part[1].chunk(texts) for part in parts), strict=True)]
+    back = in_order([part[2] for part in parts])
+    by_text = [torch.cat(chunks)[back] for chunks in zip(*(part[1].chunk(texts) for part in parts), strict=True)]
     assert torch.equal(torch.cat(by_text), gradient)
+
+
+def in_order(places: list[torch.Tensor]) -> torch.Tensor:
+    """Which of the rows of all shards, one shard after the other, is the batch's first, its second and so on."""
+    return torch.cat(places).argsort()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -126,15 +132,16 @@ def test_gathered_rows_and_their_gradient(pieces: Any, count: int, texts: int) -
 def test_synchronised_statistics_of_uneven_shards(pieces: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Outputs, all gradients and running statistics; a batch of one value has no variance on any number of ranks."""
     alone, found = pieces[0], [own[f"norm {shape} {dtype}"] for own in pieces[1]]
-    y, grad, grad_weight, grad_bias, buffers = alone[f"norm {shape} {dtype}"]
+    y, grad, _, grad_weight, grad_bias, buffers = alone[f"norm {shape} {dtype}"]
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.0, "atol": 1e-9}
-    torch.testing.assert_close(torch.cat([own[0] for own in found]), y, **close)
-    torch.testing.assert_close(torch.cat([own[1] for own in found]), grad, **close)
-    torch.testing.assert_close(sum(own[2] for own in found), grad_weight, **close)
-    torch.testing.assert_close(sum(own[3] for own in found), grad_bias, **close)
+    back = in_order([own[2] for own in found])
+    torch.testing.assert_close(torch.cat([own[0] for own in found])[back], y, **close)
+    torch.testing.assert_close(torch.cat([own[1] for own in found])[back], grad, **close)
+    torch.testing.assert_close(sum(own[3] for own in found), grad_weight, **close)
+    torch.testing.assert_close(sum(own[4] for own in found), grad_bias, **close)
     for name, own in buffers.items():
-        torch.testing.assert_close(found[0][4][name], own, **close)
-        assert torch.equal(found[0][4][name], found[2][4][name])
+        torch.testing.assert_close(found[0][5][name], own, **close)
+        assert torch.equal(found[0][5][name], found[2][5][name])
     changed = not torch.equal(
         buffers["running_mean_sts"], dict(ranks.known_norm(dtype).named_buffers())["running_mean_sts"]
     )
@@ -143,10 +150,27 @@ def test_synchronised_statistics_of_uneven_shards(pieces: Any, shape: tuple[int,
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 64])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_shards_are_the_batch_in_order(count: int, size: int) -> None:
-    parts = [np.arange(count)[shard(count, rank, size)] for rank in range(size)]
-    assert np.concatenate(parts).tolist() == list(range(count))
+def test_shards_share_examples_and_tokens(count: int, size: int) -> None:
+    """Each example once, in the batch's order, counts that differ by one at most, and sums by the longest example."""
+    lengths = np.random.default_rng(count).integers(3, 60, count)
+    parts = [shard(lengths, rank, size) for rank in range(size)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(count))
+    assert all((np.diff(part) > 0).all() for part in parts)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    tokens = [lengths[part].sum() for part in parts]
+    assert max(tokens) - min(tokens) <= lengths.max(initial=0)
+
+
+def test_gradients_of_few_rows(tmp_path: Path) -> None:
+    """The sum over three ranks, to the bit the same on all; NaN goes to all of them."""
+    ended = launch(3, tmp_path / "rows", ranks.row_sums)
+    results = [ended.result(rank) for rank in range(3)]
+    for wanted, found in zip(results[0][::2], results[0][1::2], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15, equal_nan=True)
+    assert [bool(found.any()) for found in results[0][1::2]] == [True] * 5 + [False]
+    for other in results[1:]:
+        assert all(a.equal(b) or a.isnan().any() for a, b in zip(results[0][1::2], other[1::2], strict=True))
+    assert results[0][9][4].isnan().tolist() == results[2][9][4].isnan().tolist() == [False, False, True]
 
 
 def test_buckets_keep_the_order_and_their_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from datasets import Batches
 from evaluation import predict
 from files import first_line
 from multitask_bert import BatchNorm, MultitaskBERT
-from packing import Batch
+from packing import Batch, to_device
 from training.checkpoint import RunDirectory
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
@@ -66,16 +66,20 @@ class World:
     def broadcast(self, model: nn.Module) -> None:
         """Give all ranks the weights and buffers that `model` has on rank 0."""
 
-    def shard(self, indices: np.ndarray) -> np.ndarray:
-        """This rank's part of the global batch `indices` [B], which is now the batch at hand."""
+    def shard(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """This rank's part of the global batch `indices` [B] with `lengths` [B] tokens, now the batch at hand."""
         return indices
 
     def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
-        """The rows [count, ...] of all ranks from those of their shards, with gradient.
+        """The rows [count, ...] of the batch at hand from those of this rank's shard, with gradient.
 
         Of `texts` texts an example, all rows of first texts come before all rows of second ones.
         """
         return rows
+
+    def each(self, own: Tensor) -> Tensor:
+        """[ranks, ...], a tensor of one shape that every rank has."""
+        return own[None]
 
     def summed(self, task: str, now: bool) -> AbstractContextManager[None]:
         """Inside, backward of a batch of `task` runs; after it, if `now`, gradients are sums over all ranks."""
@@ -91,18 +95,20 @@ class World:
 ONE = World()
 
 
-def shard(count: int, rank: int, size: int) -> slice:
-    """The rows of `count` that belong to a rank: all but the first shards may be smaller by one."""
-    smaller, larger = divmod(count, size)
-    first = rank * smaller + min(rank, larger)
-    return slice(first, first + smaller + (rank < larger))
+def shard(lengths: np.ndarray, rank: int, size: int) -> np.ndarray:
+    """The places in a batch, ascending, that belong to a rank: as many as any other has, to one, and about the tokens.
+
+    The step is as slow as its slowest rank: examples are dealt by their `lengths` [B], longest first, there and back.
+    """
+    turn = np.arange(len(lengths)) % (2 * size)
+    return np.sort(np.argsort(-lengths, kind="stable")[np.minimum(turn, 2 * size - 1 - turn) == rank])
 
 
 class _Gather(torch.autograd.Function):
     """The rows of all ranks. Each rank computes the same loss from them, so that no gradient has to travel back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, own: slice, count: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, own: Tensor, count: int) -> Tensor:
         ctx.own = own
         whole = rows.new_zeros(count, *rows.shape[1:])
         whole[own] = rows
@@ -139,6 +145,7 @@ class Ranks(World):
     def __init__(self, rank: int, size: int, local_rank: int, pace: int) -> None:
         self.rank, self.size, self.local_rank, self.pace = rank, size, local_rank, pace
         self.examples = 0  # in the global batch at hand
+        self.own = torch.empty(0, dtype=torch.int64)  # the places in it of this rank's shard
 
     def named(self, device: str) -> str:
         return f"{self.size} x {device}"
@@ -167,14 +174,21 @@ class Ranks(World):
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
-    def shard(self, indices: np.ndarray) -> np.ndarray:
-        self.examples = len(indices)
-        return indices[shard(len(indices), self.rank, self.size)]
+    def shard(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        own = shard(lengths, self.rank, self.size)
+        self.examples, self.own = len(indices), torch.from_numpy(own)
+        return indices[own]
 
     def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
-        own = shard(count, self.rank, self.size)
+        own = to_device(self.own, rows.device)
         wholes = [_Gather.apply(part, own, count) for part in rows.chunk(texts)]
         return wholes[0] if texts == 1 else torch.cat(wholes)
+
+    def each(self, own: Tensor) -> Tensor:
+        every = own.new_zeros(self.size, *own.shape)
+        every[self.rank] = own
+        dist.all_reduce(every)  # sums with zeros
+        return every
 
     def summed(self, task: str, now: bool) -> AbstractContextManager[None]:
         return self.reducer.summed(task) if now else nullcontext()
@@ -266,6 +280,34 @@ def buckets_of(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
     return out
 
 
+def may_have_few_rows(grads: Sequence[Tensor]) -> bool:
+    """Whether the gradients of a bucket are a large one alone, as an embedding has it: a batch reaches few of its rows.
+
+    Not on a GPU, which the host would have to wait for to know the rows, and whose links are fast.
+    """
+    first = grads[0]
+    return len(grads) == 1 and first.dim() == 2 and first.nbytes > BUCKET_BYTES and first.device.type == "cpu"
+
+
+def sum_rows(grad: Tensor) -> None:
+    """Sum a gradient [V, H] over ranks, of which only those rows travel that are not zero, where they are few."""
+    own = grad.any(dim=1).nonzero().flatten()
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor(len(own)))
+    if sum(counts) > len(grad) / 2:
+        dist.all_reduce(grad)
+        return
+    most = int(max(counts))
+    places, rows = own.new_zeros(most), grad.new_zeros(most, grad.shape[1])  # the rest adds zeros to row 0
+    places[: len(own)], rows[: len(own)] = own, grad[own]
+    all_places, all_rows = [[torch.empty_like(part) for _ in counts] for part in (places, rows)]
+    dist.all_gather(all_places, places)
+    dist.all_gather(all_rows, rows)
+    grad[own] = 0.0
+    for where, what in zip(all_places, all_rows, strict=True):  # in one order on all ranks
+        grad.index_add_(0, where, what)
+
+
 class Reducer:
     """Sums gradients over ranks. A bucket is on its way while backward goes on with the layers below.
 
@@ -339,13 +381,19 @@ class Backward:
     def send(self, buckets: Sequence[Bucket]) -> None:
         """Begin to sum the gradients in these buckets over ranks."""
         for bucket in buckets:
-            grads = [parameter.grad.flatten() for parameter in bucket if parameter.grad is not None]
-            flat = torch.cat(grads) if len(grads) > 1 else grads[0]
+            grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            if may_have_few_rows(grads):
+                self.travelling.append((bucket, grads[0], None))
+                continue
+            flat = torch.cat([grad.flatten() for grad in grads]) if len(grads) > 1 else grads[0].flatten()
             self.travelling.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
 
     def receive(self) -> None:
         """Wait for the sums and give them to the parameters."""
         for bucket, flat, work in self.travelling:
+            if work is None:
+                sum_rows(flat)
+                continue
             work.wait()
             parts = flat.split([parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):

@@ -48,7 +48,8 @@ class Feed:
     def make(self, step: Step) -> tuple[Batch, Tensor]:
         """The same, on their way."""
         data = self.data[step.task]
-        batch, labels = data.batch(self.world.shard(step.indices)), data.labels(step.indices)
+        own = self.world.shard(step.indices, data.lengths[step.indices])
+        batch, labels = data.batch(own), data.labels(step.indices)
         if self.tails and isinstance(batch, PackedBatch):
             batch = with_tail(batch)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):

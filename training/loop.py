@@ -350,8 +350,9 @@ class Trainer:
         steps = [step for name in names for step in task_batches(self.plan, self.epoch - 1, name)[:REFRESH_BATCHES]]
         with self.device.autocast():
             for step in progress(steps, "batch norm", "batch", leave=False):
-                own = self.world.shard(step.indices)
-                self.model(step.task, self.train_data[step.task].batch(own).to(self.device.device))
+                data = self.train_data[step.task]
+                own = self.world.shard(step.indices, data.lengths[step.indices])
+                self.model(step.task, data.batch(own).to(self.device.device))
 
     def bound_gradient(self, optimizer: Optimizer, parameters: Sequence[Tensor], measure: bool) -> Tensor:
         """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
@@ -403,7 +404,7 @@ class Trainer:
     def save_resume(self) -> None:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
         refuse_ruined([*self.model.state_dict().items(), *states_of(self.optimizers)])
-        generators = {name: self.world.gather(own[None], self.world.size) for name, own in self.generators().items()}
+        generators = {name: self.world.each(own) for name, own in self.generators().items()}
         if not self.world.leads:
             self.saves.saved(self.step)
             return
