@@ -63,6 +63,7 @@ from files import cache_folder
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
 from optimizer import Adamax, AdamW
+from products import product
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.checkpoint import RunDirectory, git_commit, write_text
@@ -571,7 +572,7 @@ def matmul_peak(shape: BertConfig, tokens: int, device: Device) -> float:
 
     def layers() -> None:
         for weight in weights * repeats:
-            inputs[len(weight)] @ weight
+            product(inputs[len(weight)], weight)
 
     seconds = time_in_turn({"matmul": layers}, [()] * 12, 2, device, "matmul peak")["matmul"]
     return repeats * 2 * tokens * sum(a * b for a, b in sizes) / min(seconds)

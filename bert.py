@@ -17,6 +17,7 @@ import flash
 from base_bert import init_weights
 from config import BertConfig
 from packing import Batch, EncodedBatch, Group, Grouping, PackedBatch, pack_padded, unpack
+from products import linear
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
@@ -190,7 +191,7 @@ class Linear(nn.Linear):
         if not self.cast_once(x.device.type):
             if self.cast is not None:
                 self.cast = None
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return F.linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)))
 
     def cast_once(self, device: str) -> bool:

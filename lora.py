@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from base_bert import listing, reason
 from config import LoraOptions, UserError
 from files import read_json
+from products import linear, product
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
@@ -217,7 +218,7 @@ class _LowRankLinear(torch.autograd.Function):
         factor: Tensor | None,
     ) -> Tensor:
         updated = _updated(weight, a, b, scaling)
-        y = F.linear(x, updated, None if factor is not None else bias)  # [T, out]
+        y = linear(x, updated, None if factor is not None else bias)  # [T, out]
         ctx.save_for_backward(x, weight, a, b, factor, None if factor is None else y)
         ctx.scaling = scaling
         if factor is None:
@@ -234,7 +235,7 @@ class _LowRankLinear(torch.autograd.Function):
             updated = _updated(weight, a, b, ctx.scaling)
             if factor is not None:
                 updated.mul_(factor[:, None])
-            grad_x = (grad @ updated.to(grad.dtype)).to(x.dtype)
+            grad_x = product(grad, updated.to(grad.dtype)).to(x.dtype)
         grad, x = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)  # [T, out], [T, in]
         scaled_b = ctx.scaling * (b if factor is None else factor[:, None] * b)  # [out, r]
         # Thin products are made as [r, T]: the other way round they take up to four times as long on a CPU.
@@ -274,7 +275,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         if self.merged_weight is not None:
-            return F.linear(x, self.merged_weight, self.bias)
+            return linear(x, self.merged_weight, self.bias)
         if self.training and self.dropout.p:
             return self.adapt_dropped(x, self.dropout(x))
         return self.adapt(x, self.bias)
@@ -286,7 +287,7 @@ class LoRALinear(nn.Module):
     def adapt_dropped(self, x: Tensor, dropped: Tensor) -> Tensor:
         """W0 x + b + (W' - W0) dropped."""
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.scaling * update
+        return linear(x, self.weight, self.bias) + self.scaling * update
 
     def adapted_weight(self) -> Tensor:
         """W' [out, in]."""
@@ -353,7 +354,7 @@ class DoRALinear(LoRALinear):
 
     def adapt_dropped(self, x: Tensor, dropped: Tensor) -> Tensor:
         """W0 x + b + (W' - W0) dropped, as W0 (x - dropped) + b + W' dropped."""
-        return F.linear(x - dropped, self.weight, self.bias) + self.adapt(dropped, None)
+        return linear(x - dropped, self.weight, self.bias) + self.adapt(dropped, None)
 
     def adapted_weight(self) -> Tensor:
         """W' [out, in]."""

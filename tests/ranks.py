@@ -254,7 +254,7 @@ def uneven(count: int) -> np.ndarray:
 
 
 def row_sums() -> list[torch.Tensor]:
-    """What sum_rows makes of gradients: few rows, the same and others on each rank, none on some, all, NaN, and zeros."""
+    """What sum_rows makes of gradients: few rows, the same or others on each rank, none on some, all, NaN, zeros."""
     with joined_ranks() as world:
         out = []
         for case in range(6):

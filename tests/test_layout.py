@@ -26,7 +26,7 @@ ROWS: list[tuple[str, ...]] = [
     ("datasets",),
     ("cleaning",),
     ("tokenizer",),
-    ("packing",),
+    ("packing", "products"),
     ("optimizer",),
     ("cache",),
     ("files",),

@@ -14,6 +14,10 @@ import torch
 
 from config import ComputeOptions
 
+# Kernels that oneDNN keeps: a compiled one of up to 3 MB for each shape of a product. A training step needs some 20, and
+# packed batches have ever new shapes; its own 1024 would take gigabytes.
+KERNELS = 64
+
 
 @dataclass(frozen=True)
 class Device:
@@ -117,6 +121,8 @@ def choose_device(options: ComputeOptions, say: Callable[[str], None]) -> Device
     """
     if options.threads:
         torch.set_num_threads(options.threads)
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(cache, str(KERNELS))
     kind = "cpu"
     if options.use_gpu:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,143 @@
+"""products.py: the same numbers as torch's own products, on every path; a run's memory does not grow with shapes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import products
+from products import has_onednn, linear, product
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="a CPU with AVX-512 and oneDNN")
+
+
+def known(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYOUTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "plain": lambda: (known(70, 30, seed=1), known(30, 50, seed=2)),
+    "transposed": lambda: (known(30, 70, seed=1).t(), known(50, 30, seed=2).t()),
+    "columns of a larger one": lambda: (known(70, 60, seed=1)[:, 5:35], known(30, 90, seed=2)[:, 7:57]),
+    "every second": lambda: (known(140, 60, seed=1)[::2, ::2], known(60, 100, seed=2)[::2, ::2]),
+    "one row, repeated": lambda: (known(1, 30, seed=1).expand(70, 30), known(30, 50, seed=2)),
+    "one number, repeated": lambda: (known(1, 1, seed=1).expand(70, 30), known(1, 1, seed=2).expand(30, 50)),
+    "thin": lambda: (known(70, 1, seed=1), known(1, 50, seed=2)),
+    "a single row": lambda: (known(1, 30, seed=1), known(30, 50, seed=2)),
+    "no row": lambda: (known(0, 30, seed=1), known(30, 50, seed=2)),
+    "long sums": lambda: (known(9, 5000, seed=1), known(5000, 11, seed=2)),
+    "float64": lambda: (known(70, 30, seed=1).double(), known(30, 50, seed=2).double()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_of_any_layout(layout: str) -> None:
+    a, b = LAYOUTS[layout]()
+    wanted = a.double() @ b.double()
+    found = product(a, b)
+    assert found.dtype == a.dtype and found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * a.shape[1] ** 0.5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trains", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
+def test_linear_and_its_gradients(bias: bool, trains: tuple[int, int, int]) -> None:
+    """Against float64, with each choice of what wants a gradient."""
+    values = [known(37, 24, seed=1), known(40, 24, seed=2), known(40, seed=3) if bias else None]
+    results = []
+    for dtype, function in ((torch.float32, linear), (torch.float64, F.linear)):
+        own = [
+            None if v is None else v.detach().to(dtype).requires_grad_(bool(t))
+            for v, t in zip(values, trains, strict=True)
+        ]
+        y = function(*own)  # type: ignore[operator]
+        if y.requires_grad:
+            y.backward(known(37, 40, seed=4).to(dtype))
+        results.append([y.detach(), *(None if v is None else v.grad for v in own)])
+    for found, wanted in zip(*results, strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_plain_sum() -> None:
+    """Which is one number, expanded."""
+    x, weight = known(37, 24, seed=1).requires_grad_(), known(40, 24, seed=2).requires_grad_()
+    linear(x, weight, None).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(37, 24), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(40, 24), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 matrices on the CPU outside autocast, and nothing else; both ways round and for the input's gradient."""
+    calls: list[tuple[int, ...]] = []
+    fast = products._onednn
+
+    def noting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(tuple(x.shape))
+        return fast(x, weight, bias)
+
+    monkeypatch.setattr(products, "_onednn", noting)
+    x, own = known(6, 4, seed=1).requires_grad_(), nn.Linear(4, 5)
+    linear(x, own.weight, own.bias).square().sum().backward()
+    assert calls == [(6, 4), (6, 5), (5, 6)]
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, own.weight, own.bias).dtype == torch.bfloat16
+    linear(x.double(), own.weight.double(), own.bias.double())
+    linear(x[None], own.weight, own.bias)
+    linear(x.to("meta"), own.weight.to("meta"), own.bias.to("meta"))
+    assert calls == []
+
+
+def test_infinities_stay_in_their_row() -> None:
+    a = known(20, 30, seed=1)
+    a[3, 4], a[7, 1] = torch.inf, torch.nan
+    finite = product(a, known(30, 50, seed=2)).isfinite().all(dim=1)
+    assert (~finite).nonzero().flatten().tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_product_twice_is_the_same_to_the_bit(threads: int) -> None:
+    """With the long sums of a weight's gradient, which threads might share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        grad, x = known(1500, 96, seed=1), known(1500, 64, seed=2)
+        first = product(grad.t(), x)
+        assert all(torch.equal(product(grad.t(), x), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(before)
+
+
+GROWTH = """
+import random, torch
+from config import ComputeOptions
+from products import product
+from training.device import choose_device, process_peak
+choose_device(ComputeOptions(threads=1), print)
+x, w = torch.randn(1500, 128), torch.randn(128, 512)
+random.seed(0)
+def some():
+    for _ in range(150):
+        rows = x[: random.randint(500, 1500)]
+        product(rows, w), product(rows.t(), rows)
+some()
+before = process_peak()
+some(), some()
+print(process_peak() - before)
+"""
+
+
+@needs_onednn
+def test_ever_new_shapes_do_not_fill_the_memory() -> None:
+    """Each shape has a compiled kernel; by oneDNN's own limit, these would take 700 MB."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100e6
