@@ -262,6 +262,61 @@ class BertLayer(nn.Module):
         return self.out_layer_norm(adapted(total, "feed-forward"))
 
 
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, module: "WordEmbedding") -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.module, ctx.shape = module, weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        return ctx.module.gradient(ids.flatten(), grad.flatten(0, -2), ctx.shape), None, None
+
+
+class WordEmbedding(nn.Embedding):
+    """nn.Embedding whose gradient, on a CPU, takes the memory of the one before it.
+
+    torch clears new memory of [V, H] for the few rows that a batch reaches, which for a small BERT takes a tenth of a
+    training step. Here only the rows that the batch before reached are cleared, or all if that gradient was changed;
+    and memory that anything else still refers to is left alone.
+    """
+
+    memory: Tensor | None = None  # zero but for the rows `reached`, as long as its version is `version`
+    reached: Tensor
+    version: int
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Word numbers [...] to [..., H]."""
+        if ids.device.type != "cpu" or not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(ids)
+        out: Tensor = _Lookup.apply(self.weight, ids, self)
+        return out
+
+    def gradient(self, ids: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
+        """That of the weight, of `shape` [V, H], from that of the rows `ids` [T], which is [T, H]."""
+        memory = self.memory
+        if memory is None or memory.dtype != grad.dtype or memory.shape != shape or _is_shared(memory):
+            memory = self.memory = grad.new_zeros(shape)
+        elif memory._version != self.version:
+            memory.zero_()
+        else:
+            memory[self.reached] = 0.0
+        memory.index_add_(0, ids, grad)
+        if self.padding_idx is not None:
+            memory[self.padding_idx] = 0.0
+        self.reached, self.version = ids, memory._version
+        return memory.detach()
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether another tensor has the memory of this one; so it is taken to be where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the handle asked for here
+
+
 class BertModel(nn.Module):
     """Embeddings, layers and the tanh pooler; parameter names are those of the course's handout."""
 
@@ -269,7 +324,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.word_embedding = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.word_embedding = WordEmbedding(config.vocab_size, width, padding_idx=config.pad_token_id)
         self.pos_embedding = nn.Embedding(config.max_position_embeddings, width)
         self.tk_type_embedding = nn.Embedding(config.type_vocab_size, width)
         self.embed_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)

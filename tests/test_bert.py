@@ -1,6 +1,7 @@
 """BertModel against transformers' on the same weights, and what padding, packing and dropout may and may not change."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from base_bert import load_weights, read_config
-from bert import BertLayer, BertModel, BertSelfAttention, attention
+from bert import BertLayer, BertModel, BertSelfAttention, WordEmbedding, attention
 from config import BertConfig
 from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs, unpack
 
@@ -606,3 +607,93 @@ def test_layer_norm_eps_comes_from_the_configuration() -> None:
     assert {m.eps for m in norms} == {1e-3}
     other = BertModel(replace(config, layer_norm_eps=1e-12))
     assert {m.eps for m in other.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The word embedding's gradient
+
+
+def word_tables() -> tuple[WordEmbedding, nn.Embedding]:
+    """A WordEmbedding and torch's with the same weights."""
+    torch.manual_seed(0)
+    own, torchs = WordEmbedding(50, 6, padding_idx=3), nn.Embedding(50, 6, padding_idx=3)
+    torchs.load_state_dict(own.state_dict())
+    return own, torchs
+
+
+def backward(table: nn.Embedding, seed: int, rows: int = 12) -> None:
+    """Through a batch of words, some of them twice, among them padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.cat([torch.randint(0, 50, (rows,), generator=generator), torch.tensor([3, 7, 7])])
+    weights = torch.randn(len(ids), 6, generator=generator).to(table.weight.dtype)
+    (table(ids) * weights).sum().backward()
+
+
+def grads(own: nn.Embedding, torchs: nn.Embedding) -> tuple[Tensor, Tensor]:
+    assert own.weight.grad is not None and torchs.weight.grad is not None
+    return own.weight.grad, torchs.weight.grad
+
+
+def test_gradients_of_words_in_the_same_memory() -> None:
+    """Batch after batch torch's gradient to the bit, in the same place."""
+    own, torchs = word_tables()
+    places = set()
+    for seed in range(5):
+        for table in (own, torchs):
+            table.zero_grad(set_to_none=True)
+            backward(table, seed)
+        found, wanted = grads(own, torchs)
+        assert torch.equal(found, wanted) and wanted.any()
+        places.add(found.data_ptr())
+        del found, wanted
+    assert len(places) == 1
+
+
+def test_a_gradient_of_words_that_is_kept_stays() -> None:
+    """Whether by the caller, or to be added to."""
+    own, torchs = word_tables()
+    kept = []
+    for seed in range(3):
+        for table in (own, torchs):
+            table.zero_grad(set_to_none=True)
+            backward(table, seed)
+        found, wanted = grads(own, torchs)
+        kept.append((found, wanted))
+    assert all(torch.equal(found, wanted) for found, wanted in kept)
+    for table in (own, torchs):
+        backward(table, 7)  # added to the last one
+        backward(table, 8)
+    assert torch.equal(*grads(own, torchs))
+    for table in (own, torchs):
+        table.zero_grad(set_to_none=True)
+        backward(table, 9)
+    assert torch.equal(*grads(own, torchs))
+
+
+@pytest.mark.parametrize("change", [lambda grad: grad.add_(1.0), lambda grad: grad.mul_(torch.nan)])
+def test_a_gradient_of_words_may_be_changed(change: Callable[[Tensor], object]) -> None:
+    """As clipping does: rows that the batch had not reached are cleared, too."""
+    own, torchs = word_tables()
+    backward(own, 1)
+    assert own.weight.grad is not None
+    place = own.weight.grad.data_ptr()
+    change(own.weight.grad)
+    own.zero_grad(set_to_none=True)
+    for table in (own, torchs):
+        backward(table, 2)
+    assert torch.equal(*grads(own, torchs)) and own.weight.grad.data_ptr() == place
+
+
+def test_words_used_twice_in_one_pass_and_in_another_precision() -> None:
+    own, torchs = word_tables()
+    for dtype in (torch.float32, torch.float64):
+        for table in (own, torchs):
+            table.to(dtype).zero_grad(set_to_none=True)
+            first, second = table(torch.tensor([[1, 3], [1, 49]])), table(torch.tensor([49, 2]))
+            (first.square().sum() * second.sin().sum()).backward()
+        found, wanted = grads(own, torchs)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+        del found, wanted
+    own.weight.requires_grad_(False)
+    assert not own(torch.tensor([1])).requires_grad

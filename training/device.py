@@ -14,8 +14,8 @@ import torch
 
 from config import ComputeOptions
 
-# Kernels that oneDNN keeps: a compiled one of up to 3 MB for each shape of a product. A training step needs some 20, and
-# packed batches have ever new shapes; its own 1024 would take gigabytes.
+# Kernels that oneDNN keeps: a compiled one of up to 3 MB for each shape of a product. A training step needs some 20,
+# and packed batches have ever new shapes; its own 1024 would take gigabytes.
 KERNELS = 64
 
 
