@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="a CPU with AVX-512 and oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "FEWEST", 1)
+
+
 def known(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -94,6 +99,8 @@ def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(x.double(), own.weight.double(), own.bias.double())
     linear(x[None], own.weight, own.bias)
     linear(x.to("meta"), own.weight.to("meta"), own.bias.to("meta"))
+    monkeypatch.setattr(products, "FEWEST", 6 * 4 * 5 + 1)
+    linear(x, own.weight, own.bias)
     assert calls == []
 
 
@@ -118,12 +125,13 @@ def test_the_same_product_twice_is_the_same_to_the_bit(threads: int) -> None:
 
 
 GROWTH = """
-import random, torch
+import random, torch, products
 from config import ComputeOptions
 from products import product
 from training.device import choose_device, process_peak
 choose_device(ComputeOptions(threads=1), print)
 x, w = torch.randn(1500, 128), torch.randn(128, 512)
+products.FEWEST = 1
 random.seed(0)
 def some():
     for _ in range(150):

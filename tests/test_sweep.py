@@ -377,7 +377,7 @@ def configurations(trials: list[sweep.Trial]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("lora-ranks", 66), ("r0-grid", 416), ("r0-ranks", 64), ("r0-ablation", 12), ("r0-final", 9)],
+    [("lora-ranks", 26), ("r0-grid", 416), ("r0-ranks", 64), ("r0-ablation", 12), ("r0-final", 9)],
 )
 def test_studies_have_their_trials_and_say_how_to_run_and_draw_them(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
