@@ -182,6 +182,8 @@ class Linear(nn.Linear):
     copies that later passes outside of it may have replaced.
     """
 
+    keeps_copies = True  # not so where the weights themselves are whole for the time of a pass only
+
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out)
         self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # what they are made of, and the copies
@@ -198,7 +200,7 @@ class Linear(nn.Linear):
         """Whether autocast would cast frozen weights here."""
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
         recorded = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        return frozen and torch.is_autocast_enabled(device) and not recorded
+        return self.keeps_copies and frozen and torch.is_autocast_enabled(device) and not recorded
 
     def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias as `dtype`."""

@@ -461,6 +461,10 @@ class RunOptions:
         None, "measure training (each step waits for the device) and add a row to this csv file", metavar="FILE"
     )
     profile: bool = option(False, "record a few steps of the first epoch: a trace, and tables of time and memory")
+    fsdp: bool = option(
+        False,
+        "under torchrun, let each process keep only a part of the backbones' weights, gradients and optimizer states",
+    )
 
 
 @dataclass
@@ -868,7 +872,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if train.cuda_graphs and processes() > 1:
         problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
     problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
-    problems += check_mlm(config)
+    problems += check_mlm(config) + check_fsdp(config)
     for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
         method = name.split("_")[0]
         if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
@@ -943,6 +947,30 @@ def check_mlm(config: Config) -> list[str]:
             for flag, there in given.items()
             if there
         ]
+    return problems
+
+
+def check_fsdp(config: Config) -> list[str]:
+    """What is wrong with --fsdp."""
+    if not config.run.fsdp:
+        return []
+    problems = []
+    if processes() == 1:
+        problems.append("--fsdp shards the backbones over processes, and this is the only one; use torchrun or drop it")
+    if config.train.average != "none":
+        problems.append(
+            f"--average {config.train.average} keeps a second set of weights, which --fsdp does not shard; drop one of "
+            "the two"
+        )
+    if config.train.pcgrad:
+        problems.append(
+            "--pcgrad compares whole gradients, of which --fsdp leaves each process a part; drop one of the two"
+        )
+    problems += [
+        f"--{name}_bregman keeps a second set of weights, which --fsdp does not shard; drop one of the two"
+        for name, own in config.tasks.items()
+        if own.bregman > 0.0
+    ]
     return problems
 
 

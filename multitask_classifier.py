@@ -89,7 +89,7 @@ def train(config: Config, command: str, world: "World") -> None:
     `command` is for the row of --benchmark.
     """
     from datasets import load_splits, tokenise
-    from training.checkpoint import git_commit, load, load_weights_into, probe_folder
+    from training.checkpoint import git_commit, load, probe_folder
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
@@ -115,15 +115,12 @@ def train(config: Config, command: str, world: "World") -> None:
     say(f"{world.named(device.name)}; run directory {run.path}")
     kind = Pretrainer if config.train.mlm else Trainer
     kind(config, model, tokenizer, data["train"], data.get("dev", {}), device, run, say, world).fit()
-    about: dict[str, Any] = {}
-    if world.leads:
-        best = load(run.best)
-        load_weights_into(model, best["weights"], run.best, model.never_trained(config.train.fine_tune_mode))
-        about = {"epoch": best["epoch"], "checkpoint": run.best.name}
+    best = load(run.best) if world.leads else {}
+    about = {"epoch": best["epoch"], "checkpoint": run.best.name} if world.leads else {}
+    world.load(model, best.get("weights", {}), run.best, model.never_trained(config.train.fine_tune_mode))
     if config.train.mlm:
         run.write_json("scores.json", {"dev": {}, **about})
     else:
-        world.broadcast(model)
         report(model, data, device, config, run, about, world)
     if world.leads:
         run.drop_states()  # there is nothing left to go on with
@@ -309,9 +306,13 @@ def main(argv: Sequence[str]) -> None:
     elif config.run.export is not None or config.run.export_peft is not None:
         export(config)
     else:
-        from training.distributed import joined
+        from training.distributed import Ranks, joined
 
-        with joined(config.compute) as world:
+        kind = Ranks
+        if config.run.fsdp:  # whose import takes a second
+            from training.sharding import Shards as kind
+
+        with joined(config.compute, kind) as world:
             if config.run.evaluate is not None:
                 evaluate(config, world)
             else:

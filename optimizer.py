@@ -28,6 +28,11 @@ Group = dict[str, Any]
 Betas = tuple[float, float]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: some rows of one that is sharded (torch's DTensor), else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def cache_sized(rows: Iterable[Row], size: float) -> Iterator[list[Tensors]]:
     """Cuts rows into pieces of about `size` elements per column, and yields the columns of piece after piece.
 
@@ -53,6 +58,8 @@ def cache_sized(rows: Iterable[Row], size: float) -> Iterator[list[Tensors]]:
 
 class ForeachOptimizer(Optimizer):
     """Base of the optimizers below: finds what to update, counts the steps and walks over the memory.
+
+    Of sharded parameters each process updates its own rows, for which alone it has states.
 
     A parameter has no state until its first gradient, and its own step count from then on: one that was frozen
     for a while begins at 1. Parameters without a gradient are left alone. Gradients are never changed.
@@ -101,9 +108,9 @@ class ForeachOptimizer(Optimizer):
             if not state:
                 state["step"] = 0
                 for name in self.states:
-                    state[name] = torch.zeros_like(param)
+                    state[name] = torch.zeros_like(local(param))
             state["step"] += 1
-            row = (param, param.grad, *(state[name] for name in self.states))
+            row = (local(param), local(param.grad), *(state[name] for name in self.states))
             rows.setdefault(state["step"], []).append(row)
         return rows
 

@@ -14,21 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 import multitask_classifier
-from config import UserError, parse, run_script
+from bert import Linear
+from config import ComputeOptions, UserError, parse, run_script
 from datasets import load_splits, tokenise
 from multitask_bert import BatchNorm
+from optimizer import local
 from tasks import TASKS
 from training import distributed, smart
 from training.checkpoint import save
 from training.device import Device
-from training.distributed import World, joined, sum_rows
+from training.distributed import Ranks, World, joined, sum_rows
 from training.loop import Trainer
+from training.sharding import Shards, gathered
 
 # Forked from a process that has imported what takes long, and never run anything.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "tokenizers", "sklearn.metrics", "scipy.stats", "tqdm"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "tokenizers", "sklearn.metrics", "scipy.stats", "tqdm"]
+)
 
 
 @dataclass
@@ -91,7 +97,9 @@ def _keep(path: Path, function: Callable[..., Any], arguments: list[Any]) -> Non
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(world: World, flags: list[str], run_dir: Path, *more: object, double: bool = False) -> Trainer:
+def make_trainer(
+    world: World, flags: list[str], run_dir: Path, *more: object, double: bool = False, amp: torch.dtype | None = None
+) -> Trainer:
     """A Trainer made from a command line as the script makes it, without TensorBoard; in float64 if `double`."""
     words = [*flags, "--no_tensorboard", "--run_dir", run_dir, *more]
     config = parse([str(word) for word in words], TASKS, "test", "Test.")
@@ -100,21 +108,19 @@ def make_trainer(world: World, flags: list[str], run_dir: Path, *more: object, d
     model, tokenizer = multitask_classifier.build_model(config, tasks)
     data = tokenise(splits, tokenizer, str(config.model.pair_encoding), False, print)
     run = multitask_classifier.prepare_run(config, model, world)
-    device = Device(torch.device("cpu"))
+    device = Device(torch.device("cpu"), amp)
     model = model.double() if double else model
     return Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, multitask_classifier.say, world)
 
 
-def joined_ranks() -> Any:
-    """The processes that `launch` has started, or this one alone."""
-    from config import ComputeOptions
-
-    return joined(ComputeOptions(threads=1))
+def joined_ranks(flags: list[str] | None = None) -> Any:
+    """The processes that `launch` has started, of the kind that a run with these flags has, or this one alone."""
+    return joined(ComputeOptions(threads=1), Shards if "--fsdp" in (flags or ()) else Ranks)
 
 
-def some_steps(trainer: Trainer, number: int) -> dict[str, Any]:
-    """Weights, losses and gradient norms of the first steps of a run that unfreezes everything."""
-    trainer.model.manage_freezing("unfreezeall")
+def some_steps(trainer: Trainer, number: int, freezing: str = "unfreezeall") -> dict[str, Any]:
+    """Weights, losses and gradient norms of the first steps of a run."""
+    trainer.model.manage_freezing(freezing)
     trainer.model.train()
     losses, norms = [], []
     epochs = (trainer.steps_of(epoch) for epoch in count())
@@ -125,7 +131,7 @@ def some_steps(trainer: Trainer, number: int) -> dict[str, Any]:
         losses.append(loss.detach())
         norms.append(norm)
         trainer.step += 1
-    weights = {name: own.clone() for name, own in trainer.model.state_dict().items()}
+    weights = {name: own.clone() for name, own in trainer.world.weights(trainer.model).items()}
     return {"weights": weights, "losses": torch.stack(losses), "norms": torch.stack(norms)}
 
 
@@ -139,7 +145,7 @@ def train_cases(
     drawn = smart.first_noise
     smart.first_noise = lambda hidden, options, step: options.smart_sigma * torch.sin(1e4 * hidden)
     try:
-        with joined_ranks() as world:
+        with joined_ranks(flags) as world:
             return {
                 name: some_steps(make_trainer(world, flags, folder / name, *more, double=double), steps)
                 for name, more in cases.items()
@@ -150,25 +156,83 @@ def train_cases(
 
 def fit_twice(flags: list[str], folder: Path) -> None:
     """Two runs with all their files, one after the other."""
-    with joined_ranks() as world:
+    with joined_ranks(flags) as world:
         for name in ("a", "b"):
             trainer = make_trainer(world, flags, folder / name)
             trainer.fit()
+            weights = dict(world.weights(trainer.model))
             if world.leads:
-                save(folder / f"{name}.pt", {"format": 1, "weights": trainer.model.state_dict()})
+                save(folder / f"{name}.pt", {"format": 1, "weights": weights})
 
 
-def fit(flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:
-    """A run with all its files; returns the weights at its end."""
-    with joined_ranks() as world:
-        trainer = make_trainer(world, flags, run_dir, *more)
+def fit(flags: list[str], run_dir: Path, *more: object, double: bool = False) -> dict[str, Any]:
+    """A run with all its files; returns the weights at its end, with --fsdp on rank 0 only."""
+    with joined_ranks(flags) as world:
+        trainer = make_trainer(world, flags, run_dir, *more, double=double)
         trainer.fit()
-        return trainer.model.state_dict()
+        return dict(world.weights(trainer.model))
+
+
+def held(flags: list[str], run_dir: Path, steps: int) -> dict[str, Any]:
+    """How many numbers this rank holds after some steps, and how many there are; whether all is whole in `gathered`."""
+    out: dict[str, Any] = {}
+    with joined_ranks(flags) as world:
+        trainer = make_trainer(world, flags, run_dir)
+        backbones = list(trainer.model.backbones.parameters())
+        noted: list[int] = []
+        move = trainer.move
+
+        def noting(*arguments: Any) -> Any:
+            noted.append(sum(local(own.grad).numel() for own in backbones if own.grad is not None))
+            return move(*arguments)
+
+        trainer.move = noting  # type: ignore[method-assign]
+        some_steps(trainer, steps)
+        out["weights"] = sum(local(own).untyped_storage().nbytes() // 4 for own in trainer.model.backbones.parameters())
+        out["all"] = sum(own.numel() for own in backbones)
+        out["gradients"] = noted[-1]
+        (optimizer,) = trainer.optimizers.values()
+        for name in ("exp_avg", "exp_inf"):
+            out[name] = sum(optimizer.state[own][name].numel() for own in backbones)
+        with gathered(trainer.model):
+            out["gathered"] = sum(local(own).numel() for own in trainer.model.backbones.parameters())
+        out["sharded"] = [isinstance(own, DTensor) for own in trainer.model.backbones.parameters()].count(True)
+    return out
+
+
+def steps_in_half(flags: list[str], folder: Path, steps: int) -> dict[str, Any]:
+    """Losses and norms of some steps under autocast with a frozen layer, and the casts of its weights that are kept."""
+    out: dict[str, Any] = {}
+    with joined_ranks([*flags, "--fsdp"]) as world:
+        for kind in (Ranks, Shards):
+            own = kind(world.rank, world.size, world.local_rank, world.pace)
+            trainer = make_trainer(own, flags, folder / kind.__name__, amp=torch.bfloat16)
+            found = some_steps(trainer, steps, "unfreezetop1")
+            linears = [module for module in trainer.model.modules() if isinstance(module, Linear)]
+            out[kind.__name__] = [found["losses"], found["norms"]]
+            out[f"{kind.__name__} casts"] = sum(module.cast is not None for module in linears)
+    return out
+
+
+def fit_and_predict(flags: list[str], run_dir: Path) -> dict[str, Any]:
+    """A run; returns the dev outputs of the model at its end."""
+    with joined_ranks(flags) as world:
+        trainer = make_trainer(world, flags, run_dir)
+        trainer.fit()
+        return {
+            task: torch.from_numpy(world.predict(trainer.model, data, trainer.device.device, 5))
+            for task, data in trainer.dev_data.items()
+        }
+
+
+def fit_in_double(flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:
+    """`fit` in float64."""
+    return fit(flags, run_dir, *more, double=True)
 
 
 def fit_and_fail(flags: list[str], run_dir: Path, how: str, rank: int, epoch: int) -> None:
     """A run in whose given epoch one rank fails at the second step."""
-    with joined_ranks() as world:
+    with joined_ranks(flags) as world:
         trainer = make_trainer(world, flags, run_dir)
         step = trainer.train_step
         done = []

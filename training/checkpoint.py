@@ -96,16 +96,25 @@ def git_commit() -> str | None:
     return out.stdout.strip()
 
 
-def model_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]) -> dict:
+def model_checkpoint(
+    model: MultitaskBERT,
+    tokenizer: Tokenizer,
+    config: Config,
+    scores: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """The content of a checkpoint: all that evaluation needs, the tokenizer included.
+
+    `weights` are those of the whole model, which by default are its own.
 
     With adapters, pretrained weights that never train and the tokenizer are left out, since loading needs the folder
     of the base weights anyway; `base_sha256` and `tokenizer_sha256` say which they are.
     """
     left_out = model.never_trained(config.train.fine_tune_mode)
+    weights = model.state_dict() if weights is None else weights
     return {
         "format": FORMAT,
-        "weights": {name: own.detach().cpu() for name, own in model.state_dict().items() if name not in left_out},
+        "weights": {name: own.detach().cpu() for name, own in weights.items() if name not in left_out},
         "base_sha256": model.base_sha256,
         "config": config.to_dict(),
         "bert_config": model.bert_config.to_dict(),

@@ -11,14 +11,16 @@ in all of this.
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from config import GRACE, ComputeOptions, UserError, processes
 from datasets import Batches
@@ -26,7 +28,7 @@ from evaluation import predict
 from files import first_line
 from multitask_bert import BatchNorm, MultitaskBERT
 from packing import Batch, to_device
-from training.checkpoint import RunDirectory
+from training.checkpoint import RunDirectory, load_weights_into
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
 GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another
@@ -63,9 +65,6 @@ class World:
     def attach(self, model: MultitaskBERT) -> None:
         """Make `model` the same on all ranks and ready to train."""
 
-    def broadcast(self, model: nn.Module) -> None:
-        """Give all ranks the weights and buffers that `model` has on rank 0."""
-
     def shard(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """This rank's part of the global batch `indices` [B] with `lengths` [B] tokens, now the batch at hand."""
         return indices
@@ -90,6 +89,30 @@ class World:
     ) -> np.ndarray:
         """`evaluation.predict`, each rank doing a part of it and knowing all of it afterwards."""
         return predict(model, data, device, batch_size, amp)
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The norm of the gradients of all these parameters together."""
+        return torch.nn.utils.get_total_norm([own.grad for own in parameters if own.grad is not None])
+
+    # What files hold is the same for any number of ranks. All of them have to ask for it, and rank 0 gets it.
+
+    def weights(self, model: MultitaskBERT) -> Mapping[str, Tensor]:
+        """The weights and buffers of `model` by their names."""
+        return model.state_dict()
+
+    def states(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What an optimizer's `state_dict` returns where one process has all of it."""
+        return optimizer.state_dict()
+
+    def load(
+        self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str] = frozenset()
+    ) -> None:
+        """`load_weights_into` on all ranks, of the weights that rank 0 has."""
+        load_weights_into(model, weights, source, left_out)
+
+    def load_states(self, optimizer: Optimizer, content: Mapping[str, Any]) -> None:
+        """Give an optimizer what `states` returned, which here all ranks have read."""
+        optimizer.load_state_dict(dict(content))
 
 
 ONE = World()
@@ -171,6 +194,7 @@ class Ranks(World):
         self.reducer = Reducer(list(model.parameters()))
 
     def broadcast(self, model: nn.Module) -> None:
+        """Give all ranks the weights and buffers that `model` has on rank 0."""
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
@@ -226,6 +250,13 @@ class Ranks(World):
             outputs[torch.from_numpy(own)] = torch.from_numpy(predict(model, Part(data, own), device, batch_size, amp))
         dist.all_reduce(outputs)  # sums with zeros
         return outputs.numpy()
+
+    def load(
+        self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str] = frozenset()
+    ) -> None:
+        if self.leads:
+            load_weights_into(model, weights, source, left_out)
+        self.broadcast(model)
 
 
 class Part:
@@ -405,8 +436,10 @@ class Backward:
 
 
 @contextmanager
-def joined(options: ComputeOptions) -> Iterator[World]:
+def joined(options: ComputeOptions, kind: type[Ranks] = Ranks) -> Iterator[World]:
     """The processes that torchrun started together with this one; without torchrun, or with one process, this alone.
+
+    Several are of the given kind.
 
     An error in one of them ends all: the first one to fail goes on to say why, and the others go without a word.
     Raises UserError where this machine has fewer GPUs than processes.
@@ -424,7 +457,7 @@ def joined(options: ComputeOptions) -> Iterator[World]:
     try:
         if gpus:
             take_gpu(local_rank)
-        yield Ranks(rank, size, local_rank, GPU_PACE if gpus else 1)
+        yield kind(rank, size, local_rank, GPU_PACE if gpus else 1)
         watch.leave()
     except SystemExit:  # of all, by a signal that one of them has had
         watch.leave()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from config import UserError
 from datasets import Batches
+from optimizer import local
 from training.checkpoint import BAD_BATCH, RunDirectory
 from training.routines import Step
 
@@ -62,8 +63,8 @@ def refuse_bad_losses(
 
 def refuse_ruined(tensors: Iterable[tuple[str, Any]]) -> None:
     """Raise UserError, naming the first, where one of these tensors is not finite; waits for the device once."""
-    named = [(name, own) for name, own in tensors if isinstance(own, Tensor) and own.is_floating_point()]
-    if torch.nn.utils.get_total_norm([own.detach() for _, own in named], math.inf).isfinite():
+    named = [(name, local(own)) for name, own in tensors if isinstance(own, Tensor) and own.is_floating_point()]
+    if torch.nn.utils.get_total_norm([own.detach() for _, own in named if own.numel()], math.inf).isfinite():
         return
     name = next(name for name, own in named if not own.isfinite().all())
     raise UserError(f"{name} is not finite any more and was not saved; {REMEDY}")

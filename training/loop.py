@@ -17,12 +17,12 @@ from datasets import Batches, TaskData
 from evaluation import Scores, overall, probabilities, progress, score_task
 from files import cause
 from multitask_bert import MultitaskBERT
-from optimizer import OPTIMIZERS, Schedule
+from optimizer import OPTIMIZERS, Schedule, local
 from packing import Batch
 from tokenizer import Tokenizer
 from training import signals
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
-from training.checkpoint import FORMAT, RunDirectory, copy, load, load_weights_into, model_checkpoint, save
+from training.checkpoint import FORMAT, RunDirectory, copy, load, model_checkpoint, save
 from training.device import Device, random_state
 from training.distributed import ONE, World
 from training.efficiency import StepClock, StepGauge
@@ -360,9 +360,10 @@ class Trainer:
         if clip is None and not measure:
             return NOT_MEASURED
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        norm = self.world.norm(parameters)
+        if clip is not None:  # as torch's clip_grads_with_norm_, which takes no shards beside whole tensors
+            share = (clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
         return norm
 
     def evaluate(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -389,9 +390,10 @@ class Trainer:
 
     def save_best(self, scores: Scores) -> None:
         """Write best.pt, and --filepath as well."""
+        weights = self.world.weights(self.model)
         if not self.world.leads:
             return
-        content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
+        content = model_checkpoint(self.model, self.tokenizer, self.config, scores, weights)
         refuse_ruined(content["weights"].items())
         save(self.run.best, {**content, "epoch": self.epoch, "step": self.step})
         if self.config.run.filepath:
@@ -405,6 +407,8 @@ class Trainer:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
         refuse_ruined([*self.model.state_dict().items(), *states_of(self.optimizers)])
         generators = {name: self.world.each(own) for name, own in self.generators().items()}
+        weights = self.world.weights(self.model)
+        states = {name: self.world.states(optimizer) for name, optimizer in self.optimizers.items()}
         if not self.world.leads:
             self.saves.saved(self.step)
             return
@@ -419,8 +423,8 @@ class Trainer:
             "stale": self.stale,
             "seconds": time.perf_counter() - self.began if self.meters else 0.0,
             "examples": self.examples(),
-            "weights": self.model.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "weights": weights,
+            "optimizers": states,
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -442,9 +446,9 @@ class Trainer:
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
                 f"{self.examples()}; put its data back, or --overwrite it"
             )
-        load_weights_into(self.model, content["weights"], self.run.resume)
+        self.world.load(self.model, content["weights"], self.run.resume)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
+            self.world.load_states(optimizer, content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])
         self.average.load_state_dict(content["average"])
         self.teacher.load_state_dict(content["teacher"])

@@ -165,9 +165,14 @@ class GraphedPasses(Passes):
 
 
 def check_device(config: Config, device: Device) -> None:
-    """Raise UserError where --cuda_graphs is asked for and the device has none."""
+    """Raise UserError where an option asks for what the device lacks."""
     if config.train.cuda_graphs and device.device.type != "cuda":
         raise UserError(f"--cuda_graphs: the device is {device.device.type}, which has none; drop it")
+    if config.run.fsdp and device.scaled:
+        raise UserError(
+            "--fsdp: this GPU has no bf16, and --amp would scale gradients for fp16, which shards of them cannot tell "
+            "the overflow of; drop --amp"
+        )
 
 
 def passes_of(
