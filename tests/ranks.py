@@ -26,7 +26,7 @@ from tasks import TASKS
 from training import distributed, smart
 from training.checkpoint import save
 from training.device import Device
-from training.distributed import Ranks, World, joined, sum_rows
+from training.distributed import Part, Ranks, World, joined, sum_rows
 from training.loop import Trainer
 from training.sharding import Shards, gathered
 
@@ -214,14 +214,17 @@ def steps_in_half(flags: list[str], folder: Path, steps: int) -> dict[str, Any]:
     return out
 
 
-def fit_and_predict(flags: list[str], run_dir: Path) -> dict[str, Any]:
-    """A run; returns the dev outputs of the model at its end."""
+def fit_and_predict(flags: list[str], run_dir: Path, counts: tuple[int, ...]) -> dict[str, Any]:
+    """A run; returns the outputs of the model at its end for the first of the dev examples, in batches of five."""
     with joined_ranks(flags) as world:
         trainer = make_trainer(world, flags, run_dir)
         trainer.fit()
         return {
-            task: torch.from_numpy(world.predict(trainer.model, data, trainer.device.device, 5))
+            f"{task} {count}": torch.from_numpy(
+                world.predict(trainer.model, Part(data, np.arange(count)), trainer.device.device, 5)
+            )
             for task, data in trainer.dev_data.items()
+            for count in counts
         }
 
 

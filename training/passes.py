@@ -170,8 +170,8 @@ def check_device(config: Config, device: Device) -> None:
         raise UserError(f"--cuda_graphs: the device is {device.device.type}, which has none; drop it")
     if config.run.fsdp and device.scaled:
         raise UserError(
-            "--fsdp: this GPU has no bf16, and --amp would scale gradients for fp16, which shards of them cannot tell "
-            "the overflow of; drop --amp"
+            "--fsdp: this GPU has no bf16, and an overflow of the fp16 gradients of --amp would be seen by the process "
+            "alone in whose shard it is; drop --amp"
         )
 
 
