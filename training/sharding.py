@@ -8,7 +8,8 @@ small (heads, pair layer, PALs, poolers, the other embeddings) is whole on every
 So the weights, gradients and optimizer states of n ranks take about one nth each in training. Two moments take more.
 At the start and in every evaluation each rank has all weights, since evaluation has other numbers of batches on each
 and could not gather layer by layer; gradients and states are never whole. To save, tensors are gathered one by one
-into the main memory of rank 0. The files are those of one process, and any number of ranks goes on from them.
+into the main memory of rank 0; to go on, each process reads the whole file into its own. The files are those of one
+process, so that any number of ranks goes on from them, with or without --fsdp.
 
 With --amp the half-precision copies of a batch's layers are whole from the pass forward to the pass back.
 """
