@@ -1,4 +1,4 @@
-"""What runs in the processes of test_distributed.py, and how they are started: as torchrun starts them."""
+"""What runs in the processes of test_distributed.py and test_sharding.py, which start as torchrun starts them."""
 
 import functools
 import multiprocessing
