@@ -11,7 +11,8 @@ and could not gather layer by layer; gradients and states are never whole. To sa
 into the main memory of rank 0; to go on, each process reads the whole file into its own. The files are those of one
 process, so that any number of ranks goes on from them, with or without --fsdp.
 
-With --amp the half-precision copies of a batch's layers are whole from the pass forward to the pass back.
+With --amp the half-precision copies of a batch's layers are whole from the pass forward to the pass back. On a CPU the
+word embedding keeps memory for the gradient of all its rows (bert.WordEmbedding).
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
