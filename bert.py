@@ -309,7 +309,7 @@ class WordEmbedding(nn.Embedding):
         memory.index_add_(0, ids, grad)
         if self.padding_idx is not None:
             memory[self.padding_idx] = 0.0
-        self.reached, self.version = ids, memory._version
+        self.reached, self.version = ids.clone(), memory._version  # a recorded pass writes its next batch over `ids`
         return memory.detach()
 
 

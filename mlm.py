@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import init_weights
+from bert import Linear
 from config import BertConfig
 from packing import PackedBatch
+from products import linear
 from tokenizer import Tokenizer
 
 CHOSEN = 0.15  # share of the words that are to be predicted
@@ -23,14 +25,14 @@ class MaskedWordHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
         self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """Last hidden states [M, H] and the backbone's word embeddings [V, H] to logits [M, V]."""
-        return F.linear(self.layer_norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+        return linear(self.layer_norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
 
 
 class Masking:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import load_mlm_head
-from bert import Adapter, BertModel
+from bert import Adapter, BertModel, Linear
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
 from lora import (
     LoRAConfig,
@@ -93,8 +93,8 @@ class PairLayer(nn.Module):
     def __init__(self, width_in: int, width_out: int, batchnorm: bool, stats: Sequence[str]) -> None:
         super().__init__()
         self.stats = tuple(stats)
-        self.dense = nn.Linear(width_in, width_out)
-        self.out = nn.Linear(width_out, width_out)
+        self.dense = Linear(width_in, width_out)
+        self.out = Linear(width_out, width_out)
         self.norm = BatchNorm(width_out, stats) if batchnorm else None
         self.out_norm = BatchNorm(width_out, stats) if batchnorm else None
 
@@ -114,7 +114,7 @@ class CosineHead(nn.Module):
         super().__init__()
         self.projection = nn.Sequential(nn.Dropout(options.hidden_dropout_prob))
         if options.sts_projection:
-            self.projection.extend([nn.Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
+            self.projection.extend([Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """Two [B, H] to [B, 1], between -5 and 5."""
@@ -141,14 +141,14 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
     if options.output_dropout_prob is not None:
         dropouts[-1] = options.output_dropout_prob
     for dropout in dropouts:
-        layers += [nn.Linear(width, inner)]
+        layers += [Linear(width, inner)]
         if options.clf == "mlp":
             layers += [activation(), nn.Dropout(dropout)]
         else:
             layers += [BatchNorm(inner)] if options.head_batchnorm else []
             layers += [activation()]
         width = inner
-    return nn.Sequential(*layers, nn.Linear(width, outputs))
+    return nn.Sequential(*layers, Linear(width, outputs))
 
 
 def pair_features(u: Tensor, v: Tensor, names: Sequence[str]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import init_weights
-from bert import Adapter, BertSelfAttention, output_rows
+from bert import Adapter, BertSelfAttention, Linear, output_rows
 from config import BertConfig, PalOptions
 from packing import PackedBatch
 
@@ -33,8 +33,8 @@ class TaskAdapter(nn.Module):
         self.attending = {"low-rank": 0, "mixed": (depth + 1) // 2}.get(options.pal, depth)  # layers, from below
         self.pairs = 1 if options.pal in ("shared-v", "shared-attention", "mixed") else self.attending  # of their V
         sizes = [options.pal_size] * self.pairs + [options.pal_low_rank_size] * (depth - self.attending)
-        self.encoders = nn.ModuleList(nn.Linear(width, size) for size in sizes)  # V_E
-        self.decoders = nn.ModuleList(nn.Linear(size, width) for size in sizes)  # V_D
+        self.encoders = nn.ModuleList(Linear(width, size) for size in sizes)  # V_E
+        self.decoders = nn.ModuleList(Linear(size, width) for size in sizes)  # V_D
         narrow = replace(
             config,
             hidden_size=options.pal_size,

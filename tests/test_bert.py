@@ -684,6 +684,17 @@ def test_a_gradient_of_words_may_be_changed(change: Callable[[Tensor], object]) 
     assert torch.equal(*grads(own, torchs)) and own.weight.grad.data_ptr() == place
 
 
+def test_words_of_the_batch_before_may_be_overwritten() -> None:
+    own, torchs = word_tables()
+    ids = torch.tensor([4, 8, 8])
+    for words in ([4, 8, 8], [5, 9, 9]):
+        ids.copy_(torch.tensor(words))
+        for table in (own, torchs):
+            table.zero_grad(set_to_none=True)
+            table(ids).square().sum().backward()
+    assert torch.equal(*grads(own, torchs))
+
+
 def test_words_used_twice_in_one_pass_and_in_another_precision() -> None:
     own, torchs = word_tables()
     for dtype in (torch.float32, torch.float64):

@@ -10,6 +10,7 @@ import torch
 from scipy.special import erf
 from torch import Tensor, nn
 
+from bert import Linear
 from config import ARCHS, BertConfig, ModelOptions, UserError
 from multitask_bert import (
     BatchNorm,
@@ -411,23 +412,23 @@ def test_pair_layer_equals_torch_modules() -> None:
 # ----------------------------------------------------------------------------------------------------------- heads
 
 HEAD_LAYERS = {
-    "linear": [nn.Dropout, nn.Linear],
-    "nonlinear": [nn.Dropout, nn.Linear, BatchNorm, nn.ReLU, nn.Linear],
+    "linear": [nn.Dropout, Linear],
+    "nonlinear": [nn.Dropout, Linear, BatchNorm, nn.ReLU, Linear],
     "conv": [
         nn.Dropout,
         nn.Unflatten,
         nn.Conv1d,
         BatchNorm,
         nn.Flatten,
-        nn.Linear,
+        Linear,
         BatchNorm,
         nn.ReLU,
-        nn.Linear,
+        Linear,
         BatchNorm,
         nn.ReLU,
-        nn.Linear,
+        Linear,
     ],
-    "mlp": [nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear],
+    "mlp": [nn.Dropout, Linear, nn.ReLU, nn.Dropout, Linear, nn.ReLU, nn.Dropout, Linear],
 }
 
 
@@ -496,8 +497,8 @@ def test_dropout_of_each_layer() -> None:
         head = build_head(options(clf="mlp", hidden_dropout_prob=0.2, **given), 12, H, 5).train()
         ones = [layer.p for layer in head if isinstance(layer, nn.Dropout)]
         # where each stands: before each linear layer
-        kinds = [type(layer) for layer in head if isinstance(layer, nn.Dropout | nn.Linear)]
-        assert kinds == [nn.Dropout, nn.Linear] * len(ones)
+        kinds = [type(layer) for layer in head if isinstance(layer, nn.Dropout | Linear)]
+        assert kinds == [nn.Dropout, Linear] * len(ones)
         return ones
 
     assert shares(head_layers=3) == [0.2] * 4
