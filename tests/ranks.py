@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import multitask_classifier
-from bert import Linear
+from bert import Linear, WordEmbedding
 from config import ComputeOptions, UserError, parse, run_script
 from datasets import load_splits, tokenise
 from multitask_bert import BatchNorm
@@ -26,7 +27,7 @@ from tasks import TASKS
 from training import distributed, smart
 from training.checkpoint import save
 from training.device import Device
-from training.distributed import Part, Ranks, World, joined, sum_rows
+from training.distributed import Part, Ranks, Reducer, World, joined, sum_rows
 from training.loop import Trainer
 from training.sharding import Shards, gathered
 
@@ -152,6 +153,28 @@ def train_cases(
             }
     finally:
         smart.first_noise = drawn
+
+
+def summed_words() -> list[torch.Tensor]:
+    """Summed gradients of word embeddings, batch after batch, and what they should be.
+
+    Batches reach few words or most of them; the embedding fills a bucket alone, which is larger than most or is not.
+    """
+    out = []
+    with joined_ranks() as world:
+        for size, words in product((1, 10_000), (6, 80)):
+            distributed.BUCKET_BYTES = size
+            own, torchs = WordEmbedding(40, 3).double(), torch.nn.Embedding(40, 3).double()
+            reducer = Reducer([own.weight])
+            for step in range(4):
+                ids = torch.randint(0, 40, (words,), generator=torch.Generator().manual_seed(10 * step + world.rank))
+                for table, summing in ((own, reducer.summed("task")), (torchs, nullcontext())):
+                    table.zero_grad(set_to_none=True)
+                    with summing:
+                        (table(ids) * known(words, 3, seed=step)).sum().backward()
+                assert own.weight.grad is not None and torchs.weight.grad is not None
+                out += [own.weight.grad.clone(), world.each(torchs.weight.grad).sum(0)]
+    return out
 
 
 def fit_twice(flags: list[str], folder: Path) -> None:

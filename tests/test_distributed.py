@@ -173,6 +173,16 @@ def test_gradients_of_few_rows(tmp_path: Path) -> None:
     assert results[0][9][4].isnan().tolist() == results[2][9][4].isnan().tolist() == [False, False, True]
 
 
+def test_gradients_of_words_in_the_same_memory_are_summed(tmp_path: Path) -> None:
+    """No collective tells that it has written to a tensor: rows of other ranks must not stay for the next batch."""
+    ended = launch(2, tmp_path / "words", ranks.summed_words)
+    for rank in range(2):
+        found, wanted = ended.result(rank)[::2], ended.result(rank)[1::2]
+        assert len(found) == 16 and all(own.any() for own in wanted)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_buckets_keep_the_order_and_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
     parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 6, 1, 30, 1, 9, 1)]

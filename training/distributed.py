@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from config import GRACE, ComputeOptions, UserError, processes
@@ -327,6 +328,7 @@ def sum_rows(grad: Tensor) -> None:
     dist.all_gather(counts, torch.tensor(len(own)))
     if sum(counts) > len(grad) / 2:
         dist.all_reduce(grad)
+        increment_version(grad)
         return
     most = int(max(counts))
     places, rows = own.new_zeros(most), grad.new_zeros(most, grad.shape[1])  # the rest adds zeros to row 0
@@ -426,6 +428,7 @@ class Backward:
                 sum_rows(flat)
                 continue
             work.wait()
+            increment_version(flat)  # the collective has written to what may be a gradient itself, and says so to nobody
             parts = flat.split([parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
