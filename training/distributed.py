@@ -428,7 +428,7 @@ class Backward:
                 sum_rows(flat)
                 continue
             work.wait()
-            increment_version(flat)  # the collective has written to what may be a gradient itself, and says so to nobody
+            increment_version(flat)  # the collective has written to what may be a gradient itself, unnoticed
             parts = flat.split([parameter.numel() for parameter in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
