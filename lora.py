@@ -240,9 +240,9 @@ class _LowRankLinear(torch.autograd.Function):
         scaled_b = ctx.scaling * (b if factor is None else factor[:, None] * b)  # [out, r]
         # Thin products are made as [r, T]: the other way round they take up to four times as long on a CPU.
         if needs_a:
-            grad_a = ((scaled_b.t().to(grad.dtype) @ grad.t()) @ x).to(a.dtype)  # [r, T] @ [T, in]
+            grad_a = product(product(scaled_b.t().to(grad.dtype), grad.t()), x).to(a.dtype)  # [r, T] @ [T, in]
         if needs_b:
-            grad_b = ((a.to(x.dtype) @ x.t()) @ grad).t().to(b.dtype) * ctx.scaling  # ([r, T] @ [T, out])^T
+            grad_b = product(product(a.to(x.dtype), x.t()), grad).t().to(b.dtype) * ctx.scaling  # ([r, T] @ [T, out])^T
             grad_b = grad_b if factor is None else grad_b * factor[:, None]
         if needs_factor:
             grad_factor = (grad * y.flatten(0, -2)).sum(0, dtype=factor.dtype)
