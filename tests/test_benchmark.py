@@ -112,9 +112,16 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
         assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("fewest", [1, products.FEWEST])
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
-def test_fifty_steps_have_the_losses_of_padded_training(still_bert: Path, small_data: Path, task: str) -> None:
-    """By SGD, whose step is torch's own; a rate at which the loss moves a thousand times as far as the bound."""
+def test_fifty_steps_have_the_losses_of_padded_training(
+    still_bert: Path, small_data: Path, task: str, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SGD, whose step is torch's own; a rate at which the loss moves a thousand times as far as the bound.
+
+    Once with oneDNN for all products, where there is one, and once with torch's for all of these small ones.
+    """
+    monkeypatch.setattr(products, "FEWEST", fewest)
     work = make_workload(options(still_bert, small_data, steps=49), task, print)
     own_options = replace(work.config.tasks[task], lr_multiplier=1.0)
     train = replace(work.config.train, optim="SGD", lr=FIFTY_STEPS_LR)
