@@ -71,6 +71,24 @@ def test_linear_and_its_gradients(bias: bool, trains: tuple[int, int, int]) -> N
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("trains", "kept"), [((1, 0), {(40, 24)}), ((0, 1), {(37, 24)}), ((1, 1), {(40, 24), (37, 24)})]
+)
+def test_what_is_kept_for_the_gradient(trains: tuple[int, int], kept: set[tuple[int, ...]]) -> None:
+    """No input where the weight is frozen, and no weight where the input wants none."""
+    x, weight = known(37, 24, seed=1).requires_grad_(bool(trains[0])), known(40, 24, seed=2)
+    weight.requires_grad_(bool(trains[1]))
+    found: set[tuple[int, ...]] = set()
+
+    def noted(own: Tensor) -> Tensor:
+        found.add(tuple(own.shape))
+        return own
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda own: own):
+        linear(x, weight, known(40, seed=3)).sum().backward()
+    assert {tuple(sorted(shape)) for shape in found} == {tuple(sorted(shape)) for shape in kept}
+
+
 def test_the_gradient_of_a_plain_sum() -> None:
     """Which is one number, expanded."""
     x, weight = known(37, 24, seed=1).requires_grad_(), known(40, 24, seed=2).requires_grad_()
