@@ -268,14 +268,14 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, module: "WordEmbedding") -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.module, ctx.shape = module, weight.shape
+        ctx.module = module
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        return ctx.module.gradient(ids.flatten(), grad.flatten(0, -2), ctx.shape), None, None
+        return ctx.module.gradient(ids.flatten(), grad.flatten(0, -2)), None, None
 
 
 class WordEmbedding(nn.Embedding):
@@ -297,11 +297,11 @@ class WordEmbedding(nn.Embedding):
         out: Tensor = _Lookup.apply(self.weight, ids, self)
         return out
 
-    def gradient(self, ids: Tensor, grad: Tensor, shape: torch.Size) -> Tensor:
-        """That of the weight, of `shape` [V, H], from that of the rows `ids` [T], which is [T, H]."""
+    def gradient(self, ids: Tensor, grad: Tensor) -> Tensor:
+        """That of the weight [V, H] from that of the rows `ids` [T], which is [T, H]."""
         memory = self.memory
-        if memory is None or memory.dtype != grad.dtype or memory.shape != shape or _is_shared(memory):
-            memory = self.memory = grad.new_zeros(shape)
+        if memory is None or memory.dtype != grad.dtype or _is_shared(memory):
+            memory = self.memory = grad.new_zeros(self.num_embeddings, self.embedding_dim)
         elif memory._version != self.version:
             memory.zero_()
         else:

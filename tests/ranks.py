@@ -320,7 +320,7 @@ def pieces() -> dict[str, Any]:
                 rows = known(count * texts, 3, seed=count)
                 places = world.shard(np.arange(count), uneven(count))
                 own = torch.cat([part[places] for part in rows.chunk(texts)]).requires_grad_()
-                whole = world.gather(own, count, texts)
+                whole = world.gather(own, texts)
                 whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows in each gradient
                 out[f"gather {count} {texts}"] = [whole.detach(), own.grad, torch.from_numpy(places)]
         for shape in ((7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)):
@@ -355,7 +355,7 @@ def row_sums() -> list[torch.Tensor]:
                 grad[4, 2] = torch.nan
             before = grad.clone()
             sum_rows(grad)
-            out += [torch.stack([*world.each(before)]).sum(0), grad]
+            out += [world.each(before).sum(0), grad]
         return out
 
 

@@ -67,11 +67,14 @@ class World:
         """Make `model` the same on all ranks and ready to train."""
 
     def shard(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """This rank's part of the global batch `indices` [B] with `lengths` [B] tokens, now the batch at hand."""
+        """This rank's part of the global batch `indices` [B], now the batch at hand.
+
+        `lengths` [N] are the tokens of all examples of its split.
+        """
         return indices
 
-    def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
-        """The rows [count, ...] of the batch at hand from those of this rank's shard, with gradient.
+    def gather(self, rows: Tensor, texts: int = 1) -> Tensor:
+        """The rows [B, ...] of the batch at hand from those of this rank's shard, with gradient.
 
         Of `texts` texts an example, all rows of first texts come before all rows of second ones.
         """
@@ -200,13 +203,13 @@ class Ranks(World):
             dist.broadcast(tensor, 0)
 
     def shard(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        own = shard(lengths, self.rank, self.size)
+        own = shard(lengths[indices], self.rank, self.size)
         self.examples, self.own = len(indices), torch.from_numpy(own)
         return indices[own]
 
-    def gather(self, rows: Tensor, count: int, texts: int = 1) -> Tensor:
+    def gather(self, rows: Tensor, texts: int = 1) -> Tensor:
         own = to_device(self.own, rows.device)
-        wholes = [_Gather.apply(part, own, count) for part in rows.chunk(texts)]
+        wholes = [_Gather.apply(part, own, self.examples) for part in rows.chunk(texts)]
         return wholes[0] if texts == 1 else torch.cat(wholes)
 
     def each(self, own: Tensor) -> Tensor:
@@ -243,8 +246,7 @@ class Ranks(World):
     def predict(
         self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
     ) -> np.ndarray:
-        by_length = np.argsort(-data.lengths, kind="stable")
-        own = by_length[self.rank :: self.size].copy()  # about the same work for each
+        own = shard(data.lengths, self.rank, self.size)
         task = data.examples.task
         outputs = torch.zeros(len(data), task.num_outputs) if task.kind == "classes" else torch.zeros(len(data))
         if len(own):

@@ -48,7 +48,7 @@ class Feed:
     def make(self, step: Step) -> tuple[Batch, Tensor]:
         """The same, on their way."""
         data = self.data[step.task]
-        own = self.world.shard(step.indices, data.lengths[step.indices])
+        own = self.world.shard(step.indices, data.lengths)
         batch, labels = data.batch(own), data.labels(step.indices)
         if self.tails and isinstance(batch, PackedBatch):
             batch = with_tail(batch)

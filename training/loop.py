@@ -316,7 +316,7 @@ class Trainer:
         state = random_state(self.device.device) if terms else None
         with self.device.autocast():
             embedding = self.model.embed(step.task, batch)
-            outputs = self.world.gather(self.model.outputs(step.task, embedding), len(labels))
+            outputs = self.world.gather(self.model.outputs(step.task, embedding))
             seen = Seen(
                 self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher, self.world
             )
@@ -351,7 +351,7 @@ class Trainer:
         with self.device.autocast():
             for step in progress(steps, "batch norm", "batch", leave=False):
                 data = self.train_data[step.task]
-                own = self.world.shard(step.indices, data.lengths[step.indices])
+                own = self.world.shard(step.indices, data.lengths)
                 self.model(step.task, data.batch(own).to(self.device.device))
 
     def bound_gradient(self, optimizer: Optimizer, parameters: Sequence[Tensor], measure: bool) -> Tensor:

@@ -35,11 +35,11 @@ class Seen:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows [B, ...], one for each example of the whole batch, from those of the shard; with gradient."""
-        return self.world.gather(rows, len(self.labels))
+        return self.world.gather(rows)
 
     def gather_texts(self, rows: Tensor) -> Tensor:
         """Rows [S, ...], one for each sequence of the whole batch, from those of the shard; with gradient."""
-        return self.world.gather(rows, len(self.labels), 2 if self.model.is_siamese(self.task) else 1)
+        return self.world.gather(rows, 2 if self.model.is_siamese(self.task) else 1)
 
 
 Term = Callable[[Seen], Tensor]
