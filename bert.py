@@ -3,7 +3,7 @@
 Every layer works on [T, H], the tokens of all sequences end to end; only `attention` knows where a sequence begins.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,50 +16,9 @@ from torch.autograd.function import once_differentiable
 import flash
 from base_bert import init_weights
 from config import BertConfig
-from packing import Batch, EncodedBatch, Group, Grouping, PackedBatch, pack_padded, unpack
+from dropout import Dropout, keep_mask
+from packing import Batch, EncodedBatch, Grouping, PackedBatch, pack_padded, unpack
 from products import linear
-
-
-def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
-    """A bool mask that is False with probability `dropout`, to 1/65536.
-
-    A CPU draws Bernoulli numbers one by one; four of these come from each 64-bit word, five times faster.
-    """
-    if device.type != "cpu":
-        return torch.rand(shape, device=device) >= dropout
-    words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return words.view(torch.int16)[: shape.numel()].view(shape) >= round(dropout * 65536) - 32768
-
-
-class _Dropout(torch.autograd.Function):
-    """Dropout from a keep_mask."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
-        keep = keep_mask(x.shape, dropout, x.device)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - dropout)
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout with a faster source of random bits on CPUs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` in evaluation; in training each element is 0 with probability p, else x / (1-p)."""
-        if not self.training or self.p == 0.0:
-            return x
-        return _Dropout.apply(x, self.p) if x.device.type == "cpu" else super().forward(x)
-
-
-def _split_heads(rows: Tensor, sequences: int, heads: int) -> Tensor:
-    """[n*L, H] -> [n, L, heads, width] -> [n, heads, L, width]."""
-    return rows.view(sequences, -1, heads, rows.shape[1] // heads).transpose(1, 2)
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -67,6 +26,7 @@ class _GroupedAttention(torch.autograd.Function):
 
     Autograd would get the same numbers from sliced views, but would assemble their gradients by one allocation and
     one addition of the whole buffer for every group, which on a CPU costs as much as the multiplications.
+    Groups are gathered one by one, so that a group is still in the processor's cache when it is multiplied.
     Padded rows repeat a real row, so that all numbers are finite; masked keys and dropped outputs keep them out.
     """
 
@@ -81,65 +41,95 @@ class _GroupedAttention(torch.autograd.Function):
         dropout: float,
         first_only: bool,
     ) -> Tensor:
-        scale = (query.shape[1] // heads) ** -0.5
-        keys, values = key.index_select(0, grouping.padded_rows), value.index_select(0, grouping.padded_rows)
-        queries = query if first_only else query.index_select(0, grouping.padded_rows)  # [P or S, H]
-        out = torch.empty_like(queries)
+        parts = _parts(grouping, heads, first_only)
+        width = query.shape[1] // heads
+        query, key, value = (x.reshape(-1, width) for x in (query, key, value))  # [.., H] -> [.. * heads, width]
+        out = torch.empty_like(query)
         probabilities, keeps = [], []
-        for group, slices in _rectangles(grouping, first_only):
-            q, k, v, o = (
-                _split_heads(x[rows], group.sequences, heads)
-                for x, rows in zip((queries, keys, values, out), slices, strict=True)
-            )
-            scores = (q * scale) @ k.transpose(2, 3)  # [n, heads, L or 1, L]; scaled first, lest fp16 overflows
-            if group.key_mask is not None:
-                scores.masked_fill_(~group.key_mask, -torch.inf)
+        for part in parts:
+            q, k, v = (
+                part.queries(query),
+                part.keys(key),
+                part.keys(value),
+            )  # [n * heads, L, width], or q [.., 1, width]
+            scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))  # scaled before, lest fp16 overflows
+            if part.mask is not None:
+                scores.unflatten(0, (-1, heads)).add_(part.mask)
             weights = scores.softmax(dim=-1).to(v.dtype)
             probabilities.append(weights)
             if dropout:
                 keeps.append(keep_mask(weights.shape, dropout, weights.device))
                 weights = (weights * keeps[-1]).mul_(1 / (1 - dropout))
-            o.copy_(weights @ v)
-        ctx.save_for_backward(queries, keys, values, *probabilities, *keeps)
-        ctx.settings = grouping, heads, dropout, first_only, scale
-        return out if first_only else out.index_select(0, grouping.packed_rows)
+            part.put_queries(torch.bmm(weights, v), out)
+        ctx.save_for_backward(query, key, value, *probabilities, *keeps)
+        ctx.settings = parts, heads, dropout
+        return out.view(-1, heads * width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grouping, heads, dropout, first_only, scale = ctx.settings
-        queries, keys, values, *saved = ctx.saved_tensors
-        groups = len(grouping.groups)
-        if not first_only:
-            grad = torch.zeros_like(queries).index_copy_(0, grouping.packed_rows, grad)
-        grads = [torch.empty_like(x) for x in (queries, keys, values)]
-        for i, (group, (query_rows, key_rows, _, _)) in enumerate(_rectangles(grouping, first_only)):
-            n, weights = group.sequences, saved[i]
-            q, g, grad_q = (_split_heads(x[query_rows], n, heads) for x in (queries, grad, grads[0]))
-            k, v, grad_k, grad_v = (_split_heads(x[key_rows], n, heads) for x in (keys, values, grads[1], grads[2]))
-            dropped, grad_weights = weights, g @ v.transpose(2, 3)
+        parts, heads, dropout = ctx.settings
+        query, key, value, *saved = ctx.saved_tensors
+        width = query.shape[1]
+        grad = grad.reshape(-1, width)
+        grad_query, grad_key, grad_value = grads = [torch.empty_like(x) for x in (query, key, value)]
+        for i, part in enumerate(parts):
+            q, k, v, g = part.queries(query), part.keys(key), part.keys(value), part.queries(grad)
+            if part.mask is not None and not part.first_only:
+                g.unflatten(0, (-1, heads)).mul_(part.mask.exp().transpose(2, 3))  # nothing is asked of padding
+            weights = dropped = saved[i]
+            grad_weights = torch.bmm(g, v.transpose(1, 2))
             if dropout:
-                keep = saved[groups + i]
+                keep = saved[len(parts) + i]
                 dropped = (weights * keep).mul_(1 / (1 - dropout))
                 grad_weights.mul_(keep).mul_(1 / (1 - dropout))
-            grad_v.copy_(dropped.transpose(2, 3) @ g)
-            grad_scores = grad_weights.sub_((grad_weights * weights).sum(dim=-1, keepdim=True)).mul_(weights)
-            grad_q.copy_((grad_scores.mul_(scale)) @ k)
-            grad_k.copy_(grad_scores.transpose(2, 3) @ q)
-        grad_query, *others = grads
-        if not first_only:
-            grad_query = grad_query.index_select(0, grouping.packed_rows)
-        return grad_query, *(x.index_select(0, grouping.packed_rows) for x in others), None, None, None, None
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(width**-0.5)
+            part.put_queries(torch.bmm(grad_scores, k), grad_query)
+            part.put_keys(torch.bmm(grad_scores.transpose(1, 2), q), grad_key)
+            part.put_keys(torch.bmm(dropped.transpose(1, 2), g), grad_value)
+        return *(x.view(-1, heads * width) for x in grads), None, None, None, None
 
 
-def _rectangles(grouping: Grouping, first_only: bool) -> Iterator[tuple[Group, tuple[slice, slice, slice, slice]]]:
-    """Each group with its rows of queries, keys, values and outputs."""
-    first = 0
-    for group in grouping.groups:
-        keys = slice(group.first, group.first + group.sequences * group.length)
-        queries = slice(first, first + group.sequences) if first_only else keys
-        first += group.sequences
-        yield group, (queries, keys, keys, queries)
+@dataclass(frozen=True)
+class _Part:
+    """One group of a packed batch, each row of which is cut into rows of one head."""
+
+    sequences: int  # n * heads, a sequence for each head
+    rows: Tensor  # [n * heads * L] that fill the group's rectangle
+    places: Tensor  # [t * heads] of its own rows in that rectangle
+    mask: Tensor | None  # [n, 1, 1, L], as in Group
+    own: slice  # its own rows
+    asking: slice  # those of the queries: the same, or with `first_only` one for each sequence and head
+    first_only: bool
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The rectangle [n * heads, L, width] of rows [T * heads, width]."""
+        return x.index_select(0, self.rows).view(self.sequences, -1, x.shape[1])
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The same of the queries' rows, or with `first_only` [n * heads, 1, width]."""
+        return x[self.asking, None] if self.first_only else self.keys(x)
+
+    def put_keys(self, rectangle: Tensor, x: Tensor) -> None:
+        """Write what is no padding back into rows."""
+        torch.index_select(rectangle.view(-1, x.shape[1]), 0, self.places, out=x[self.own])
+
+    def put_queries(self, rectangle: Tensor, x: Tensor) -> None:
+        """The same for queries."""
+        if self.first_only:
+            x[self.asking] = rectangle[:, 0]
+        else:
+            self.put_keys(rectangle, x)
+
+
+def _parts(grouping: Grouping, heads: int, first_only: bool) -> list[_Part]:
+    parts, row, sequence = [], 0, 0
+    for group, (rows, places) in zip(grouping.groups, grouping.split(heads), strict=True):
+        own = slice(row * heads, (row + group.tokens) * heads)
+        asking = slice(sequence * heads, (sequence + group.sequences) * heads) if first_only else own
+        parts.append(_Part(group.sequences * heads, rows, places, group.key_mask, own, asking, first_only))
+        row, sequence = row + group.tokens, sequence + group.sequences
+    return parts
 
 
 def attention(
@@ -150,6 +140,9 @@ def attention(
     `query`, `key`, `value` and the result are [T, H]. With `first_only`, queries come from the first token of each
     sequence: `query` and the result are [S, H] instead. `dropout` acts on the attention probabilities.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # adapters may put out fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if not flash.usable(query, key, value, heads):
         return _GroupedAttention.apply(query, key, value, batch.grouping, heads, dropout, first_only)
     starts = batch.cu_seqlens

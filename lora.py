@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from base_bert import listing, reason
 from config import LoraOptions, UserError
+from dropout import Dropout
 from files import read_json
 from products import linear, product
 
@@ -265,7 +266,7 @@ class LoRALinear(nn.Module):
             parameter.requires_grad_(False)
         out_features, in_features = linear.weight.shape
         self.scaling = config.scaling
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.lora_A = nn.Parameter(linear.weight.new_empty(config.rank, in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, config.rank))
         nn.init.normal_(self.lora_A, std=1 / config.rank)

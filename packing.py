@@ -5,7 +5,7 @@ in order of length and computes, once per batch, what attention needs to see the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -64,7 +64,8 @@ class Group:
     first: int  # first row of the padded buffer
     sequences: int  # n
     length: int  # L
-    key_mask: Tensor | None  # [n, 1, 1, L] bool, False at padding; None where nothing is padded
+    tokens: int  # t, without padding
+    key_mask: Tensor | None  # [n, 1, 1, L], to be added to scores: -inf at padding; None where nothing is padded
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,35 @@ class Grouping:
     groups: tuple[Group, ...]
     padded_rows: Tensor  # [P] packed row that fills each padded row (a repeated one at padding)
     packed_rows: Tensor  # [T] padded row of each packed row
-    first_rows: Tensor  # [S] padded row of each sequence's first token
+    by_heads: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # what `split` has made
 
     def to(self, device: torch.device) -> "Grouping":
         """The same on another device."""
         masks = [group.key_mask for group in self.groups if group.key_mask is not None]
-        tensors = self.padded_rows, self.packed_rows, self.first_rows, *masks
-        padded_rows, packed_rows, first_rows, *masks = all_to_device(tensors, device)
+        padded_rows, packed_rows, *masks = all_to_device([self.padded_rows, self.packed_rows, *masks], device)
         moved = iter(masks)
         groups = [own if own.key_mask is None else replace(own, key_mask=next(moved)) for own in self.groups]
-        return Grouping(tuple(groups), padded_rows, packed_rows, first_rows)
+        return Grouping(tuple(groups), padded_rows, packed_rows)
+
+    def split(self, heads: int) -> list[tuple[Tensor, Tensor]]:
+        """The same for each group, where every row is cut into rows of one head: the packed ones are [T * heads].
+
+        A group's rectangle is [n, heads, L] then. The first tensor [n * heads * L] says which packed rows fill it, the
+        second [t * heads] at which of its places the group's own packed rows are.
+        """
+        if heads not in self.by_heads:
+            made, packed_before = [], 0
+            head = torch.arange(heads, device=self.padded_rows.device)
+            for group in self.groups:
+                n, length = group.sequences, group.length
+                padded = self.padded_rows[group.first : group.first + n * length]
+                packed = self.packed_rows[packed_before : packed_before + group.tokens] - group.first
+                rows = padded.view(n, 1, length) * heads + head[:, None]  # [n, heads, L]
+                places = (packed // length * heads)[:, None] + head  # [t, heads], of [n, heads]
+                made.append((rows.flatten(), (places * length + (packed % length)[:, None]).flatten()))
+                packed_before += group.tokens
+            self.by_heads[heads] = made
+        return self.by_heads[heads]
 
 
 @dataclass(frozen=True)
@@ -210,10 +230,10 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
     """The grouping of packed sequences whose `lengths` [S] rise."""
     if not len(lengths):
         none = torch.empty(0, dtype=torch.int64)
-        return Grouping((), none, none, none)
+        return Grouping((), none, none)
     cuts = _cut(lengths, groups)
     starts = np.cumsum(lengths) - lengths
-    padded_rows, packed_rows, first_rows, made = [], [], [], []
+    padded_rows, packed_rows, made = [], [], []
     first = 0
     for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
         own, tallest = lengths[begin:end], int(lengths[end - 1])
@@ -221,12 +241,11 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
         real = column < own[:, None]  # [n, L]
         padded_rows.append((starts[begin:end, None] + np.minimum(column, own[:, None] - 1)).ravel())
         packed_rows.append(first + np.flatnonzero(real))
-        first_rows.append(first + np.arange(end - begin) * tallest)
-        mask = None if real.all() else torch.from_numpy(real)[:, None, None, :]
-        made.append(Group(first, end - begin, tallest, mask))
+        mask = None if real.all() else torch.from_numpy(np.where(real, 0, -np.inf).astype(np.float32))[:, None, None]
+        made.append(Group(first, end - begin, tallest, int(real.sum()), mask))
         first += real.size
-    joined = (torch.from_numpy(np.concatenate(rows)) for rows in (padded_rows, packed_rows, first_rows))
-    return Grouping(tuple(made), *joined)
+    padded, packed = (torch.from_numpy(np.concatenate(rows)) for rows in (padded_rows, packed_rows))
+    return Grouping(tuple(made), padded, packed)
 
 
 def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
@@ -234,10 +253,9 @@ def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
     tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
     rows = torch.arange(tail)
     return Grouping(
-        (*grouping.groups, Group(padded, 1, tail, None)),
+        (*grouping.groups, Group(padded, 1, tail, tail, None)),
         torch.cat([grouping.padded_rows, tokens + rows]),
         torch.cat([grouping.packed_rows, padded + rows]),
-        torch.cat([grouping.first_rows, torch.tensor([padded])]),
     )
 
 

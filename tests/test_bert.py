@@ -487,6 +487,23 @@ def test_attention_dropout_keeps_the_expectation(first_only: bool) -> None:
     assert 0.9 < error.std() < 1.1
 
 
+@pytest.mark.parametrize("first_only", [False, True])
+def test_under_autocast_attention_takes_mixed_types(first_only: bool) -> None:
+    """Adapters may put out fp32 beside the half precision of other layers."""
+    batch = pack_padded(*make_inputs())
+    torch.manual_seed(5)
+    rows = batch.num_sequences if first_only else batch.num_tokens
+    query, key, value = leaves = [torch.randn(n, 32, requires_grad=True) for n in (rows, *[batch.num_tokens] * 2)]
+    weights = torch.randn(rows, 32)
+    expected = attention(query, key, value, batch, 4, 0.0, first_only)
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), leaves)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(query, key.bfloat16(), value, batch, 4, 0.0, first_only)
+    assert found.dtype == torch.bfloat16
+    for own, other in zip([found, *torch.autograd.grad((found * weights).sum(), leaves)], wanted, strict=True):
+        assert difference(own.float(), other) < 0.05 * max(1.0, float(other.abs().max()))
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_gradients_under_dropout_match_finite_differences(pooling: str) -> None:
     """With the generator reset, dropout is a fixed function: backward must use the very masks of forward."""

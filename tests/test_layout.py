@@ -26,7 +26,7 @@ ROWS: list[tuple[str, ...]] = [
     ("datasets",),
     ("cleaning",),
     ("tokenizer",),
-    ("packing", "products"),
+    ("packing", "products", "dropout"),
     ("optimizer",),
     ("cache",),
     ("files",),

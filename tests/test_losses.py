@@ -494,7 +494,7 @@ def test_two_dropout_views_of_a_sentence_become_alike(tiny_flags: list[str], tmp
     (term,) = trainer.terms["sst"]
     trainer.terms["sst"] = [lambda view: (seen.append((out := term(view)).item()), out)[1]]
     trainer.fit()
-    assert len(seen) == 25 and np.mean(seen[-3:]) < 0.7 * np.mean(seen[:3])
+    assert len(seen) == 25 and np.mean(seen[-3:]) < 0.8 * np.mean(seen[:3])
 
 
 def test_ranking_equals_the_float64_formula() -> None:

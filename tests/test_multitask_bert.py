@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from bert import Linear
 from config import ARCHS, BertConfig, ModelOptions, UserError
+from dropout import Dropout
 from multitask_bert import (
     BatchNorm,
+    Convolution,
     CosineHead,
     MultitaskBERT,
     PairLayer,
@@ -412,12 +414,12 @@ def test_pair_layer_equals_torch_modules() -> None:
 # ----------------------------------------------------------------------------------------------------------- heads
 
 HEAD_LAYERS = {
-    "linear": [nn.Dropout, Linear],
-    "nonlinear": [nn.Dropout, Linear, BatchNorm, nn.ReLU, Linear],
+    "linear": [Dropout, Linear],
+    "nonlinear": [Dropout, Linear, BatchNorm, nn.ReLU, Linear],
     "conv": [
-        nn.Dropout,
+        Dropout,
         nn.Unflatten,
-        nn.Conv1d,
+        Convolution,
         BatchNorm,
         nn.Flatten,
         Linear,
@@ -428,8 +430,23 @@ HEAD_LAYERS = {
         nn.ReLU,
         Linear,
     ],
-    "mlp": [nn.Dropout, Linear, nn.ReLU, nn.Dropout, Linear, nn.ReLU, nn.Dropout, Linear],
+    "mlp": [Dropout, Linear, nn.ReLU, Dropout, Linear, nn.ReLU, Dropout, Linear],
 }
+
+
+def test_a_convolution_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    own, reference = Convolution(1, 4, 3).double(), nn.Conv1d(1, 4, 3).double()
+    reference.load_state_dict(own.state_dict())
+    weights = torch.randn(5, 4, 15, dtype=torch.float64)
+    found = []
+    for module in (own, reference):
+        x = torch.linspace(-2, 3, 85, dtype=torch.float64).view(5, 1, 17).sin().requires_grad_()
+        out = module(x)
+        (out.square() * weights).sum().backward()
+        found.append([out.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert difference(a, b) <= 1e-12
 
 
 @pytest.mark.parametrize("clf", list(HEAD_LAYERS))
@@ -498,7 +515,7 @@ def test_dropout_of_each_layer() -> None:
         ones = [layer.p for layer in head if isinstance(layer, nn.Dropout)]
         # where each stands: before each linear layer
         kinds = [type(layer) for layer in head if isinstance(layer, nn.Dropout | Linear)]
-        assert kinds == [nn.Dropout, Linear] * len(ones)
+        assert kinds == [Dropout, Linear] * len(ones)
         return ones
 
     assert shares(head_layers=3) == [0.2] * 4

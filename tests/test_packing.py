@@ -60,7 +60,7 @@ def assert_same(a: PackedBatch, b: PackedBatch) -> None:
             assert x.dtype == y.dtype, field.name
             assert torch.equal(x, y), field.name
     assert a.max_seqlen == b.max_seqlen
-    for name in ("padded_rows", "packed_rows", "first_rows"):
+    for name in ("padded_rows", "packed_rows"):
         assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
     for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
         assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
@@ -148,15 +148,13 @@ def assert_grouping_is_exact(lengths: np.ndarray, groups: int) -> None:
         if made.key_mask is None:
             assert real.all()
         else:
-            assert made.key_mask.dtype == torch.bool
             assert made.key_mask.shape == (made.sequences, 1, 1, made.length)
-            assert (made.key_mask[:, 0, 0].numpy() == real).all()
+            assert (made.key_mask[:, 0, 0].numpy() == np.where(real, 0.0, -np.inf)).all()
             assert not real.all()
         block = grouping.padded_rows[next_row : next_row + real.size].numpy().reshape(real.shape)
         assert (owners[block] == sequence + np.arange(made.sequences)[:, None]).all()
         real_rows += block[real].tolist()
-        starts = next_row + np.arange(made.sequences) * made.length
-        assert grouping.first_rows[sequence : sequence + made.sequences].tolist() == starts.tolist()
+        assert made.tokens == real.sum()
         sequence, next_row = sequence + made.sequences, next_row + real.size
     assert sequence == len(lengths)
     assert real_rows == list(range(lengths.sum()))
@@ -169,6 +167,20 @@ def assert_grouping_is_exact(lengths: np.ndarray, groups: int) -> None:
 @given(lengths_lists, st.integers(1, GROUPS))
 def test_grouping_covers_every_row_once(lengths: list[int], groups: int) -> None:
     assert_grouping_is_exact(np.array(sorted(lengths)), groups)
+
+
+@QUICK
+@given(lengths_lists, st.integers(1, 5))
+def test_rows_of_one_head_fill_each_group_head_by_head(lengths: list[int], heads: int) -> None:
+    grouping = group(np.array(sorted(lengths)))
+    rows = torch.arange(sum(lengths) * heads).view(-1, heads)  # [T, heads], each a number of its own
+    own_rows = rows.split([made.tokens for made in grouping.groups])
+    for made, (taken, places), own in zip(grouping.groups, grouping.split(heads), own_rows, strict=True):
+        padded = grouping.padded_rows[made.first : made.first + made.sequences * made.length]
+        rectangle = rows[padded].view(made.sequences, made.length, heads).transpose(1, 2)
+        assert torch.equal(rows.flatten()[taken], rectangle.flatten())
+        assert torch.equal(rectangle.flatten()[places], own.flatten())
+    assert grouping.split(heads) is grouping.split(heads)
 
 
 def least_padded_rows(lengths: list[int], groups: int) -> int:
@@ -284,9 +296,9 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
     meta = batch.to(torch.device("meta"))
     assert any(g.key_mask is not None for g in batch.grouping.groups)
     moved = [getattr(meta, f.name) for f in fields(PackedBatch)] + [g.key_mask for g in meta.grouping.groups]
-    moved += [meta.grouping.padded_rows, meta.grouping.packed_rows, meta.grouping.first_rows]
+    moved += [meta.grouping.padded_rows, meta.grouping.packed_rows]
     tensors = [x for x in moved if isinstance(x, Tensor)]
-    assert len(tensors) == 6 + 3 + sum(g.key_mask is not None for g in batch.grouping.groups)
+    assert len(tensors) == 6 + 2 + sum(g.key_mask is not None for g in batch.grouping.groups)
     assert all(x.device.type == "meta" for x in tensors)
     for field in fields(PackedBatch):
         x, y = getattr(batch, field.name), getattr(meta, field.name)
@@ -358,4 +370,4 @@ def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
     assert made.groups[-1].first == len(plain.padded_rows)
     assert made.padded_rows[made.packed_rows].tolist() == list(range(tokens))
     assert made.padded_rows[: len(plain.padded_rows)].tolist() == plain.padded_rows.tolist()
-    assert made.padded_rows[made.first_rows].tolist() == tailed.cu_seqlens[:-1].tolist()
+    assert made.groups[-1].tokens == tailed.tail
