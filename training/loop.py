@@ -341,7 +341,7 @@ class Trainer:
         if self.scaler.moves(optimizer):
             self.average.after_step()
             self.teacher.after_step()
-        self.model.zero_grad(set_to_none=True)
+        self.memory.clear_gradients()
         return norm
 
     def pass_batches(self) -> None:
