@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 import flash
 from base_bert import init_weights
 from config import BertConfig
-from dropout import Dropout, keep_mask
+from dropout import Dropout, drop, keep_mask
 from packing import Batch, EncodedBatch, Grouping, PackedBatch, pack_padded, unpack
 from products import linear
 
@@ -47,11 +47,7 @@ class _GroupedAttention(torch.autograd.Function):
         out = torch.empty_like(query)
         probabilities, keeps = [], []
         for part in parts:
-            q, k, v = (
-                part.queries(query),
-                part.keys(key),
-                part.keys(value),
-            )  # [n * heads, L, width], or q [.., 1, width]
+            q, k, v = part.queries(query), part.keys(key), part.keys(value)  # [n * heads, L, width]
             scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))  # scaled before, lest fp16 overflows
             if part.mask is not None:
                 scores.unflatten(0, (-1, heads)).add_(part.mask)
@@ -59,7 +55,7 @@ class _GroupedAttention(torch.autograd.Function):
             probabilities.append(weights)
             if dropout:
                 keeps.append(keep_mask(weights.shape, dropout, weights.device))
-                weights = (weights * keeps[-1]).mul_(1 / (1 - dropout))
+                weights = drop(weights, keeps[-1], dropout)
             part.put_queries(torch.bmm(weights, v), out)
         ctx.save_for_backward(query, key, value, *probabilities, *keeps)
         ctx.settings = parts, heads, dropout
@@ -81,7 +77,7 @@ class _GroupedAttention(torch.autograd.Function):
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             if dropout:
                 keep = saved[len(parts) + i]
-                dropped = (weights * keep).mul_(1 / (1 - dropout))
+                dropped = drop(weights, keep, dropout)
                 grad_weights.mul_(keep).mul_(1 / (1 - dropout))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(width**-0.5)
             part.put_queries(torch.bmm(grad_scores, k), grad_query)
@@ -123,12 +119,12 @@ class _Part:
 
 
 def _parts(grouping: Grouping, heads: int, first_only: bool) -> list[_Part]:
-    parts, row, sequence = [], 0, 0
+    parts, sequence = [], 0
     for group, (rows, places) in zip(grouping.groups, grouping.split(heads), strict=True):
-        own = slice(row * heads, (row + group.tokens) * heads)
+        own = slice(group.own.start * heads, group.own.stop * heads)
         asking = slice(sequence * heads, (sequence + group.sequences) * heads) if first_only else own
         parts.append(_Part(group.sequences * heads, rows, places, group.key_mask, own, asking, first_only))
-        row, sequence = row + group.tokens, sequence + group.sequences
+        sequence += group.sequences
     return parts
 
 

@@ -19,6 +19,11 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor
     return kept.view(torch.uint8)
 
 
+def drop(x: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    """`x` where a keep_mask of this `dropout` is 1, scaled to the same expectation, and 0 elsewhere."""
+    return (x * keep).mul_(1 / (1 - dropout))
+
+
 class _Dropout(torch.autograd.Function):
     """Dropout from a keep_mask."""
 
@@ -26,13 +31,13 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
         keep = keep_mask(x.shape, dropout, x.device)
         ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - dropout)
-        return (x * keep).mul_(ctx.scale)
+        ctx.dropout = dropout
+        return drop(x, keep, dropout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
+        return drop(grad, keep, ctx.dropout), None
 
 
 class Dropout(nn.Dropout):

@@ -64,7 +64,7 @@ class Group:
     first: int  # first row of the padded buffer
     sequences: int  # n
     length: int  # L
-    tokens: int  # t, without padding
+    own: slice  # the packed rows of its t tokens
     key_mask: Tensor | None  # [n, 1, 1, L], to be added to scores: -inf at padding; None where nothing is padded
 
 
@@ -92,16 +92,15 @@ class Grouping:
         second [t * heads] at which of its places the group's own packed rows are.
         """
         if heads not in self.by_heads:
-            made, packed_before = [], 0
+            made = []
             head = torch.arange(heads, device=self.padded_rows.device)
             for group in self.groups:
                 n, length = group.sequences, group.length
                 padded = self.padded_rows[group.first : group.first + n * length]
-                packed = self.packed_rows[packed_before : packed_before + group.tokens] - group.first
+                packed = self.packed_rows[group.own] - group.first
                 rows = padded.view(n, 1, length) * heads + head[:, None]  # [n, heads, L]
                 places = (packed // length * heads)[:, None] + head  # [t, heads], of [n, heads]
                 made.append((rows.flatten(), (places * length + (packed % length)[:, None]).flatten()))
-                packed_before += group.tokens
             self.by_heads[heads] = made
         return self.by_heads[heads]
 
@@ -242,7 +241,7 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
         padded_rows.append((starts[begin:end, None] + np.minimum(column, own[:, None] - 1)).ravel())
         packed_rows.append(first + np.flatnonzero(real))
         mask = None if real.all() else torch.from_numpy(np.where(real, 0, -np.inf).astype(np.float32))[:, None, None]
-        made.append(Group(first, end - begin, tallest, int(real.sum()), mask))
+        made.append(Group(first, end - begin, tallest, slice(int(starts[begin]), int(starts[begin] + own.sum())), mask))
         first += real.size
     padded, packed = (torch.from_numpy(np.concatenate(rows)) for rows in (padded_rows, packed_rows))
     return Grouping(tuple(made), padded, packed)
@@ -253,7 +252,7 @@ def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
     tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
     rows = torch.arange(tail)
     return Grouping(
-        (*grouping.groups, Group(padded, 1, tail, tail, None)),
+        (*grouping.groups, Group(padded, 1, tail, slice(tokens, tokens + tail), None)),
         torch.cat([grouping.padded_rows, tokens + rows]),
         torch.cat([grouping.packed_rows, padded + rows]),
     )
