@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import UserError, is_out_of_memory, speaks
+from config import UserError, speaks
 from datasets import Batches, Examples
 from lora import merged
+from products import ran_out_of_memory
 from tasks import Task
 
 Scores = dict[str, Any]
@@ -40,7 +41,7 @@ def halving(run: Callable[[np.ndarray], torch.Tensor], rows: np.ndarray) -> torc
     try:
         return run(rows)
     except (RuntimeError, MemoryError) as error:
-        if len(rows) == 1 or not is_out_of_memory(error):
+        if not ran_out_of_memory(error) or len(rows) == 1:
             raise
     middle = len(rows) // 2  # out here, where the error no longer holds the tensors of the failed pass
     return torch.cat([halving(run, rows[:middle]), halving(run, rows[middle:])])

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from config import is_out_of_memory
+
 # Multiplications of a product from which on oneDNN is asked: it compiles a kernel for each new shape, in some 0.7 ms,
 # which the six layers of a small BERT share.
 FEWEST = 1 << 23
@@ -23,7 +25,20 @@ FEWEST = 1 << 23
 def has_onednn() -> bool:
     """Whether oneDNN is there, and the processor one for which it is worth the compiling of a kernel for each shape."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return wide and there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, and what runs again goes without oneDNN if it was that which found none for a kernel.
+
+    From then on it compiles none in this process, however much memory there is: a smaller batch would fail as well,
+    also in torch's own operators, which fall back to others of theirs.
+    """
+    if "could not create a primitive" in str(error):
+        torch.backends.mkldnn.set_flags(False)
+        has_onednn.cache_clear()
+    return is_out_of_memory(error)
 
 
 def _usable(a: Tensor, b: Tensor) -> bool:

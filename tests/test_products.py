@@ -167,3 +167,51 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
     """Each shape has a compiled kernel; by oneDNN's own limit, these would take 700 MB."""
     done = subprocess.run([sys.executable, "-c", GROWTH], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100e6
+
+
+WITHOUT_KERNELS = """
+import re, resource, torch, torch.nn.functional as F
+from pathlib import Path
+from evaluation import halving
+from products import linear
+torch.set_num_threads(1)
+x, weight, bias = torch.randn(900, 256), torch.randn(256, 256), torch.randn(256)
+wanted = F.gelu(x.double() @ weight.double().t() + bias.double())
+
+def run(rows):
+    return F.gelu(linear(x[rows], weight, bias))
+
+def differ(rows):
+    print((halving(run, rows) - wanted[rows]).abs().max().item())
+
+every = torch.arange(900)
+run(every[:5])  # the code is there, and a kernel for each operator
+
+# memory that the process has but does not use: results find room, new kernels ask the system for more
+space = torch.empty(5 << 20)
+del space
+space = torch.empty(4 << 20)
+top = [torch.empty(20_000) for _ in range(50)]
+del space
+taken = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
+try:
+    run(every[:600])
+except RuntimeError as error:
+    print(error)
+differ(every[:600])
+differ(every[:700])
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+differ(every[:800])
+differ(every)
+"""
+
+
+@needs_onednn
+def test_products_go_on_where_no_kernel_can_be_compiled() -> None:
+    """oneDNN compiles nothing more in a process after memory has once failed it, even where there is plenty again."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *differences = done.stdout.splitlines()
+    assert first == "could not create a primitive"
+    assert len(differences) == 4 and max(map(float, differences)) < 1e-4

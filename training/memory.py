@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, UserError, is_out_of_memory
+from config import Config, UserError
 from datasets import Batches
 from multitask_bert import BatchNorm, MultitaskBERT
 from packing import Batch, EncodedBatch, PackedBatch, take
+from products import ran_out_of_memory
 from training.device import random_state, set_random_state
 from training.routines import Step
 
@@ -103,7 +104,7 @@ class Memory:
             with self.in_parts(task):
                 return attempt()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
         return None
 
