@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from packing import EncodedBatch
 from training import loop
 from training.loop import Trainer
 from training.memory import packed_of, parts_of
-from training.routines import task_batches
+from training.routines import Step, task_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = np.array([4, 1, 9, 2, 16])
@@ -230,6 +231,28 @@ def test_a_failed_attempt_leaves_no_trace(tiny_flags: list[str], tmp_path: Path,
     told = [line for line in said if "did not fit" in line]
     assert len(told) == len(set(told)) <= 4  # later steps fail no more
     assert all(word in "".join(told) for word in ("Quora paraphrase", "at most", "dropout masks", "--batch_size"))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_failed_pass_back_keeps_nothing(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """torch keeps what was ready when a pass failed, and the layers below it, until some pass has gone back whole."""
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    low, high = trainer.model.backbone("sst").bert_layers[:2]
+    projection, outputs, alive = getattr(high.self_attention, name), [], []
+    low.register_forward_hook(lambda module, given, out: outputs.append(weakref.ref(out)))
+    failing = projection.register_forward_hook(lambda module, given, out: _FailsBackward.apply(out))
+    halve = trainer.memory.halve
+
+    def noting(step: Step) -> None:
+        alive.extend(own() is not None for own in outputs)
+        failing.remove()
+        halve(step)
+
+    monkeypatch.setattr(trainer.memory, "halve", noting)
+    trainer.train_step(Step("sst", ROWS), True)
+    assert alive == [False]
 
 
 def test_a_run_goes_on_in_parts_and_resumes_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:

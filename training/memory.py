@@ -48,6 +48,14 @@ def parts_of(batch: Batch, packed: PackedBatch, count: int) -> tuple[list[Batch]
     return parts, places[packed.restore]
 
 
+def forget_failed_backward() -> None:
+    """Free the graph of a backward pass that failed, of which torch keeps a part until the next one.
+
+    What was ready to be computed stays in the thread's queue, and holds all that lies below it.
+    """
+    torch.zeros((), requires_grad=True).backward()
+
+
 class Memory:
     """Runs training passes; `sizes` has, for each task of which a batch did not fit, the most sequences of a part."""
 
@@ -84,6 +92,7 @@ class Memory:
             for own, before in zip(self.statistics, statistics, strict=True):
                 own.copy_(before)
             set_random_state(self.device, state)
+            forget_failed_backward()
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
