@@ -421,7 +421,7 @@ def test_a_process_with_too_little_memory_trains_in_parts(tiny_flags: list[str],
         "--run_dir",
         str(tmp_path / "run"),
     ]
-    words = [sys.executable, "-c", LIMITED, str(ROOT), str(200 << 20), json.dumps(flags)]
+    words = [sys.executable, "-c", LIMITED, str(ROOT), str(240 << 20), json.dumps(flags)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(
