@@ -1,8 +1,9 @@
 """What a run will do, before it does it: parameters by part, steps per epoch, memory and disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+from torch import nn
 
 from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
@@ -16,14 +17,27 @@ OPTIMIZER_STATES = {"SGD": 1}  # tensors of a parameter's size; the others keep 
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
 
 
-def state_bytes(model: MultitaskBERT, config: Config) -> tuple[int, int]:
-    """Bytes of the weights, and of the optimizers' states once every parameter has trained."""
-    weights = sum(p.numel() for p in model.parameters())
-    reached = [p for name in model.tasks for p in model.task_parameters(name)]
+def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of these parameters."""
+    return 4 * sum(own.numel() for own in parameters)
+
+
+def trained(model: MultitaskBERT, config: Config) -> list[nn.Parameter]:
+    """What trains at some time: no epoch freezes again what an earlier one trained, so the last one decides.
+
+    The model is left as that epoch freezes it.
+    """
+    model.freeze_for_epoch(config.train, config.train.epochs - 1)
+    return [own for own in model.parameters() if own.requires_grad]
+
+
+def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
+    """Bytes of the optimizers' states once all has trained that will; each task's optimizer has its own."""
+    kept, trains = OPTIMIZER_STATES.get(config.train.optim, 2), set(trained(model, config))
+    reached = [own for name in model.tasks for own in model.task_parameters(name) if own in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
-    states = OPTIMIZER_STATES.get(config.train.optim, 2)
-    return 4 * weights, 4 * states * sum(p.numel() for p in reached)
+    return kept * weight_bytes(reached)
 
 
 def average_bytes(model: MultitaskBERT, config: Config) -> int:
@@ -35,18 +49,28 @@ def average_bytes(model: MultitaskBERT, config: Config) -> int:
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
     """About the most that checkpoints take on disk: best.pt, two resume states, and a third while it is written."""
-    weights, optimizers = state_bytes(model, config)
-    resume = weights + optimizers + average_bytes(model, config)
-    return int(1.05 * (weights + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors
+    named, left_out = dict(model.named_parameters()), model.never_trained(config.train.fine_tune_mode)
+    best = weight_bytes(own for name, own in named.items() if name not in left_out)
+    resume = weight_bytes(named.values()) + optimizer_bytes(model, config) + average_bytes(model, config)
+    return int(1.05 * (best + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:
-    """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations."""
-    shape = model.bert_config
-    tokens = max(config.train.batch_size * float(np.mean(own.lengths)) for own in data.values())
-    per_token = ACTIVATIONS_PER_LAYER * shape.hidden_size * shape.num_hidden_layers
-    weights, optimizers = state_bytes(model, config)
-    return int(2 * weights + optimizers + average_bytes(model, config) + 4 * tokens * per_token)
+    """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations.
+
+    Layers below the lowest that trains keep none of these.
+    """
+    shape, trains = model.bert_config, trained(model, config)
+    per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
+    activations = max(
+        config.train.batch_size
+        * float(np.mean(own.lengths))
+        * per_layer
+        * (shape.num_hidden_layers - (0 if name in model.pals else model.backbone(name).frozen_layers()))
+        for name, own in data.items()
+    )
+    states = optimizer_bytes(model, config) + average_bytes(model, config)
+    return int(weight_bytes(model.parameters()) + weight_bytes(trains) + states + activations)
 
 
 BAR = 40  # characters of the longest bar
