@@ -3,11 +3,12 @@
 Every optimizer contributes one method, `update`: its formula on lists of tensors, by torch's multi-tensor (foreach)
 operations. The base class decides what those lists hold. A foreach operation passes over all its memory once, and on
 a CPU that traffic is most of the time, so there the lists are pieces that stay in the cache from the first operation
-of the formula to the last. On a GPU the number of launches matters, and the lists are whole.
+of the formula to the last. On a GPU the number of launches matters, and the lists are whole, as they are for a kernel
+that does the whole formula in one pass.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,11 +91,21 @@ class ForeachOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for step, rows in self._advance(group["params"]).items():
-                in_pieces = rows[0][0].device.type == "cpu" and self.layout == torch.strided
-                size = ELEMENTS_PER_THREAD * torch.get_num_threads() if in_pieces else math.inf
-                for columns in cache_sized(rows, size):
+                for columns in cache_sized(rows, self._size(group, rows)):
                     self.update(group, step, *columns)
         return loss
+
+    def has_kernel(self, group: Group, params: Tensors, grads: Tensors) -> bool:
+        """Whether `update` passes over the memory of these once."""
+        return False
+
+    def _size(self, group: Group, rows: Sequence[Row]) -> float:
+        """Elements of each column that `update` takes at a time."""
+        params, grads = ([row[i] for row in rows] for i in (0, 1))
+        on_cpu = params[0].device.type == "cpu" and self.layout == torch.strided
+        if not on_cpu or self.has_kernel(group, params, grads):
+            return math.inf
+        return ELEMENTS_PER_THREAD * torch.get_num_threads()
 
     def _advance(self, params: Tensors) -> dict[int, list[Row]]:
         """Counts a step for each parameter that has a gradient; returns the rows by their step, which is 1 at first."""
@@ -147,7 +158,7 @@ def adam_step(params: Tensors, m: Tensors, v: Tensors, step_size: float, eps: fl
 NO_CORRECTION = 1 << 30  # steps after which 1 - beta^t is 1 in any precision, unless beta is that too
 
 
-def has_kernel(params: Tensors, grads: Tensors) -> bool:
+def kernel_takes(params: Tensors, grads: Tensors) -> bool:
     """Whether torch's kernels of Adam, which pass over memory once, take these tensors as they are."""
     return all(
         p.device.type in ("cpu", "cuda")
@@ -201,10 +212,13 @@ class AdamW(ForeachOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults)
 
+    def has_kernel(self, group: Group, params: Tensors, grads: Tensors) -> bool:
+        return group["lr"] * group["weight_decay"] < 1.0 and kernel_takes(params, grads)
+
     def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
         beta1, beta2 = group["betas"]
         keep = 1.0 - group["lr"] * group["weight_decay"]
-        if keep > 0.0 and has_kernel(params, grads):
+        if self.has_kernel(group, params, grads):
             # The kernel computes th (1 - lr' wd') - lr'/(1-b1^t) m/(sqrt(v/(1-b2^t)) + eps'); the rule above is
             # th keep - keep a_t m/(sqrt(v) + eps).
             known = step if group["correct_bias"] else NO_CORRECTION
@@ -245,8 +259,11 @@ class Adam(DecayedAdam):
 
     states = ("exp_avg", "exp_avg_sq")
 
+    def has_kernel(self, group: Group, params: Tensors, grads: Tensors) -> bool:
+        return kernel_takes(params, grads)
+
     def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
-        if has_kernel(params, grads):
+        if self.has_kernel(group, params, grads):
             kernel = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
             options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
             in_one_pass(kernel, group["betas"], step, params, grads, m, v, **options)
