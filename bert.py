@@ -177,13 +177,14 @@ class Linear(nn.Linear):
         super().__init__(width_in, width_out)
         self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # what they are made of, and the copies
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """[..., in] to [..., out]; with `gelu`, the GELU of that."""
         if not self.cast_once(x.device.type):
             if self.cast is not None:
                 self.cast = None
-            return linear(x, self.weight, self.bias)
-        return F.linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)))
+            return linear(x, self.weight, self.bias, gelu)
+        y = F.linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)))
+        return F.gelu(y) if gelu else y
 
     def cast_once(self, device: str) -> bool:
         """Whether autocast would cast frozen weights here."""
@@ -248,7 +249,7 @@ class BertLayer(nn.Module):
         context = self.self_attention(hidden, batch, first_only)
         total = output_rows(hidden, batch, first_only) + self.dropout(self.attention_dense(context))
         attended = self.attention_layer_norm(adapted(total, "attention"))
-        expanded = F.gelu(self.interm_dense(attended))
+        expanded = self.interm_dense(attended, gelu=True)
         total = attended + self.dropout(self.out_dense(expanded))
         return self.out_layer_norm(adapted(total, "feed-forward"))
 

@@ -261,6 +261,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
+        self.kind = type(linear)  # of which `restore` makes one again
         self.weight, self.bias = linear.weight, linear.bias
         for parameter in linear.parameters():
             parameter.requires_grad_(False)
@@ -273,13 +274,13 @@ class LoRALinear(nn.Module):
         self.register_buffer("merged_weight", None, persistent=False)
         self.merged_weight: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """[..., in] to [..., out]; with `gelu`, the GELU of that."""
         if self.merged_weight is not None:
-            return linear(x, self.merged_weight, self.bias)
-        if self.training and self.dropout.p:
-            return self.adapt_dropped(x, self.dropout(x))
-        return self.adapt(x, self.bias)
+            return linear(x, self.merged_weight, self.bias, gelu)
+        dropped = self.training and self.dropout.p
+        y = self.adapt_dropped(x, self.dropout(x)) if dropped else self.adapt(x, self.bias)
+        return F.gelu(y) if gelu else y
 
     def adapt(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """W' x + bias with the adapted weight W'."""
@@ -421,7 +422,8 @@ def restore(backbone: nn.Module) -> None:
 
     def unwrap(layer: LoRALinear) -> nn.Linear:
         out_features, in_features = layer.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
+        with torch.device("meta"):
+            linear = layer.kind(in_features, out_features)
         linear.weight, linear.bias = layer.weight, layer.bias
         return linear.requires_grad_(True)
 

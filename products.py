@@ -47,9 +47,9 @@ def _usable(a: Tensor, b: Tensor) -> bool:
     return matrices and len(a) * b.numel() >= FEWEST and has_onednn()
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [n, in] times weight^T [in, out], plus bias [out]."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """x [n, in] times weight^T [in, out], plus bias [out]; `then` may be "gelu"."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
     return y
 
 
@@ -77,9 +77,17 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear: x [..., in], weight [out, in] and bias [out] to [..., out]."""
-    if not _usable(x, weight) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)
-    return y
+def _has_history(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(own is not None and own.requires_grad for own in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """F.linear: x [..., in], weight [out, in] and bias [out] to [..., out]; with `gelu`, F.gelu of that.
+
+    Where nothing needs a gradient, oneDNN takes the GELU of what it has in registers.
+    """
+    usable = _usable(x, weight) and not torch.is_autocast_enabled("cpu")
+    if usable and not _has_history(x, weight, bias):
+        return _onednn(x, weight, bias, "gelu" if gelu else "none")
+    y: Tensor = _Linear.apply(x, weight, bias) if usable else F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y

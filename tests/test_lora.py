@@ -514,6 +514,7 @@ def test_restore_undoes_inject(options: dict[str, Any]) -> None:
     assert torch.equal(model(ids, mask)["pooler_output"], plain(ids, mask)["pooler_output"])
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert all(p.requires_grad for p in model.parameters()) and str(model) == str(plain)
+    assert list(map(type, model.modules())) == list(map(type, plain.modules()))
 
 
 def test_the_hash_names_the_base_whatever_the_adapters() -> None:

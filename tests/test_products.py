@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,17 +53,19 @@ def test_products_of_any_layout(layout: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("trains", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)])
-def test_linear_and_its_gradients(bias: bool, trains: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("trains", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1), (0, 0, 0)])
+def test_linear_and_its_gradients(bias: bool, gelu: bool, trains: tuple[int, int, int]) -> None:
     """Against float64, with each choice of what wants a gradient."""
     values = [known(37, 24, seed=1), known(40, 24, seed=2), known(40, seed=3) if bias else None]
     results = []
-    for dtype, function in ((torch.float32, linear), (torch.float64, F.linear)):
+    for dtype, function in ((torch.float32, partial(linear, gelu=gelu)), (torch.float64, F.linear)):
         own = [
             None if v is None else v.detach().to(dtype).requires_grad_(bool(t))
             for v, t in zip(values, trains, strict=True)
         ]
         y = function(*own)  # type: ignore[operator]
+        y = F.gelu(y) if gelu and dtype == torch.float64 else y
         if y.requires_grad:
             y.backward(known(37, 40, seed=4).to(dtype))
         results.append([y.detach(), *(None if v is None else v.grad for v in own)])
@@ -103,9 +107,9 @@ def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     fast = products._onednn
 
-    def noting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def noting(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         calls.append(tuple(x.shape))
-        return fast(x, weight, bias)
+        return fast(x, weight, *more)
 
     monkeypatch.setattr(products, "_onednn", noting)
     x, own = known(6, 4, seed=1).requires_grad_(), nn.Linear(4, 5)
@@ -120,6 +124,20 @@ def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "FEWEST", 6 * 4 * 5 + 1)
     linear(x, own.weight, own.bias)
     assert calls == []
+
+
+@needs_onednn
+def test_gelu_is_taken_with_the_product_where_nothing_wants_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit as by itself; where something does, by itself."""
+    x, own, calls = known(6, 4, seed=1), nn.Linear(4, 5), []
+    wanted = linear(x, own.weight, own.bias, gelu=True)
+    monkeypatch.setattr(F, "gelu", calls.append)
+    with torch.no_grad():
+        assert torch.equal(linear(x, own.weight, own.bias, gelu=True), wanted)
+    frozen = own.requires_grad_(False)
+    assert torch.equal(linear(x, frozen.weight, frozen.bias, gelu=True), wanted) and calls == []
+    linear(x.requires_grad_(), frozen.weight, frozen.bias, gelu=True)
+    assert len(calls) == 1
 
 
 def test_infinities_stay_in_their_row() -> None:
