@@ -179,12 +179,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """[..., in] to [..., out]; with `gelu`, the GELU of that."""
-        if not self.cast_once(x.device.type):
-            if self.cast is not None:
-                self.cast = None
-            return linear(x, self.weight, self.bias, gelu)
-        y = F.linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)))
-        return F.gelu(y) if gelu else y
+        if self.cast_once(x.device.type):
+            return linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)), gelu)
+        if self.cast is not None:
+            self.cast = None
+        return linear(x, self.weight, self.bias, gelu)
 
     def cast_once(self, device: str) -> bool:
         """Whether autocast would cast frozen weights here."""

@@ -372,6 +372,14 @@ class MultitaskBERT(nn.Module):
         self.manage_freezing(command, adapters_always=options.fine_tune_mode == "last-layer")
         return command
 
+    def trained(self, options: TrainOptions) -> dict[str, nn.Parameter]:
+        """The parameters that train at some time of a run, by name; the model is left as the last epoch freezes it.
+
+        No epoch freezes again what an earlier one trained, so the last one decides.
+        """
+        self.freeze_for_epoch(options, options.epochs - 1)
+        return {name: own for name, own in self.named_parameters() if own.requires_grad}
+
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         """The model's parts with their parameters, for tables: backbones, their adapters, PALs, pair layer, heads."""
         for name, backbone in self.backbones.items():

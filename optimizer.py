@@ -217,10 +217,10 @@ class AdamW(ForeachOptimizer):
 
     def update(self, group: Group, step: int, params: Tensors, grads: Tensors, m: Tensors, v: Tensors) -> None:
         beta1, beta2 = group["betas"]
-        keep = 1.0 - group["lr"] * group["weight_decay"]
         if self.has_kernel(group, params, grads):
             # The kernel computes th (1 - lr' wd') - lr'/(1-b1^t) m/(sqrt(v/(1-b2^t)) + eps'); the rule above is
             # th keep - keep a_t m/(sqrt(v) + eps).
+            keep = 1.0 - group["lr"] * group["weight_decay"]
             known = step if group["correct_bias"] else NO_CORRECTION
             eps = group["eps"] / math.sqrt(1.0 - beta2**known)
             options = {"lr": keep * group["lr"], "weight_decay": group["weight_decay"] / keep, "eps": eps}

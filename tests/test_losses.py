@@ -497,9 +497,12 @@ def test_two_dropout_views_of_a_sentence_become_alike(tiny_flags: list[str], tmp
         model = trainer.model.train()
         return float(np.mean([simcse(model.embed("sst", batch), model.embed("sst", batch)).item() for _ in range(20)]))
 
+    seen: list[float] = []
+    (term,) = trainer.terms["sst"]
+    trainer.terms["sst"] = [lambda view: (seen.append((out := term(view)).item()), out)[1]]
     before = mean_loss()
     trainer.fit()
-    assert mean_loss() < 0.6 * before
+    assert len(seen) == 40 and mean_loss() < 0.6 * before
 
 
 def test_ranking_equals_the_float64_formula() -> None:

@@ -22,14 +22,12 @@ REFRESH_BATCHES = 32
 def averaged_tensors(model: MultitaskBERT, options: TrainOptions) -> dict[str, Tensor]:
     """The model's own tensors that an average needs a copy of: parameters that train at some time, and float buffers.
 
-    What never trains is its own average. No epoch freezes again what an earlier one trained, so the last one decides;
-    the model is left as that epoch freezes it. Integer buffers are not averaged: the model's present ones are used.
+    What never trains is its own average. Integer buffers are not averaged: the model's present ones are used. The model
+    is left as the last epoch freezes it.
     """
-    model.freeze_for_epoch(options, options.epochs - 1)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = model.state_dict()
     buffers = {name: own for name, own in model.named_buffers() if name in saved and own.is_floating_point()}
-    return {**trained, **buffers}
+    return {**model.trained(options), **buffers}
 
 
 class NoAverage:

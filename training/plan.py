@@ -22,18 +22,9 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return 4 * sum(own.numel() for own in parameters)
 
 
-def trained(model: MultitaskBERT, config: Config) -> list[nn.Parameter]:
-    """What trains at some time: no epoch freezes again what an earlier one trained, so the last one decides.
-
-    The model is left as that epoch freezes it.
-    """
-    model.freeze_for_epoch(config.train, config.train.epochs - 1)
-    return [own for own in model.parameters() if own.requires_grad]
-
-
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Bytes of the optimizers' states once all has trained that will; each task's optimizer has its own."""
-    kept, trains = OPTIMIZER_STATES.get(config.train.optim, 2), set(trained(model, config))
+    kept, trains = OPTIMIZER_STATES.get(config.train.optim, 2), set(model.trained(config.train).values())
     reached = [own for name in model.tasks for own in model.task_parameters(name) if own in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
@@ -60,7 +51,7 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
 
     Layers below the lowest that trains keep none of these.
     """
-    shape, trains = model.bert_config, trained(model, config)
+    shape, trains = model.bert_config, model.trained(config.train).values()
     per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
     activations = max(
         config.train.batch_size
