@@ -105,7 +105,7 @@ def train(config: Config, command: str, world: "World") -> None:
         model, tokenizer = build_model(config, tasks)
         data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
     if config.run.dry_run:
-        say(describe(config, model, data["train"]))
+        say(describe(config, model, data, device, world.size))
         return
     table = Table(Path(config.run.benchmark), BENCHMARK_COLUMNS) if config.run.benchmark and world.leads else None
     if table is not None:

@@ -7,7 +7,7 @@ from conftest import make_bert
 from test_training import make_trainer
 from torch import Tensor
 
-from training.plan import checkpoint_bytes, memory_bytes, optimizer_bytes
+from training.plan import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes
 
 MODES = {
     "everything": ["--fine_tune_mode", "full-model"],
@@ -45,3 +45,31 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
     assert need["everything"] > need["up to half of the layers"] > need["heads"]
     assert need["everything"] > need["adapters and heads"] > need["heads"]
     assert need["everything"] > max(need["one optimizer for all"], need["one state for each weight"])
+
+
+@pytest.mark.parametrize("mode", ["last-layer", "iterative"])
+def test_what_is_kept_of_frozen_layers_is_counted(tiny_flags: list[str], tmp_path: Path, mode: str) -> None:
+    """What the plan says of it in advance is what a run makes room for in its first epoch."""
+    flags = ["--cache_frozen", "--fine_tune_mode", mode, "--epochs", 3]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    assert trainer.frozen is not None
+    frozen = {"train": trainer.frozen.train, "dev": trainer.frozen.dev}
+    splits = {split: {name: own.data for name, own in by_task.items()} for split, by_task in frozen.items()}
+    estimate, lines = described_cache(trainer.config, trainer.model, splits, trainer.device)
+    text = describe(trainer.config, trainer.model, splits, trainer.device)
+    assert len(lines) == 1 and lines[0] in text
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    trainer.frozen.begin_epoch(trainer.steps_of(0))
+    kept = [own.values for data in trainer.frozen.all for own in data.kept.values()]
+    assert estimate == sum(own.nbytes for own in kept) > 0
+    without = memory_bytes(trainer.model, trainer.config, splits["train"])
+    assert f"estimated memory {(without + estimate) / 1e9:.2f} GB" in text
+
+
+def test_processes_share_a_batch_and_shards_all_of_it(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--fine_tune_mode", "full-model")
+    one, four = (memory_bytes(trainer.model, trainer.config, trainer.train_data, number) for number in (1, 4))
+    kept = 4 * sum(own.numel() for own in trainer.model.parameters())
+    assert kept < four < one < 4 * four
+    trainer.config.run.fsdp = True
+    assert memory_bytes(trainer.model, trainer.config, trainer.train_data, 4) == pytest.approx(one / 4, abs=1)

@@ -9,6 +9,8 @@ from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.averaging import averaged_tensors
+from training.device import Device
+from training.frozen import FrozenCache
 from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan, passes
 from training.telemetry import format_table, parameter_table
@@ -46,10 +48,11 @@ def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
     return int(1.05 * (best + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors
 
 
-def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData]) -> int:
+def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData], processes: int = 1) -> int:
     """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations.
 
-    Layers below the lowest that trains keep none of these.
+    Layers below the lowest that trains keep none of these. Of several processes each has its part of a batch, and,
+    under --fsdp, of all else.
     """
     shape, trains = model.bert_config, model.trained(config.train).values()
     per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
@@ -61,7 +64,8 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
         for name, own in data.items()
     )
     states = optimizer_bytes(model, config) + average_bytes(model, config)
-    return int(weight_bytes(model.parameters()) + weight_bytes(trains) + states + activations)
+    kept = weight_bytes(model.parameters()) + weight_bytes(trains) + states
+    return int(kept / (processes if config.run.fsdp else 1) + activations / processes)
 
 
 BAR = 40  # characters of the longest bar
@@ -88,10 +92,30 @@ def smart_cost(config: Config, model: MultitaskBERT) -> list[str]:
     ]
 
 
-def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData]) -> str:
-    """The text of --dry_run."""
-    options = config.train
+def described_cache(
+    config: Config, model: MultitaskBERT, data: Mapping[str, Mapping[str, TaskData]], device: Device
+) -> tuple[int, list[str]]:
+    """Bytes of what --cache_frozen keeps from the first epoch on, when they are most, and what it says of them."""
+    if not config.train.cache_frozen:
+        return 0, []
+    lines: list[str] = []
+    model.freeze_for_epoch(config.train, 0)
+    cache = FrozenCache(config, model, data["train"], data.get("dev", {}), device, lines.append)
+    cache.begin_epoch(())
+    return cache.taken(), lines
+
+
+def describe(
+    config: Config,
+    model: MultitaskBERT,
+    splits: Mapping[str, Mapping[str, TaskData]],
+    device: Device,
+    processes: int = 1,
+) -> str:
+    """The text of --dry_run; `splits` are the examples of each task by split."""
+    options, data = config.train, splits["train"]
     sizes = {name: len(own) for name, own in data.items()}
+    cached, lines = described_cache(config, model, splits, device)
     plan = Plan.of(options, config.tasks, sizes)
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     rows = []
@@ -132,7 +156,9 @@ def describe(config: Config, model: MultitaskBERT, data: Mapping[str, TaskData])
             f"{options.fine_tune_mode}: {freezing}. In the last epoch:",
             parameter_table(model),
             "",
-            f"estimated memory {memory_bytes(model, config, data) / 1e9:.2f} GB, "
+            *lines,
+            f"estimated memory {(memory_bytes(model, config, data, processes) + cached) / 1e9:.2f} GB"
+            f"{' a process' if processes > 1 else ''}, "
             f"checkpoints on disk {checkpoint_bytes(model, config) / 1e9:.2f} GB",
         ]
     )
