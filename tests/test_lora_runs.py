@@ -1,11 +1,13 @@
 """LoRA and DoRA through the scripts: what trains, what a checkpoint holds, and what others make of it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from test_training import make_trainer
@@ -203,6 +205,28 @@ def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> 
         for a, b in zip(rest.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
     )
     assert (tmp_path / "part" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_state_leaves_out_the_weights_that_only_the_start_weights_decide(
+    tiny_flags: list[str], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """It is for the very start weights that the run began with; with others it is refused."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    flags = ["--lora_mode", "attn-only", *ADAPTERS, "--pretrained", str(base), "--fine_tune_mode", "full-model"]
+    flags += ["--epochs", "2", "--no_tensorboard"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.out_of_patience = lambda: trainer.epoch >= 1  # type: ignore[method-assign]
+    trainer.fit()
+    named, saved = dict(trainer.model.named_parameters()), load(tmp_path / "run" / "resume.pt")["weights"]
+    trains = {name for name, own in named.items() if own.requires_grad}
+    assert {name for name in named if name in saved} == trains and len(trains) < len(named) / 2
+    weights = safetensors.torch.load_file(base / "model.safetensors")
+    weights["encoder.layer.0.output.dense.weight"][0, 0] += 1
+    safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
+    other = make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume")
+    with pytest.raises(UserError, match="resume.pt: its adapters were trained on other base weights"):
+        other.fit()
 
 
 @pytest.mark.parametrize(

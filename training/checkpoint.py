@@ -152,6 +152,15 @@ def refuse_misfits(
         raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {shown}")
 
 
+def refuse_other_base(model: MultitaskBERT, saved: str, pretrained: str, source: Path) -> None:
+    """Raise UserError where the base weights of a checkpoint, whose SHA-256 is `saved`, are not the model's."""
+    if model.base_sha256 != saved:
+        raise UserError(
+            f"{source}: its adapters were trained on other base weights than {pretrained} has here "
+            f"(SHA-256 {saved:.12}, not {model.base_sha256:.12}); put the original ones there"
+        )
+
+
 def load_weights_into(
     model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str] = frozenset()
 ) -> None:
@@ -261,11 +270,7 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
         model = MultitaskBERT(config.model, shape, tasks)
         model.load_backbones(pretrained)
         model.add_adapters(lora)
-        if model.base_sha256 != base_sha256:
-            raise UserError(
-                f"{path}: its adapters were trained on other base weights than {config.model.pretrained} has here "
-                f"(SHA-256 {base_sha256:.12}, not {model.base_sha256:.12}); put the original ones there"
-            )
+        refuse_other_base(model, base_sha256, config.model.pretrained, path)
         tokenizer = load_tokenizer(folder, config.data.max_length)
         if tokenizer.sha256 != tokenizer_sha256:
             raise UserError(

@@ -22,7 +22,7 @@ from packing import Batch
 from tokenizer import Tokenizer
 from training import signals
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
-from training.checkpoint import FORMAT, RunDirectory, copy, load, model_checkpoint, save
+from training.checkpoint import FORMAT, RunDirectory, copy, load, model_checkpoint, refuse_other_base, save
 from training.device import Device, random_state
 from training.distributed import ONE, World
 from training.efficiency import StepClock, StepGauge
@@ -139,6 +139,7 @@ class Trainer:
         self.seconds = 0.0  # that former processes spent on the epoch
         self.gradient_waits = False  # whether a joint step's gradients wait for those of other tasks
         self.saves = SaveEvery(config.run.save_every)
+        self.left_out = model.never_trained(options.fine_tune_mode)  # of the weights that are saved
 
     def fit(self) -> Scores:
         """Train to the end, or until --patience runs out; returns the best dev scores.
@@ -423,7 +424,8 @@ class Trainer:
             "stale": self.stale,
             "seconds": time.perf_counter() - self.began if self.meters else 0.0,
             "examples": self.examples(),
-            "weights": weights,
+            "weights": {name: own for name, own in weights.items() if name not in self.left_out},
+            "base_sha256": self.model.base_sha256,
             "optimizers": states,
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict(),
@@ -446,7 +448,8 @@ class Trainer:
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
                 f"{self.examples()}; put its data back, or --overwrite it"
             )
-        self.world.load(self.model, content["weights"], self.run.resume)
+        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
         for name, optimizer in self.optimizers.items():
             self.world.load_states(optimizer, content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])

@@ -12,8 +12,8 @@ from training.checkpoint import RunDirectory, load, save
 
 # What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.
 STATE = (
-    "epoch", "done", "evaluating", "step", "best", "stale", "seconds", "examples", "weights", "optimizers", "scaler",
-    "average", "teacher", "surgery", "part_sizes", "generators", "meters", "lengths",
+    "epoch", "done", "evaluating", "step", "best", "stale", "seconds", "examples", "weights", "base_sha256",
+    "optimizers", "scaler", "average", "teacher", "surgery", "part_sizes", "generators", "meters", "lengths",
 )  # fmt: skip
 
 
