@@ -338,6 +338,15 @@ def test_fine_tuning_may_have_other_heads(tiny_flags: list[str], tmp_path: Path,
         assert torch.equal(tensor, source[name] if name.startswith("backbones.") else plain[name]), name
 
 
+def test_a_backbone_that_no_word_was_masked_for_is_the_pretrained_one(tiny_flags: list[str], tmp_path: Path) -> None:
+    first = run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "first") / "best.pt"
+    plain = copied(make_trainer(tiny_flags, tmp_path / "plain").model)
+    own = copied(make_trainer(tiny_flags, tmp_path / "fine", "--init_from", first).model)
+    source = load(first)["weights"]
+    for name, tensor in own.items():
+        assert torch.equal(tensor, source[name] if name.startswith("backbones.sentiment.") else plain[name]), name
+
+
 def test_it_goes_on_from_itself_and_from_a_fine_tuned_model(tiny_flags: list[str], tmp_path: Path) -> None:
     first = run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "first") / "best.pt"
     again = make_pretrainer(tiny_flags, tmp_path / "again", "--train_sst", "--init_from", first).model

@@ -950,15 +950,38 @@ def test_a_trained_model_can_be_the_start_of_another(runs: Path, tiny_flags: lis
     assert any(not torch.equal(after[name], wanted[name]) for name in wanted if name.startswith("heads."))
 
 
-def test_a_stage_on_one_task_before_all_of_them(runs: Path, tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
-    """From a model of SST alone: its backbone and head are taken, the other heads are those of a run without."""
-    flags = ["--backbones", "shared", "--pair_layer", "none"]
-    make_trainer(tiny_flags, tmp_path / "sst", *flags, "--train_sst").fit()
-    trained = torch.load(tmp_path / "sst" / "best.pt", weights_only=True)["weights"]
+def test_a_model_of_one_task_can_be_the_start_of_one_of_another(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--backbones", "shared", "--epochs", 1]
+    make_trainer(tiny_flags, tmp_path / "stage", *flags, "--train_para").fit()
+    trained = torch.load(tmp_path / "stage" / "best.pt", weights_only=True)["weights"]
+    start = ["--init_from", tmp_path / "stage" / "best.pt"]
+    found = weights_at_start(tiny_flags, tmp_path / "a", *flags, "--train_sts", *start)
+    shared = [name for name in found if name.startswith(("backbones.shared.", "pair_layer.")) and name in trained]
+    assert len(shared) > 30 and all(torch.equal(found[name], trained[name]) for name in shared)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "new"),
+    [
+        ("--backbones shared --pair_layer none", "--train_sst", "para, sts, whose heads are new"),
+        ("--backbones shared", "--train_sst", "para, sts, whose heads and pair layer are new"),
+        ("", "--train_sst", "para, sts, whose heads and pair layer are new, and backbone similarity"),
+        ("", "--train_para", "sst, sts, whose heads are new, and backbone sentiment"),
+        ("", "--train_sts --sts_weight 0 --sts_embedding_loss ranking", "sst, para, whose heads are new, and backbone"),
+        ("--arch r4", "--train_sts", "sst, para, whose heads are new, and backbone sst and para"),
+    ],
+)
+def test_a_stage_on_one_task_before_all_of_them(
+    tiny_flags: list[str], tmp_path: Path, capsys: Any, flags: str, stage: str, new: str
+) -> None:
+    """What the stage trained is taken; what the other tasks alone use is as in a run without a stage."""
+    make_trainer(tiny_flags, tmp_path / "stage", *flags.split(), *stage.split(), "--epochs", 1).fit()
+    trained = torch.load(tmp_path / "stage" / "best.pt", weights_only=True)["weights"]
     capsys.readouterr()
-    found = weights_at_start(tiny_flags, tmp_path / "a", *flags, "--init_from", tmp_path / "sst" / "best.pt")
-    assert "knows nothing of para, sts" in capsys.readouterr().out
-    plain = weights_at_start(tiny_flags, tmp_path / "b", *flags)
+    found = weights_at_start(tiny_flags, tmp_path / "a", *flags.split(), "--init_from", tmp_path / "stage" / "best.pt")
+    assert f"knows nothing of {new}" in capsys.readouterr().out
+    plain = weights_at_start(tiny_flags, tmp_path / "b", *flags.split())
+    assert trained.keys() <= found.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, trained[name] if name in trained else plain[name]), name
 

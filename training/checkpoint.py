@@ -189,10 +189,10 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
 def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
     """--init_from: give `model` the weights of a checkpoint, adapters merged; `say` hears what stays as it was.
 
-    Only heads of masked words, PALs, and what belongs to tasks that the checkpoint does not know, may be missing from
-    it; nothing of the model's own tasks may be left over. Of a checkpoint of --mlm, whose heads were never trained,
-    they are not taken. Raises UserError, and leaves the model as it was, where anything else is missing or of another
-    shape, or the tokenizer is another one.
+    Only heads of masked words, PALs, and what serves no task that the checkpoint knows, may be missing from it;
+    nothing of the model's own tasks may be left over. Of a checkpoint of --mlm, whose heads were never trained, they
+    are not taken. Raises UserError, and leaves the model as it was, where anything else is missing or of another shape,
+    or the tokenizer is another one.
     """
     source, its_tokenizer, its_config = load_model(path)
     if its_tokenizer.sha256 != tokenizer.sha256:
@@ -203,15 +203,24 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
         weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
     own = model.state_dict()
     new = [name for name in model.tasks if name not in source.tasks]
+    found = {*source.backbones, *(model.backbone_of[name] for name in model.tasks if name not in new)}
+    backbones = [name for name in model.backbones if name not in found]
     parts = [f"heads.{name}." for name in new] + [f"pals.{name}." for name in model.pals if name not in source.pals]
+    parts += [f"backbones.{name}." for name in backbones]
+    new_pair_layer = model.pair_layer is not None and not any(task.is_pair for task in source.tasks.values())
+    parts += ["pair_layer."] if new_pair_layer else []
     fresh = {key for key in own if key.startswith(tuple(parts))}
     fresh |= {key for key in own if any(key.endswith((f"_mean_{name}", f"_var_{name}")) for name in new)}
     fresh |= {key for key in own if key.startswith(("mlm.", *untrained))}
     known = tuple(f"{part}.{name}." for part in ("heads", "pals") for name in model.tasks)
-    kept = {key: tensor for key, tensor in weights.items() if key in own or key.startswith(known)}
-    load_weights_into(model, kept, Path(f"--init_from {path}"), fresh)
+    taken = {key: tensor for key, tensor in weights.items() if key in own or key.startswith(known)}
+    load_weights_into(model, taken, Path(f"--init_from {path}"), fresh)
     if new:
-        say(f"--init_from {path}: knows nothing of {', '.join(new)}, whose heads are new")
+        kept = f", and backbone {' and '.join(backbones)} as --pretrained has it" if backbones else ""
+        say(
+            f"--init_from {path}: knows nothing of {', '.join(new)}, "
+            f"whose heads {'and pair layer ' if new_pair_layer else ''}are new{kept}"
+        )
 
 
 def tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
