@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
-from files import cache_folder, read_json, refuse_inflating
+from files import cache_folder, read_json, refuse_inflating, write_atomically, write_text
 from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
@@ -247,20 +247,18 @@ def save_pretrained(
     """Write a backbone as a Hugging Face folder, which transformers' `BertModel.from_pretrained` reads.
 
     `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer` is written as
-    its tokenizer.json. Raises UserError where `state` does not fit `config`.
+    its tokenizer.json. Raises UserError where `state` does not fit `config`, or a file cannot be written.
     """
     parameters = _parameters(config)
     shapes = {ours: shape for ours, (_, shape) in parameters.items()}
     _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, [], "weights to save")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in parameters.items()}
-    # Written beside and renamed: tensors from load_weights may still be mapped from the very file this replaces.
-    partial_file = folder / f"{WEIGHTS_FILES[0]}.partial"
-    safetensors.torch.save_file(tensors, partial_file, metadata={"format": "pt"})
-    partial_file.replace(folder / WEIGHTS_FILES[0])
+    # Never in place: tensors from load_weights may still be mapped from the very file this replaces.
+    save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS_FILES[0], save)
     if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
 
 
 # From a name to a folder

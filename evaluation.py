@@ -1,7 +1,6 @@
 """Predict, score and write predictions: the same code for training, evaluation and ensembles."""
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from tqdm import tqdm
 
 from config import UserError, speaks
 from datasets import Batches, Examples
+from files import first_line, write_text
 from lora import merged
 from products import ran_out_of_memory
-from tasks import Task
+from tasks import TASKS, Task
 
 Scores = dict[str, Any]
 T = TypeVar("T")
@@ -157,6 +157,21 @@ def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
     return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}
 
 
+def prediction_file(folder: Path, task: str, split: str) -> Path:
+    """Where a run in `folder` has its predictions of a split of a task."""
+    return folder / "predictions" / f"{task}-{split}-output.csv"
+
+
+def remove_predictions(folder: Path) -> None:
+    """Remove a run's predictions from `folder`, and nothing else. Raises UserError where they cannot be."""
+    try:
+        for task in TASKS:
+            for split in ("dev", "test"):
+                prediction_file(folder, task, split).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / 'predictions'}: cannot be written ({first_line(error)}); choose another") from error
+
+
 def score_and_write(
     tasks: Mapping[str, Task],
     values: Mapping[tuple[str, str], np.ndarray],
@@ -167,21 +182,20 @@ def score_and_write(
 
     Predictions of an earlier run in the same folder are removed, lest they be taken for this one's.
     """
-    shutil.rmtree(folder / "predictions", ignore_errors=True)
+    remove_predictions(folder)
     scores: dict[str, Scores] = {}
     for (split, name), own in values.items():
         examples = splits[split][name]
-        write_predictions(folder / "predictions" / f"{name}-{split}-output.csv", tasks[name], examples.ids, own)
+        write_predictions(prediction_file(folder, name, split), tasks[name], examples.ids, own)
         if split == "dev":
             scores[name] = score_task(tasks[name], own, examples.labels)
     return overall(tasks, scores)
 
 
 def write_predictions(path: Path, task: Task, ids: list[str], values: np.ndarray) -> None:
-    """Write labels for `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`."""
-    decided = decide(task, values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(f"id \t {task.prediction_column} \n")
-        for example, label in zip(ids, decided.tolist(), strict=True):
-            file.write(f"{example} , {label} \n")
+    """Write labels for `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`.
+
+    Raises UserError where the file cannot be written.
+    """
+    rows = [f"{example} , {label} \n" for example, label in zip(ids, decide(task, values).tolist(), strict=True)]
+    write_text(path, f"id \t {task.prediction_column} \n" + "".join(rows))

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from base_bert import listing, reason
 from config import LoraOptions, UserError
 from dropout import Dropout
-from files import read_json
+from files import read_json, write_atomically, write_text
 from products import linear, product
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
@@ -594,9 +595,8 @@ def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name
         "inference_mode": True,
     }
     tensors = {_peft_name(name): _peft_shape(name, tensor) for name, tensor in adapter_state(backbone).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PEFT_FILES[0]).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / PEFT_FILES[1], metadata={"format": "pt"})
+    write_text(folder / PEFT_FILES[0], json.dumps(values, indent=2) + "\n")
+    write_atomically(folder / PEFT_FILES[1], partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
 
 
 def _peft_name(name: str) -> str:

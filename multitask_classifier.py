@@ -141,11 +141,11 @@ def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunD
     if not world.leads:
         config.run.tensorboard = False
         return run
-    run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     if config.run.filepath:
         probe_folder(Path(config.run.filepath).parent, "--filepath")
         if Path(config.run.filepath).is_dir():
             raise UserError(f"--filepath {config.run.filepath}: is a folder; name a file, such as best.pt in it")
+    run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     run.begin(config)
     return run
 
@@ -214,7 +214,7 @@ def export(config: Config) -> None:
     """
     from base_bert import save_pretrained
     from lora import export_peft, merged_state
-    from training.checkpoint import load_model
+    from training.checkpoint import load_model, probe_folder
 
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
     if model.pals:
@@ -230,6 +230,9 @@ def export(config: Config) -> None:
                 f"--export_peft: in {config.run.evaluate} more of the backbone trained than adapters; "
                 "--export writes the whole backbones, adapters merged"
             )
+    for flag in ("export", "export_peft"):
+        if (out := getattr(config.run, flag)) is not None:
+            probe_folder(Path(out), f"--{flag}")
     for name, backbone in model.backbones.items():
         if config.run.export is not None:
             folder = Path(config.run.export) / name

@@ -22,7 +22,7 @@ import ensemble
 import multitask_classifier
 from config import UserError
 from tasks import DEFAULT_TASKS
-from training.checkpoint import load_model, save, write_atomically
+from training.checkpoint import load_model, save, write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., str]
@@ -330,6 +330,33 @@ def test_scores_of_a_training_run_are_not_replaced(
     ):
         assert "--run_dir run: holds a training run" in line
     assert (tmp_path / "run" / "scores.json").read_bytes() == before
+
+
+def test_predictions_that_are_not_ours_stay(
+    script: Run, train: Run, runs: Path, small_data: Path, tmp_path: Path
+) -> None:
+    write_text(tmp_path / "project" / "predictions" / "mine.txt", "precious")
+    flags = ["--data_dir", small_data, "--run_dir", "project"]
+    script("--evaluate", runs / "cross" / "best.pt", *flags)
+    script("--evaluate", runs / "sst" / "best.pt", *flags)
+    train("--train_sts", "--epochs", 1, "--run_dir", "project", "--no_tensorboard")
+    assert (tmp_path / "project" / "predictions" / "mine.txt").read_text() == "precious"
+    names = {path.name for path in (tmp_path / "project" / "predictions").iterdir()}
+    assert names == {"mine.txt", "sts-dev-output.csv", "sts-test-output.csv"}  # those of the last run alone
+
+
+def test_files_in_place_of_folders_are_known_at_once(
+    script: Run, combine: Run, runs: Path, small_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    best = runs / "sst" / "best.pt"
+    evaluate = ["--evaluate", best, "--data_dir", small_data]
+    assert refusal(script, *evaluate, "--run_dir", "file").startswith("--run_dir file: cannot be written")
+    assert refusal(combine, best, "--run_dir", "file").startswith("--run_dir file: cannot be written")
+    assert refusal(script, "--evaluate", best, "--export", "file").startswith("--export file: cannot be written")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions").write_text("x")
+    assert "out/predictions" in refusal(script, *evaluate, "--run_dir", "out")
 
 
 def test_evaluate_takes_other_files(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
@@ -797,9 +824,19 @@ def test_a_file_in_place_of_the_run_directory(train: Run, tmp_path: Path, more: 
 
 def test_a_filepath_that_cannot_be_written_is_known_before_training(train: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    message = refusal(train, "--filepath", "folder", "--run_dir", "run", "--no_tensorboard")
+    write_text(tmp_path / "run" / "config.json", "{}")
+    write_text(tmp_path / "run" / "best.pt", "a former run's")
+    message = refusal(train, "--filepath", "folder", "--run_dir", "run", "--no_tensorboard", "--overwrite")
     assert "folder" in message
-    assert not (tmp_path / "run" / "best.pt").exists()  # an epoch is hours on the real data
+    assert (tmp_path / "run" / "best.pt").read_text() == "a former run's"  # and an epoch is hours on the real data
+
+
+def test_a_filepath_given_to_a_resumed_run_is_written(train: Run, tiny_flags: list[str], tmp_path: Path) -> None:
+    """Also where no better score comes."""
+    flags = ["--no_tensorboard", "--epochs", 1, "--train_sst", "--run_dir", tmp_path / "run"]
+    make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
+    train(*flags, "--resume", "--filepath", tmp_path / "copies" / "best.pt")
+    assert (tmp_path / "copies" / "best.pt").read_bytes() == (tmp_path / "run" / "best.pt").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------------- no space

@@ -801,11 +801,24 @@ def test_a_run_without_its_configuration_cannot_be_resumed(tiny_flags: list[str]
 
 
 def test_overwrite_removes_a_runs_own_files_only(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    for name in ("best.pt", "config.json", "notes.txt", "predictions/sst-dev-output.csv", "tensorboard/events"):
+    run, events = RunDirectory(tmp_path), "events.out.tfevents.1.host"
+    own = [
+        "best.pt",
+        "config.json",
+        "predictions/sst-dev-output.csv",
+        f"tensorboard/{events}",
+        f"tensorboard/a/{events}",
+    ]
+    theirs = ["notes.txt", "predictions/mine.txt", "tensorboard/b/mine.txt"]
+    for name in (*own, *theirs):
         write_text(tmp_path / name, "x")
     run.prepare(overwrite=True, resume=False, needed=0)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "notes.txt"]
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {".lock", "predictions", "tensorboard", "tensorboard/b", *theirs}
+    for name in theirs:
+        (tmp_path / name).unlink()
+    run.clear()
+    assert not (tmp_path / "predictions").exists()
 
 
 def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

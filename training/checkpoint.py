@@ -14,6 +14,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config, UserError
+from evaluation import remove_predictions
 from files import cause, first_line, lock, read_json, refuse_inflating, write_atomically, write_text
 from lora import LoRAConfig, inject, merged_state
 from multitask_bert import MultitaskBERT
@@ -33,7 +35,6 @@ OWN_FILES = (
     "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "resume-previous.pt",
     "profile.pt.trace.json.gz", BAD_BATCH,
 )  # fmt: skip
-OWN_FOLDERS = ("predictions", "tensorboard")
 
 
 def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
@@ -339,6 +340,7 @@ class RunDirectory:
                 f"--run_dir {self.path}: holds a training run, whose scores and predictions would be lost; "
                 "choose another folder"
             )
+        probe_folder(self.path, "--run_dir")
 
     def states(self) -> list[Path]:
         """The files that --resume can go on from, the newest first."""
@@ -410,10 +412,13 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove a former run's files, and nothing else."""
-        for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for name in OWN_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        curves = list(self.tensorboard.rglob("events.out.tfevents.*"))
+        for path in (*(self.path / name for name in OWN_FILES), *curves):
+            path.unlink(missing_ok=True)
+        remove_predictions(self.path)
+        for folder in (self.predictions, *(path.parent for path in curves), self.tensorboard):
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a json file of the run atomically."""

@@ -465,6 +465,8 @@ class Trainer:
         self.meters = {name: self.meter.from_state(own, self.device.device) for name, own in meters}
         if self.world.leads:
             cut_back(self.run, content["lengths"])
+            if self.config.run.filepath and self.run.best.exists():  # the run may have begun without that flag
+                copy(self.run.best, Path(self.config.run.filepath))
         self.saves.saved(self.step)
         self.say(f"going on after step {self.step}")
 
