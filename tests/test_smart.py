@@ -244,13 +244,38 @@ def test_the_teacher_follows_by_the_two_rates(tiny_flags: list[str], tmp_path: P
     torch.testing.assert_close(teacher.averages[name].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_smart_with_mixed_precision_sees_its_small_perturbations(tmp_path: Path, tiny_flags: list[str]) -> None:
-    """bf16 would round them away: the passes that are compared are in fp32."""
-    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2")
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_smart_with_mixed_precision_sees_its_small_perturbations(
+    tmp_path: Path, tiny_flags: list[str], pooling: str, task: str
+) -> None:
+    """bf16 would round them away: the passes that are compared are in fp32, the clean one too."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2", "--pooling", pooling)
     trainer.model.train()
-    seen = seen_by(trainer, "sst", ROWS)
-    plain = smart_term(trainer.config.train)(seen).item()
-    half = replace(seen, embedding=seen.embedding.bfloat16(), outputs=seen.outputs + 0.01 * normal(4, 5))
+    values = []
+    for half in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            values.append(smart_term(trainer.config.train)(seen_by(trainer, task, ROWS)).item())
+    assert values[1] == pytest.approx(values[0], rel=1e-6) and values[0] > 0
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_with_mixed_precision_too_the_bregman_term_compares_weights_alone(
+    tiny_flags: list[str], tmp_path: Path, pooling: str
+) -> None:
+    """The slow average computes in the clean pass's precision, but not with its cast weights."""
+    flags = ["--arch", "v2", "--pooling", pooling, "--sst_bregman", 1, "--sts_bregman", 1]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        found = smart_term(trainer.config.train)(half).item()
-    assert found == pytest.approx(plain, rel=1e-3)
+        assert bregman_term(seen_by(trainer, "sst", ROWS)).item() == 0
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.1)
+    values = []
+    for half in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            values.append(bregman_term(seen_by(trainer, "sst", ROWS)).item())
+    assert values[1] == pytest.approx(values[0], rel=0.1) and values[0] > 1e-3

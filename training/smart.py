@@ -58,7 +58,9 @@ def smart_term(options: TrainOptions) -> Term:
     def term(seen: Seen) -> Tensor:
         model, task, batch = seen.model, seen.task, seen.batch
         assert isinstance(batch, PackedBatch)
-        with same_pass(seen):
+        # Half precision would round away perturbations of this size: the clean pass is then repeated in fp32.
+        half = torch.is_autocast_enabled(seen.outputs.device.type)
+        with same_pass(seen, in_fp32=True):
             hidden = model.backbone(task).embed(batch)  # [T, H], the clean pass's own
             masks = random_state(hidden.device)
 
@@ -66,8 +68,6 @@ def smart_term(options: TrainOptions) -> Term:
                 set_random_state(hidden.device, masks)
                 return seen.gather(model.outputs(task, model.embed(task, EncodedBatch(start, 0, batch))))
 
-            # Half precision would round away perturbations of this size: there the clean pass is repeated in fp32.
-            half = seen.embedding.dtype != hidden.dtype
             clean = run(hidden) if half else seen.outputs
             kind, fixed = model.tasks[task].kind, hidden.detach()
             start = first_noise(hidden, options, seen.world.seed(seen.step))
@@ -107,16 +107,21 @@ class Teacher(RunningAverage):
 
 
 @contextmanager
-def same_pass(seen: Seen) -> Iterator[None]:
-    """Inside, passes in fp32 draw the random numbers of the clean pass again; none of them leaves a trace."""
+def same_pass(seen: Seen, in_fp32: bool = False) -> Iterator[None]:
+    """Inside, passes draw the random numbers of the clean pass again, and none of them leaves a trace.
+
+    They are in its precision too, unless `in_fp32`.
+    """
     assert seen.random_state is not None
     device, norms = seen.outputs.device, [own for own in seen.model.modules() if isinstance(own, BatchNorm)]
     after = random_state(device)
     set_random_state(device, seen.random_state)
     for norm in norms:
         norm.momentum = 0.0  # running statistics stay
+    half = torch.is_autocast_enabled(device.type) and not in_fp32
     try:
-        with torch.autocast(device.type, enabled=False):
+        # Without autocast's cache, which has the cast weights of the clean pass and not those of a slow average.
+        with torch.autocast(device.type, enabled=half, cache_enabled=False):
             yield
     finally:
         for norm in norms:
