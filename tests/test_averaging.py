@@ -556,6 +556,30 @@ def test_the_tensors_are_the_models_own(tiny_flags: list[str], tmp_path: Path) -
     assert found and all(tensor is state[name] for name, tensor in found.items())
 
 
+def test_epochs_before_the_average_begins_are_refreshed_too(tiny_flags: list[str], tmp_path: Path) -> None:
+    """--refresh_batchnorm asks for it at each evaluation: all compete for the best checkpoint alike."""
+    flags = ["--epochs", 4, "--average", "swa", "--swa_from_epoch", 3]
+    for more, wanted in (([], [0, 0, 1, 2]), (["--refresh_batchnorm"], [1, 2, 3, 4])):
+        trainer = make_trainer(tiny_flags, tmp_path / str(len(more)), *flags, *more)
+        passes, refreshed = trainer.average.pass_batches, []
+        counts = {"passes": 0}
+
+        def counted(passes: Callable[[], None] = passes, counts: dict[str, int] = counts) -> None:
+            counts["passes"] += 1
+            passes()
+
+        trainer.average.pass_batches = counted
+        evaluate = trainer.evaluate
+
+        def evaluated(due: list[str], evaluate: Any = evaluate, counts: Any = counts, seen: Any = refreshed) -> Any:
+            seen.append(counts["passes"])
+            return evaluate(due)
+
+        trainer.evaluate = evaluated  # type: ignore[method-assign]
+        trainer.fit()
+        assert refreshed == wanted
+
+
 def test_statistics_can_be_measured_anew_without_an_average(tiny_flags: list[str], tmp_path: Path) -> None:
     """Training is the same to the bit; what is evaluated and saved has the weights that train and new statistics."""
     runs = {}

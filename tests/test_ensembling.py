@@ -19,7 +19,7 @@ import multitask_classifier
 from evaluation import correlation
 from tasks import DEFAULT_TASKS, STS
 from training.checkpoint import load, load_model, save
-from training.ensembling import average_weights, greedy_soup, halves, score_dev, select_votes, vote
+from training.ensembling import average_weights, greedy_soup, halves, score_dev, select_votes, vote, z_scores
 
 Run = Callable[..., str]
 rng = np.random.default_rng
@@ -49,6 +49,16 @@ def test_an_example_keeps_its_half_wherever_it_stands() -> None:
     shuffled = [ids[i] for i in rng(0).permutation(101)]
     for own, again in zip(halves(ids), halves(shuffled), strict=True):
         assert {ids[i] for i in own} == {shuffled[i] for i in again}
+
+
+def test_a_member_that_says_the_same_of_all_has_no_say() -> None:
+    """Also where rounding makes its similarities differ in the last digit, which z-scores would blow up."""
+    constant = np.full(50, 2.7, np.float32)
+    rounded = np.where(np.arange(50) % 3, constant, np.nextafter(constant, np.float32(9)))
+    assert not z_scores(constant).any() and not z_scores(rounded).any()
+    useful = rng(1).normal(size=50)
+    found = vote(STS, [useful, rounded], [1, 1], "probabilities")
+    assert correlation(found, useful) == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------------------------------- greedy selection

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.gradient_surgery import combine, conflicts, inner_products, projected_shares
+from training.gradient_surgery import PCGrad, combine, conflicts, inner_products, projected_shares
 
 SHAPES = [(3, 4), (5,), (2, 2, 2)]
 
@@ -64,6 +64,23 @@ def test_the_order_of_projections_matters_and_is_seeded() -> None:
     results = {tuple(np.round(flat([g for g in surgery(gradients, seed) if g is not None]), 9)) for seed in range(12)}
     again = {tuple(np.round(flat([g for g in surgery(gradients, seed) if g is not None]), 9)) for seed in range(12)}
     assert len(results) > 1 and results == again
+
+
+def test_each_step_has_an_order_of_its_own() -> None:
+    """That of (seed, step), the same gradients in all of them."""
+    gradients, found = random_gradients(3, 2), []
+    parameters = [nn.Parameter(torch.zeros_like(own)) for own in gradients[0]]
+    pcgrad = PCGrad(parameters, seed=5)
+    for step in range(6):
+        for gradient in gradients:
+            for parameter, own in zip(parameters, gradient, strict=True):
+                parameter.grad = own.clone()
+            pcgrad.take()
+        pcgrad.put()
+        found.append(flat([own.grad for own in parameters if own.grad is not None]))
+        wanted = by_the_algorithm([flat(own) for own in gradients], np.random.default_rng([5, step]))
+        assert found[step] == pytest.approx(wanted, abs=1e-12)
+    assert any(not np.allclose(found[0], own) for own in found)
 
 
 def test_parameters_that_a_task_does_not_reach() -> None:

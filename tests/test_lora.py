@@ -347,9 +347,9 @@ def test_a_row_whose_expansion_cancels_is_computed_directly() -> None:
     layer = make_layer(DoRALinear, torch.float32, dora=True)
     with torch.no_grad():
         layer.lora_A[0] = layer.weight[2]
-        layer.lora_B[2] = torch.tensor([-(1 - 1e-4) / layer.scaling, 0, 0])
+        layer.lora_B[2] = torch.tensor([-(1 - 1e-3) / layer.scaling, 0, 0])  # what is left is above 0, but rounded
     expected = direct_norm(layer)
-    assert expected[2] < 2e-4 * layer.weight[2].norm()
+    assert expected[2] < 2e-3 * layer.weight[2].norm()
     assert ((layer.norm().double() - expected) / expected).abs().max() < 2e-3
 
 

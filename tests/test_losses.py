@@ -13,6 +13,7 @@ from test_smart import seen_by
 from test_training import make_trainer
 from torch import Tensor, nn
 
+from packing import pack_padded, stack_padded_pairs
 from tasks import DEFAULT_TASKS, TASKS, Task
 from training.loop import Trainer
 from training.losses import (
@@ -31,6 +32,7 @@ from training.losses import (
     simcse,
 )
 from training.routines import Step
+from training.seen import Seen
 from training.terms import cosine_term, ranking_term, text_hashes
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
@@ -559,6 +561,22 @@ def test_a_pair_that_is_drawn_twice_is_no_negative_of_itself(tiny_flags: list[st
     assert term(seen).item() == pytest.approx(wanted.item()) and without.item() > wanted.item() + 0.1
 
 
+def test_a_text_on_the_other_side_is_no_negative_either(tiny_flags: list[str], tmp_path: Path) -> None:
+    """The first text of one pair is the second of another: it would be told to be far from itself."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "r4")
+    first, second = torch.tensor([[2, 10, 11, 3], [2, 12, 13, 3], [2, 14, 3, 0]]), torch.tensor([[2, 20, 21, 3]] * 3)
+    second[1], second[2, 1] = first[0], 30
+    batch = stack_padded_pairs(first, first > 0, second, second > 0)
+    embedding, labels = trainer.model.embed("sts", batch), torch.full((3,), 5.0)
+    seen = Seen(trainer.model, "sts", batch, embedding, labels, labels, None, 0, trainer.teacher)
+    same = torch.eye(3) > 0
+    same[0, 1] = same[1, 0] = True
+    wanted = multiple_negatives_ranking(*embedding.chunk(2), torch.ones(3) > 0, same).item()
+    assert ranking_term(seen).item() == pytest.approx(wanted)
+    without = multiple_negatives_ranking(*embedding.chunk(2), torch.ones(3) > 0, torch.eye(3) > 0).item()
+    assert abs(without - wanted) > 0.1
+
+
 def test_cosine_embedding_is_torchs_on_the_pairs_that_count() -> None:
     u, v = normal(8, 5), normal(8, 5, seed=4)
     similar = torch.tensor([1, 1, 0, 0, 1, 0, 0, 1], dtype=torch.bool)
@@ -577,3 +595,6 @@ def test_equal_texts_have_equal_hashes(tiny_flags: list[str], tmp_path: Path) ->
     assert hashes[[0, 2]].tolist() == [alone[0]] * 2 and hashes[[4, 6]].tolist() == [alone[1]] * 2
     texts = [(column[i]) for column in data.examples.texts for i in (3, 5, 3, 7)]
     assert len(set(hashes.tolist())) == len(set(texts))
+    a, b, c, d = 10, 17, 23, 40  # man bites dog and dog bites man
+    mirrored = torch.tensor([[2, a, b, c, d, c, b, a, 3], [2, c, b, a, d, a, b, c, 3]])
+    assert len(set(text_hashes(pack_padded(mirrored, torch.ones_like(mirrored))).tolist())) == 2

@@ -214,6 +214,8 @@ def test_a_fraction_of_a_task_is_another_one_every_time() -> None:
     assert set(seen) == set(range(100))
     assert order(sequential(plan, 0), "para") != order(sequential(plan, 1), "para")
     assert sorted(order(sequential(plan, 0), "sst")) == list(range(6))
+    few = replace(plan, sizes={"sst": 6, "para": 101})  # a part of an example is one
+    assert len(order(sequential(few, 0), "para")) == 6
 
 
 def test_a_late_task_waits_for_its_epoch() -> None:

@@ -10,6 +10,7 @@ from test_training import changed, copied, interrupted, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
+from packing import EncodedBatch, PackedBatch
 from tasks import DEFAULT_TASKS
 from training.loop import Trainer
 from training.seen import Seen
@@ -166,6 +167,34 @@ def test_larger_cubes_leave_room_for_larger_changes(tiny_flags: list[str], tmp_p
             for epsilon in (1e-3, 1e-2, 1e-1)
         ]
         assert 0 < values[0] < values[1] < values[2]
+
+
+def test_the_gradient_is_that_of_both_passes(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Of the whole model, embeddings included; the perturbation alone is a constant."""
+    flags = ["--arch", "v2", "--backbone_dropout_prob", 0, "--hidden_dropout_prob", 0]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, "--fine_tune_mode", "full-model")
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    model, options = trainer.model.train(), OPTIONS
+    seen = seen_by(trainer, "sst", ROWS)
+    assert isinstance(seen.batch, PackedBatch)
+    hidden, fixed = (model.backbone("sst").embed(seen.batch) for _ in range(2))
+
+    def run(start: Tensor) -> Tensor:
+        return model.outputs("sst", model.embed("sst", EncodedBatch(start, 0, seen.batch)))
+
+    start = first_noise(hidden, options, seen.world.seed(seen.step))
+    noise = ascend(lambda own: run(fixed.detach() + own), seen.outputs, start, "classes", options)
+    wanted = divergence("classes", run(hidden + noise), run(hidden))
+    term = smart_term(options)(seen)
+    assert term.item() == pytest.approx(wanted.item(), rel=1e-4) and wanted.item() > 1e-6
+    names = ("word_embedding.weight", "bert_layers.0.interm_dense.weight", "bert_layers.1.out_dense.bias")
+    weights = [*(model.backbone("sst").get_parameter(name) for name in names), *model.heads["sst"].parameters()]
+    expected = torch.autograd.grad(wanted, weights)
+    for found, own in zip(torch.autograd.grad(term, weights), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+    torch.manual_seed(0)
+    another = smart_term(options)(replace(seen_by(trainer, "sst", ROWS), step=8))
+    assert abs(another.item() / wanted.item() - 1) > 1e-4  # each step draws a noise of its own
 
 
 @pytest.mark.parametrize("more", [["--smart_steps", 2], ["--sts_bregman", 0.5], ["--lora_mode", "attn"]])

@@ -78,13 +78,14 @@ class RunningAverage(NoAverage):
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights and statistics of BatchNorm that belong to them.
 
-        Before the first update it keeps its own weights.
+        Before the first update it keeps its own weights, as without an average.
         """
-        if not self.updates:
-            yield
-            return
-        with self.swapped(), refreshed_batchnorm(self.model, self.pass_batches):
-            yield
+        if self.updates:
+            with self.swapped(), refreshed_batchnorm(self.model, self.pass_batches):
+                yield
+        else:
+            with super().applied():
+                yield
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ def label_shares(seen: Seen) -> Tensor:
 def text_hashes(batch: PackedBatch) -> Tensor:
     """A number [S] for each sequence in the caller's order that equal token sequences share, and others hardly ever."""
     mixed = (batch.input_ids + 1) * (batch.position_ids * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1D)  # wraps around
+    mixed = (mixed ^ (mixed >> 29)) * 0x3C79AC492BA7B653  # or a text's mirror image would have the same sum
     sums = mixed.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, mixed)
     return sums[batch.restore]
 
