@@ -363,6 +363,10 @@ def resolve_pretrained(name: str) -> Path:
         logger.info("start weights: %s (local folder)", local)
         return local
 
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
+        raise UserError(
+            f"--pretrained {name}: there is no such folder; name one with config.json, {WEIGHTS_FILES[0]} and vocab.txt"
+        )
     is_minilm = name in (MINILM, MINILM_REPO)
     repo = MINILM_REPO if is_minilm else name
     sources: list[tuple[str, Callable[[], Path]]] = [("Hugging Face cache", partial(_from_hub_cache, repo))]

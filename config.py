@@ -157,10 +157,10 @@ REFERENCE_BATCH = 64  # examples per step for which --lr is meant under --lr_sca
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 # What can be done with a trained model, and which options that looks at beside those of the machine.
 USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
-    "predict": (),
-    "export": ("export_peft",),
-    "export_peft": (),
-    "evaluate": ("data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
+    "predict": ("pretrained",),
+    "export": ("export_peft", "pretrained"),
+    "export_peft": ("pretrained",),
+    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
 }
 
 
@@ -533,6 +533,12 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, fit for json and for a checkpoint."""
         return asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """The same in one level, by "group.option" and "tasks.NAME.option"."""
+        plain = self.to_dict()
+        tasks = {f"tasks.{name}.{key}": value for name, own in plain.pop("tasks").items() for key, value in own.items()}
+        return {f"{name}.{key}": value for name, group in plain.items() for key, value in group.items()} | tasks
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":

@@ -89,14 +89,14 @@ class Combined:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.checkpoint import load, sha256, tasks_of
+    from training.checkpoint import load, sha256, trained_tasks
 
     for name in names:
         if not Path(name).is_file():
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
     members = []
     for name, votes in Counter(names).items():
-        tasks = tuple(tasks_of(load(Path(name)), Path(name)))  # all of it, so that damage is found here
+        tasks = tuple(trained_tasks(load(Path(name)), Path(name)))  # all of it, so that damage is found here
         members.append(Member(Path(name), sha256(Path(name)), tasks, votes))
     return members
 
@@ -106,7 +106,6 @@ def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
     from training.checkpoint import RunDirectory, load
     from training.ensembling import check_alike
 
-    RunDirectory(Path(options.run_dir)).spare_training()
     for flag in ("select", "soup"):
         if getattr(options, flag) is not None and len(members) < 2:
             raise UserError(f"--{flag} {getattr(options, flag)} needs a choice; name two different checkpoints or more")
@@ -122,6 +121,7 @@ def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
         if soup_path(options).resolve() in [member.path.resolve() for member in members]:
             raise UserError(f"--soup writes {soup_path(options)}, which is a member too; choose another --run_dir")
         check_alike({member.path: load(member.path, mmap=True) for member in members})
+    RunDirectory(Path(options.run_dir)).spare_training()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError, expand_arguments, parse, run_script, said_once, say
+from config import Config, ModelOptions, UserError, expand_arguments, parse, run_script, said_once, say
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -89,7 +89,7 @@ def train(config: Config, command: str, world: "World") -> None:
     `command` is for the row of --benchmark.
     """
     from datasets import load_splits, tokenise
-    from training.checkpoint import git_commit, load, probe_folder
+    from training.checkpoint import RunDirectory, git_commit, load, probe_folder
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
@@ -98,6 +98,8 @@ def train(config: Config, command: str, world: "World") -> None:
     from training.pretraining import Pretrainer
 
     tasks = {name: TASKS[name] for name in config.tasks}
+    if config.run.resume:  # what is wrong with that is told before the data is read
+        RunDirectory(Path(str(config.run.run_dir))).check_resume(config)
     with world.one_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = choose_device(config.compute, say)
@@ -179,14 +181,19 @@ def report(
     say(f"predictions in {run.predictions}")
 
 
-def trained_model(path: Path) -> "tuple[MultitaskBERT, Tokenizer, Config]":
-    """A checkpoint whose heads have been trained, as `load_model` returns it. Raises UserError for one of --mlm."""
-    from training.checkpoint import load_model
+def trained_model(config: Config) -> "tuple[MultitaskBERT, Tokenizer, Config]":
+    """The checkpoint that --evaluate names, as `load_model` returns it. Raises UserError for one of --mlm."""
+    from training.checkpoint import load, load_model, trained_tasks
 
-    model, tokenizer, saved = load_model(path)
-    if saved.train.mlm:
-        raise UserError(f"--evaluate {path}: was made by --mlm, which trains no heads; train some with --init_from")
-    return model, tokenizer, saved
+    path = Path(str(config.run.evaluate))
+    content = load(path)
+    trained_tasks(content, path)
+    return load_model(path, content, base_of(config))
+
+
+def base_of(config: Config) -> str | None:
+    """Where --pretrained says that the base weights of a checkpoint with adapters are now."""
+    return None if config.model.pretrained == ModelOptions.pretrained else config.model.pretrained
 
 
 def evaluate(config: Config, world: "World") -> None:
@@ -197,9 +204,9 @@ def evaluate(config: Config, world: "World") -> None:
 
     path = Path(str(config.run.evaluate))
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
-    run.spare_training()
     device = choose_device(config.compute, say)
-    model, tokenizer, saved = trained_model(path)
+    model, tokenizer, saved = trained_model(config)
+    run.spare_training()
     model.to(device.device)
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
@@ -216,7 +223,7 @@ def export(config: Config) -> None:
     from lora import export_peft, merged_state
     from training.checkpoint import load_model, probe_folder
 
-    model, tokenizer, saved = load_model(Path(str(config.run.evaluate)))
+    model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
         flag = "--export" if config.run.export is not None else "--export_peft"
         raise UserError(
@@ -251,7 +258,7 @@ def label_sentences(config: Config) -> None:
     from evaluation import decide, predict, probabilities
     from training.device import choose_device
 
-    model, tokenizer, saved = trained_model(Path(str(config.run.evaluate)))
+    model, tokenizer, saved = trained_model(config)
     names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
     task = names[str(config.run.task)]
     if task.name not in model.tasks:
@@ -287,9 +294,10 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
         content.encode("utf-8")  # a terminal's bytes that are no UTF-8 arrive as lone surrogates
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
-    rows = [[text.strip() for text in line.split("\t")] for line in content.split("\n") if line.strip()]
+    lines = [[text.strip() for text in line.split("\t")] for line in content.split("\n")]
+    rows = {number: row for number, row in enumerate(lines, start=1) if any(row)}
     wanted = len(task.text_columns)
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows.items():
         if len(row) != wanted or not all(row):
             raise UserError(
                 f"--predict {name}, line {number}: {task.title} needs {wanted} text{'s' * (wanted > 1)} per line"
@@ -297,7 +305,7 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
             )
     if not rows:
         raise UserError(f"--predict {name}: holds no sentence; give one per line")
-    return rows
+    return list(rows.values())
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from reporting.sources import command_of
 from reporting.tables import Column, Table, Value
 from reporting.trials import shared_command
 from tasks import TASKS, Task
-from training.checkpoint import load, load_model
+from training.checkpoint import load, load_model, trained_tasks
 from training.device import Device, choose_device
 from training.telemetry import class_names
 
@@ -70,7 +70,7 @@ class Pair:
 
 def shared_tasks(paths: tuple[Path, Path], say: Callable[[str], None]) -> dict[str, Task]:
     """The tasks that both checkpoints know. Raises UserError where there is none."""
-    known = [set(load(path, mmap=True).get("tasks", ())) for path in paths]
+    known = [set(trained_tasks(load(path, mmap=True), path)) for path in paths]
     for name in TASKS:
         if len([own for own in known if name in own]) == 1:
             say(f"{TASKS[name].title}: left out, since only one of the two was trained on it")

@@ -609,7 +609,7 @@ def test_flags_that_evaluation_looks_at() -> None:
     run = "--data_dir d --max_bad_rows 1 --run_dir r --no_test_predictions --quora_dev x --sst_test y"
     machine = "--use_gpu --amp --threads 1 --eval_batch_size 8"
     configure("--evaluate", "a.pt", *run.split(), *machine.split())
-    configure("--evaluate", "a.pt", "--predict", "x", "--task", "sst", *machine.split())
+    configure("--evaluate", "a.pt", "--predict", "x", "--task", "sst", "--pretrained", "b", *machine.split())
     configure("--evaluate", "a.pt", "--export", "x", "--export_peft", "y", *machine.split())
     assert "--epochs would" in refusal("--evaluate", "a.pt", "--epochs", 7)
 

@@ -16,6 +16,7 @@ from test_scripts import refusal as refusal_of
 from test_training import changed, copied, make_trainer, metrics
 from torch import Tensor
 
+import ensemble
 import multitask_classifier
 import sweep
 from base_bert import load_mlm_head, load_weights
@@ -383,6 +384,9 @@ def test_a_checkpoint_without_trained_heads_is_not_evaluated(tiny_flags: list[st
     for more in ([], ["--predict", "-", "--task", "sst"]):
         message = refusal_of(lambda *words: multitask_classifier.main(list(words)), "--evaluate", str(best), *more)
         assert "--mlm" in message and "--init_from" in message
+    words = [str(best), "--data_dir", tiny_flags[tiny_flags.index("--data_dir") + 1], "--run_dir", str(tmp_path / "e")]
+    message = refusal_of(lambda *words: ensemble.main(list(words)), *words)
+    assert "--mlm" in message and "--init_from" in message
     multitask_classifier.main(["--evaluate", str(best), "--export", str(tmp_path / "exported")])
     bert = transformers.BertModel.from_pretrained(tmp_path / "exported" / "sentiment")
     own = load(best)["weights"]["backbones.sentiment.word_embedding.weight"]

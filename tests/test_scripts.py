@@ -424,6 +424,7 @@ def test_predict_similarities(script: Run, runs: Path, monkeypatch: pytest.Monke
         ("sst", "one\ttwo\n", ("line 1", "1 text ")),
         ("sts", "a\tb\nno tab here\n", ("line 2", "2 texts", "tab")),
         ("sts", "a\t\n", ("line 1", "2 texts")),
+        ("sts", "\n\na\tb\n\none\n", ("line 5", "2 texts")),
         ("sst", "\n  \n", ("holds no sentence",)),
         ("sst", None, ("cannot be read",)),
         ("sst", b"\xff\xfe\xff", ("cannot be read", "UTF-8")),
@@ -747,7 +748,7 @@ def test_weights_of_another_shape_than_their_configuration(train: Run, tiny_bert
 
 
 def test_what_is_no_model_folder_is_refused(train: Run, runs: Path) -> None:
-    for name in (runs / "yin" / "best.pt", "some/where/else"):
+    for name in (runs / "yin" / "best.pt", "some/where/else", "./nowhere", "/no/where", "~/nowhere/at/all"):
         message = refusal(train, "--pretrained", name)
         assert f"--pretrained {name}" in message and "folder" in message
 
@@ -768,7 +769,7 @@ def test_a_checkpoint_of_another_arch_in_the_run_directory(train: Run, tiny_flag
     make_trainer(tiny_flags, tmp_path / "cross", "--arch", "v2").fit()
     flags = ["--run_dir", "run", "--resume"]
     message = refusal(train, *flags, "--arch", "v2")
-    assert "--resume" in message and "model.arch" in message
+    assert "--resume" in message and "--arch yin-yang instead of v2" in message
     shutil.copyfile("cross/resume.pt", "run/resume.pt")
     message = refusal(train, *flags)
     assert "run/resume.pt" in message and "another arch" in message
@@ -813,6 +814,49 @@ def test_an_unfinished_run_is_not_overwritten_by_accident(train: Run, tiny_flags
 def test_there_must_be_something_to_resume(train: Run, tmp_path: Path) -> None:
     assert "resume.pt" in refusal(train, "--run_dir", "nothing", "--resume")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_resumed_run_is_known_before_its_data_is_read(script: Run, tiny_flags: list[str], tmp_path: Path) -> None:
+    make_trainer(tiny_flags, tmp_path / "run").fit()
+    message = refusal(script, "--run_dir", "run", "--resume")  # without the run's own flags
+    assert "began with --data_dir" in message and "--pretrained" in message and "--lr 0.001 instead of" in message
+    assert "--run_dir nowhere: there is no resume.pt" in refusal(script, "--run_dir", "nowhere", "--resume")
+
+
+def test_what_is_no_model_of_a_run_is_named(
+    script: Run, combine: Run, tiny_flags: list[str], small_data: Path, tmp_path: Path
+) -> None:
+    make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1).fit()
+    for path, words in (("run/resume.pt", "a state for --resume"), ("run", "a folder")):
+        for message in (
+            refusal(script, "--evaluate", path, "--data_dir", small_data),
+            refusal(script, *tiny_flags, "--init_from", path, "--run_dir", "other"),
+            *([refusal(combine, path)] if path != "run" else []),
+        ):
+            assert f"{path}: is {words}" in message and "best.pt" in message
+
+
+def test_base_weights_may_have_moved(
+    script: Run, tiny_flags: list[str], tiny_bert: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint with adapters has none; those that --pretrained names have to be the very same."""
+    shutil.copytree(tiny_bert, tmp_path / "models" / "bert")
+    flags = ["--train_sst", "--lora_mode", "attn-only", "--epochs", 1, "--pretrained", tmp_path / "models" / "bert"]
+    make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
+    make_trainer(tiny_flags, tmp_path / "whole", "--train_sst", "--epochs", 1).fit()
+    evaluate = ["--evaluate", "run/best.pt", "--data_dir", small_data, "--run_dir", "out"]
+    script(*evaluate)
+    before = read_json(tmp_path / "out" / "scores.json")
+    (tmp_path / "models").rename(tmp_path / "moved")
+    message = refusal(script, *evaluate)
+    assert "run/best.pt: its adapters need the base weights" in message and "--pretrained" in message
+    script(*evaluate, "--pretrained", "moved/bert")
+    assert read_json(tmp_path / "out" / "scores.json") == before
+    script("--evaluate", "run/best.pt", "--export", "exported", "--pretrained", "moved/bert")
+    other = make_bert(tmp_path / "other", seed=1)
+    assert "other base weights" in refusal(script, *evaluate, "--pretrained", other)
+    whole = ["--evaluate", "whole/best.pt", "--data_dir", small_data, "--run_dir", "out"]
+    assert "has no adapters" in refusal(script, *whole, "--pretrained", "moved/bert")
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])

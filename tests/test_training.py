@@ -788,8 +788,11 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: Path) -> None:
     make_trainer(tiny_flags, tmp_path / "run").fit()
-    with pytest.raises(UserError, match=r"another train\.lr, tasks\.para; repeat"):
+    began = r"began with --lr 0\.001 instead of 0\.5, --para_lr_multiplier 5\.0 instead of 2\.0; repeat"
+    with pytest.raises(UserError, match=began):
         make_trainer(tiny_flags, tmp_path / "run", "--resume", "--lr", 0.5, "--quora_lr_multiplier", 2)
+    with pytest.raises(UserError, match="began with the tasks sst, para, sts instead of sst; repeat"):
+        make_trainer(tiny_flags, tmp_path / "run", "--resume", "--train_sst")
     make_trainer(tiny_flags, tmp_path / "run", "--resume", "--name", "other", "--eval_batch_size", 9)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
-from config import BertConfig, Config, UserError
+from config import BertConfig, Config, UserError, flag_of
 from evaluation import remove_predictions
 from files import cause, first_line, lock, read_json, refuse_inflating, write_atomically, write_text
 from lora import LoRAConfig, inject, merged_state
@@ -64,6 +64,8 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name the best.pt in it") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
             f"{path}: not a readable checkpoint, damaged or of another program ({first_line(error):.120})"
@@ -174,6 +176,12 @@ def load_weights_into(
     model.load_state_dict({**own, **weights})
 
 
+def refuse_state(content: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where what was read is no model but the state of a run."""
+    if "optimizers" in content:
+        raise UserError(f"{path}: is a state for --resume; name the best.pt beside it")
+
+
 def foreign(path: Path, error: Exception) -> UserError:
     """The error for a checkpoint whose parts are not what this program writes."""
     return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
@@ -226,12 +234,21 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
 
 def tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
     """The tasks that a checkpoint knows. Raises UserError where the task table has none of that name."""
+    refuse_state(content, path)
     try:
         tasks = {name: TASKS[name] for name in content["tasks"]}
     except (KeyError, TypeError) as error:
         raise foreign(path, error) from error
     if not tasks:
         raise UserError(f"{path}: knows no task; name a best.pt of a run")
+    return tasks
+
+
+def trained_tasks(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
+    """The tasks whose heads a checkpoint has trained. Raises UserError for one of --mlm, which has none."""
+    tasks = tasks_of(content, path)
+    if saved_config(content, path).train.mlm:
+        raise UserError(f"{path}: was made by --mlm, which trains no heads; train some with --init_from")
     return tasks
 
 
@@ -249,13 +266,16 @@ def sketch(config: Config, shape: BertConfig, tasks: Mapping[str, Task], lora: L
     return model
 
 
-def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[MultitaskBERT, Tokenizer, Config]:
+def load_model(
+    path: Path, content: Mapping[str, Any] | None = None, base: str | None = None
+) -> tuple[MultitaskBERT, Tokenizer, Config]:
     """The model, tokenizer and configuration of a checkpoint file (already read as `content`, if given).
 
-    Raises UserError where the file is damaged or its parts do not fit together.
+    `base` is where the base weights of its adapters are, if no longer where they were. Raises UserError where the file
+    is damaged or its parts do not fit together.
     """
     content = content or load(path)
-    config, tasks = saved_config(content, path), tasks_of(content, path)
+    tasks, config = tasks_of(content, path), saved_config(content, path)
     try:
         shape = BertConfig.from_dict(content["bert_config"], str(path))
         weights, base_sha256, tokenizer_sha256 = (
@@ -274,18 +294,26 @@ def load_model(path: Path, content: Mapping[str, Any] | None = None) -> tuple[Mu
     if lora is None:
         model = MultitaskBERT(config.model, shape, tasks)
         tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
+        if base is not None:
+            raise UserError(f"--pretrained {base}: {path} has no adapters, and holds all of its weights; drop it")
     else:
-        folder = resolve_pretrained(config.model.pretrained)
+        base = base or config.model.pretrained
+        try:
+            folder = resolve_pretrained(base)
+        except UserError as error:
+            raise UserError(
+                f"{path}: its adapters need the base weights that they were trained on; put them there again, or name "
+                f"their place by --pretrained beside --evaluate: {error}"
+            ) from error
         pretrained = load_weights(folder, shape)
         model = MultitaskBERT(config.model, shape, tasks)
         model.load_backbones(pretrained)
         model.add_adapters(lora)
-        refuse_other_base(model, base_sha256, config.model.pretrained, path)
+        refuse_other_base(model, base_sha256, base, path)
         tokenizer = load_tokenizer(folder, config.data.max_length)
         if tokenizer.sha256 != tokenizer_sha256:
             raise UserError(
-                f"{path}: was trained with another tokenizer than {config.model.pretrained} has here; "
-                "put the original one there"
+                f"{path}: was trained with another tokenizer than {base} has here; put the original one there"
             )
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} words, its weights only {shape.vocab_size}")
@@ -366,15 +394,11 @@ class RunDirectory:
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder ready for a run that will save about `needed` bytes.
 
-        Raises UserError where a run stands or goes on here, nothing is there to resume, or the disk is too small.
+        Raises UserError where a run stands or goes on here, or the disk is too small.
         """
         if self.path.is_dir():
             self.claim()
         finished, started = (self.path / "scores.json").exists(), (self.path / "config.json").exists()
-        if resume and finished:
-            raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
-        if resume and not self.states():
-            raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
         if started and not overwrite and not resume:
             state = "a finished run" if finished else "an unfinished run (--resume goes on with it)"
             raise UserError(f"--run_dir {self.path}: holds {state}; choose another folder or --overwrite it")
@@ -389,26 +413,42 @@ class RunDirectory:
                 f"them ({free / 1e6:,.0f} MB free); free some, or choose another folder"
             )
 
-    def begin(self, config: Config) -> None:
-        """Write config.json, or see that a resumed run has the options it began with.
+    def check_resume(self, config: Config) -> None:
+        """See that a run can go on here with these options.
 
-        Raises UserError that lists the options that changed.
+        Raises UserError where there is none to go on with, or it began with other options, which are listed.
         """
+        if (self.path / "scores.json").exists():
+            raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
+        if not self.states():
+            raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
         path = self.path / "config.json"
-        if not config.run.resume:
-            self.write_json("config.json", config.to_dict())
-            return
-        now = json.loads(json.dumps(config.to_dict()))
         try:
-            before = read_json(path)
-            changed = [f"{group}.{name}" for group in now if group not in ("run", "compute") for name in now[group]
-                       if before.get(group, {}).get(name) != now[group][name]]  # fmt: skip
-        except (OSError, ValueError, AttributeError) as error:  # the last where it is another kind of json
+            saved = Config.from_dict(read_json(path))
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # or another kind of json
             raise UserError(
                 f"--resume: {path} cannot be read ({first_line(error)}); --overwrite starts again"
             ) from error
+        before, now = saved.flat(), config.flat()
+        changed = [
+            f"{flag_of(key)} {before[key]} instead of {value}"
+            for key, value in now.items()
+            if key.split(".")[0] not in ("run", "compute") and key in before and before[key] != value
+        ]
+        if saved.tasks.keys() != config.tasks.keys():
+            changed.insert(0, f"the tasks {', '.join(saved.tasks)} instead of {', '.join(config.tasks)}")
         if changed:
-            raise UserError(f"--resume {self.path}: the run began with another {', '.join(changed)}; repeat its flags")
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise UserError(
+                f"--resume {self.path}: the run began with {', '.join(changed[:6])}{more}; repeat its flags"
+            )
+
+    def begin(self, config: Config) -> None:
+        """Write config.json, or see that the run that it belongs to can go on."""
+        if config.run.resume:
+            self.check_resume(config)
+        else:
+            self.write_json("config.json", config.to_dict())
 
     def clear(self) -> None:
         """Remove a former run's files, and nothing else."""
