@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_training import make_trainer
+from test_training import make_trainer, metrics
 
 import ensemble
 import multitask_classifier
@@ -243,6 +243,28 @@ def test_a_state_leaves_out_the_weights_that_only_the_start_weights_decide(
 def test_bad_adapter_flags(tiny_flags: list[str], flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         multitask_classifier.main([*tiny_flags, *flags, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--lora_mode attn-only", ["the heads train", "the heads and the adapters of the top 1 layer train"]),
+        ("--lora_mode attn-only --fine_tune_mode full-model", ["the heads and all adapters train"] * 2),
+        ("--lora_mode attn --fine_tune_mode last-layer", ["the heads and all adapters train"] * 2),
+        (
+            "--lora_mode attn --fine_tune_mode full-model",
+            ["everything trains, of layers with adapters only those"] * 2,
+        ),
+        (
+            "--lora_mode attn-only --fine_tune_mode last-layer --pal low-rank --pal_low_rank_size 6",
+            ["the heads and PALs and all adapters train"] * 2,
+        ),
+        ("--pal low-rank --pal_low_rank_size 6 --fine_tune_mode last-layer", ["the heads and PALs train"] * 2),
+    ],
+)
+def test_what_trains_is_told(tiny_flags: list[str], tmp_path: Path, flags: str, told: list[str]) -> None:
+    make_trainer(tiny_flags, tmp_path / "run", *flags.split(), "--epochs", 2).fit()
+    assert [line["trains"] for line in metrics(tmp_path / "run")] == told
 
 
 def test_the_plan_counts_adapters(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

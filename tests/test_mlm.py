@@ -230,7 +230,7 @@ def test_a_run_reads_training_texts_alone_and_its_loss_falls(tiny_flags: list[st
     for task in DEFAULT_TASKS:
         assert lines[-1]["train"][task]["loss"] < lines[0]["train"][task]["loss"] - 0.3
         assert set(lines[0]["train"][task]) == {"loss", "lr", "steps"}
-    assert lines[0]["trains"] == "everything trains"
+    assert lines[0]["trains"] == "the backbones and the heads of masked words train"
     assert json.loads((folder / "scores.json").read_text()) == {"dev": {}, "epoch": 6, "checkpoint": "best.pt"}
     assert sorted(path.name for path in folder.glob("[!.]*")) == [
         "best.pt", "config.json", "metrics.jsonl", "scores.json", "tensorboard", "timing.jsonl",

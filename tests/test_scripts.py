@@ -198,7 +198,8 @@ def test_tensorboard_events(runs: Path) -> None:
     points = [(point.step, point.value) for point in events.Scalars("score/dev")]
     assert points == [(line["step"], pytest.approx(line["dev"]["score"])) for line in lines]
     hidden = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"train.lr" in hidden and b"model.arch" in hidden and b"sst.lr_multiplier" in hidden
+    names = (b"train.lr", b"model.arch", b"sst.lr_multiplier", b"lora.lora_mode", b"pal.pal", b"data.max_length")
+    assert all(name in hidden for name in names)
 
 
 @pytest.mark.parametrize("routine", ["sequential", "interleave"])

@@ -204,7 +204,8 @@ class Trainer:
             self.average.after_epoch(self.epoch)
             self.done, self.evaluating = 0, True
         figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
-        record = Epoch(self.epoch, describe_freezing(command), self.step, figures)
+        trains = describe_freezing(self.model, command, self.config.train.fine_tune_mode)
+        record = Epoch(self.epoch, trains, self.step, figures)
         record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record.device = self.world.named(self.device.name)
         with self.stoppable(), self.average.applied():
@@ -492,11 +493,16 @@ class Trainer:
             torch.cuda.set_rng_state(states["cuda"][self.world.rank].clone(), self.device.device)
 
 
-def describe_freezing(command: str) -> str:
+def describe_freezing(model: MultitaskBERT, command: str, fine_tune_mode: str) -> str:
     """What a freezing command lets train, in words."""
+    heads = "the heads of masked words" if model.mlm else "the heads and PALs" if model.pals else "the heads"
+    count = int(command.removeprefix("unfreezetop")) if command.startswith("unfreezetop") else 0
+    top = f"top {count} layer{'s' * (count > 1)}"
+    adapters = model.lora is not None
     if command == "freezeall":
-        return "the heads train"
-    if command == "unfreezeall":
-        return "everything trains"
-    count = int(command.removeprefix("unfreezetop"))
-    return f"the heads, the pooler and the top {count} layer{'s' * (count > 1)} train"
+        return f"{heads} and all adapters train" if adapters and fine_tune_mode == "last-layer" else f"{heads} train"
+    if model.lora is not None and model.lora.freezes_rest:
+        return f"{heads} and {f'the adapters of the {top}' if count else 'all adapters'} train"
+    everything = f"the backbones and {heads} train" if model.mlm else "everything trains"
+    what = f"{heads}, the pooler and the {top} train" if count else everything
+    return f"{what}, of layers with adapters only those" if adapters else what

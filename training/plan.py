@@ -139,7 +139,8 @@ def describe(
     stages = [options.stage(epoch) for epoch in range(options.epochs)]
     commands = [freezing_command(options.fine_tune_mode, stage, depth) for stage in stages]
     changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
-    freezing = "; ".join(f"from epoch {i + 1} {describe_freezing(commands[i])}" for i in changes)
+    told = [describe_freezing(model, command, options.fine_tune_mode) for command in commands]
+    freezing = "; ".join(f"from epoch {i + 1} {told[i]}" for i in changes)
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [

@@ -276,12 +276,11 @@ class Telemetry:
         """Record the run's options and best scores for the HParams tab, and close."""
         if self.writer is None:
             return
-        options: dict[str, Any] = {}
-        groups = {"model": self.config.model, "train": self.config.train, **self.config.tasks}
-        for group, values in groups.items():
-            for name, value in vars(values).items():
-                if value is not None:
-                    options[f"{group}.{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+        options = {
+            key.removeprefix("tasks."): value if isinstance(value, (bool, int, float, str)) else str(value)
+            for key, value in self.config.flat().items()
+            if value is not None and not key.startswith(("run.", "compute."))
+        }
         metrics = {
             f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks
         }
