@@ -7,6 +7,7 @@ from conftest import make_bert
 from test_training import make_trainer
 from torch import Tensor
 
+from training.device import process_peak
 from training.plan import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes
 
 MODES = {
@@ -16,6 +17,7 @@ MODES = {
     "up to half of the layers": ["--fine_tune_mode", "iterative", "--epochs", 3],
     "adapters and heads": ["--lora_mode", "attn-only", "--fine_tune_mode", "full-model"],
     "one state for each weight": ["--fine_tune_mode", "full-model", "--optim", "SGD"],
+    "two averages": ["--fine_tune_mode", "full-model", "--optim", "SGD", "--average", "ema", "--sts_bregman", 1],
 }
 
 
@@ -45,6 +47,7 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
     assert need["everything"] > need["up to half of the layers"] > need["heads"]
     assert need["everything"] > need["adapters and heads"] > need["heads"]
     assert need["everything"] > max(need["one optimizer for all"], need["one state for each weight"])
+    assert need["two averages"] == pytest.approx(need["one state for each weight"] + 2 * weights, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["last-layer", "iterative"])
@@ -63,7 +66,9 @@ def test_what_is_kept_of_frozen_layers_is_counted(tiny_flags: list[str], tmp_pat
     kept = [own.values for data in trainer.frozen.all for own in data.kept.values()]
     assert estimate == sum(own.nbytes for own in kept) > 0
     without = memory_bytes(trainer.model, trainer.config, splits["train"])
-    assert f"estimated memory {(without + estimate) / 1e9:.2f} GB" in text
+    weights = 4 * sum(own.numel() for own in trainer.model.parameters())
+    whole = process_peak() - weights + without + estimate  # the program and its libraries too
+    assert float(text.split("estimated memory ")[1].split(" GB")[0]) == pytest.approx(whole / 1e9, abs=0.02)
 
 
 def test_processes_share_a_batch_and_shards_all_of_it(tiny_flags: list[str], tmp_path: Path) -> None:

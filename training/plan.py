@@ -9,7 +9,7 @@ from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT, freezing_command
 from training.averaging import averaged_tensors
-from training.device import Device
+from training.device import Device, process_peak
 from training.frozen import FrozenCache
 from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan, passes
@@ -34,10 +34,9 @@ def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
 
 
 def average_bytes(model: MultitaskBERT, config: Config) -> int:
-    """Bytes of the running average of the weights."""
-    if config.train.average == "none":
-        return 0
-    return 4 * sum(tensor.numel() for tensor in averaged_tensors(model, config.train).values())
+    """Bytes of the running averages of the weights: that of --average, and that of --NAME_bregman."""
+    count = (config.train.average != "none") + any(own.bregman > 0.0 for own in config.tasks.values())
+    return 4 * count * sum(tensor.numel() for tensor in averaged_tensors(model, config.train).values())
 
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
@@ -116,6 +115,8 @@ def describe(
     options, data = config.train, splits["train"]
     sizes = {name: len(own) for name, own in data.items()}
     cached, lines = described_cache(config, model, splits, device)
+    # The program and its libraries; a GPU's memory is counted without them, as `peak_memory` does.
+    program = 0 if device.device.type == "cuda" else max(0, process_peak() - weight_bytes(model.parameters()))
     plan = Plan.of(options, config.tasks, sizes)
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     rows = []
@@ -158,7 +159,7 @@ def describe(
             parameter_table(model),
             "",
             *lines,
-            f"estimated memory {(memory_bytes(model, config, data, processes) + cached) / 1e9:.2f} GB"
+            f"estimated memory {(memory_bytes(model, config, data, processes) + cached + program) / 1e9:.2f} GB"
             f"{' a process' if processes > 1 else ''}, "
             f"checkpoints on disk {checkpoint_bytes(model, config) / 1e9:.2f} GB",
         ]
