@@ -47,7 +47,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (a per-task flag's name with {task} in it), `positional`.
+    (a per-task flag's name with {task} in it), `positional`, `belongs` (another option of its group and the values of
+    that under which it means anything).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -333,18 +334,29 @@ class TrainOptions:
         choices=("none", "linear", "sqrt"),
     )
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
-    decoupled: bool = option(False, "decoupled weight decay in Adam, Adamax and RAdam")
+    decoupled: bool = option(
+        False, "decoupled weight decay in Adam, Adamax and RAdam", belongs=("optim", ("Adam", "Adamax", "RAdam"))
+    )
     lr_schedule: str = option(
         "lambda",
         "course of the learning rate",
         choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
-    lr_lambda: float = option(0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0)
-    warmup: float = option(0.1, "share of all steps that --lr_schedule linear rises for", low=0.0, high=1.0)
+    lr_lambda: float = option(
+        0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0, belongs=("lr_schedule", ("lambda",))
+    )
+    warmup: float = option(
+        0.1,
+        "share of the epochs that --lr_schedule linear rises for",
+        low=0.0,
+        high=1.0,
+        belongs=("lr_schedule", ("linear",)),
+    )
     lr_cycle: str = option(
         "restart",
         "--lr_schedule cyclic: each 2-epoch cycle starts again, or goes on from where the last one ended",
         choices=("restart", "cumulative"),
+        belongs=("lr_schedule", ("cyclic",)),
     )
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
@@ -358,7 +370,10 @@ class TrainOptions:
         "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
     )
     unfreeze_every: int | None = option(
-        None, "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)", low=1
+        None,
+        "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)",
+        low=1,
+        belongs=("fine_tune_mode", ("iterative",)),
     )
     cuda_graphs: bool = option(
         False,
@@ -373,10 +388,17 @@ class TrainOptions:
         choices=("sequential", "interleave", *ROUTINES_WITHOUT_ROUNDS),
     )
     steps_per_epoch: int | None = option(
-        None, "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)", low=1
+        None,
+        "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)",
+        low=1,
+        belongs=("routine", DRAWING_ROUTINES),
     )
     anneal_factor: float = option(
-        0.8, "--routine annealed draws by size^a; a falls from 1 by this much", low=0.0, high=1.0
+        0.8,
+        "--routine annealed draws by size^a; a falls from 1 by this much",
+        low=0.0,
+        high=1.0,
+        belongs=("routine", ("annealed",)),
     )
     pcgrad: bool = option(False, "--routine joint: take out of each task's gradient what works against another task's")
     smart_epsilon: float = option(1e-5, "largest perturbation of an embedding's coordinate in SMART", above=0.0)
@@ -400,10 +422,17 @@ class TrainOptions:
         "share of the average that an update keeps: it looks back over some 1 / (1 - X) updates",
         low=0.0,
         high=0.999999,
+        belongs=("average", ("ema",)),
     )
-    ema_every: str = option("step", "when --average ema is updated", choices=("step", "epoch"))
-    ema_warmup: bool = option(False, "keep no more than the share (1 + t) / (10 + t) at update t")
-    swa_from_epoch: int = option(1, "first epoch whose end counts in --average swa", low=1)
+    ema_every: str = option(
+        "step", "when --average ema is updated", choices=("step", "epoch"), belongs=("average", ("ema",))
+    )
+    ema_warmup: bool = option(
+        False, "keep no more than the share (1 + t) / (10 + t) at update t", belongs=("average", ("ema",))
+    )
+    swa_from_epoch: int = option(
+        1, "first epoch whose end counts in --average swa", low=1, belongs=("average", ("swa",))
+    )
 
     def scaled_lr(self) -> float:
         """--lr after --lr_scaling: a larger batch makes fewer steps an epoch, each less noisy (Goyal et al. 2017)."""
@@ -493,7 +522,8 @@ class TaskOptions:
     )
     epoch_eval: int = option(
         1,
-        "epochs between evaluations of {title} on dev; best.pt is chosen where all tasks are evaluated",
+        "of the epochs with an evaluation, those with a multiple of this evaluate {title}; best.pt is chosen where all "
+        "tasks are evaluated",
         template="{task}_epoch_eval",
         low=1,
     )
@@ -616,7 +646,7 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
                 raise UserError(f"{word}: the file includes itself; remove the line that names it")
             try:
                 text = path.read_text(encoding="utf-8")
-                out += expand_arguments(shlex.split(re.sub(r"(?m)(^|\s)#.*", "", text)), (*seen, path))
+                out += expand_arguments(shlex.split(without_comments(text)), (*seen, path))
             except (OSError, ValueError) as error:
                 raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
         elif re.match(r"--?[A-Za-z]", word) and word != "-h":
@@ -625,6 +655,11 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
         else:
             out.append(word)
     return out
+
+
+def without_comments(text: str) -> str:
+    """Flags without what follows a # at the start of a word; one inside quotes is left alone."""
+    return re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", text, flags=re.MULTILINE)
 
 
 def _value_type(hint: Any) -> Any:
@@ -834,28 +869,19 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--overwrite starts afresh and --resume goes on; give one of the two")
     if run.resume and run.run_dir is None:
         problems.append("--resume needs --run_dir, the folder of the unfinished run")
+    if run.name is not None and run.run_dir is not None:
+        problems.append("--name is that of a folder in runs, but --run_dir gives the folder; give one of the two")
     if not re.fullmatch(SAVE_EVERY, run.save_every):
         problems.append(f"--save_every {run.save_every}: give steps, such as 500, or minutes, such as 30m")
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
-    if train.decoupled and train.optim not in ("Adam", "Adamax", "RAdam"):
-        problems.append(f"--decoupled belongs to --optim Adam, Adamax and RAdam, not {train.optim}; drop one")
-    if train.unfreeze_every is not None and train.fine_tune_mode != "iterative":
-        problems.append(
-            f"--unfreeze_every belongs to --fine_tune_mode iterative, not {train.fine_tune_mode}; drop one of the two"
-        )
-    if train.lr_cycle != "restart" and train.lr_schedule != "cyclic":
-        problems.append(f"--lr_cycle belongs to --lr_schedule cyclic, not {train.lr_schedule}; drop one of the two")
+    problems += check_belongs(train)
     if train.routine in ROUTINES_WITHOUT_ROUNDS:
         problems += [
             f"--num_{name}_trains belongs to --routine sequential and interleave, not {train.routine}; drop one"
             for name, own in config.tasks.items()
             if own.num_trains > 1
         ]
-    if train.steps_per_epoch is not None and train.routine not in DRAWING_ROUTINES:
-        problems.append(
-            f"--steps_per_epoch belongs to --routine {', '.join(DRAWING_ROUTINES)}, not {train.routine}; drop one"
-        )
     problems += [
         f"--{name} works in one process; start it without torchrun"
         for name in ("predict", "export", "export_peft")
@@ -871,18 +897,12 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append(
             f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen leaves out; drop one of them"
         )
-    if train.anneal_factor != 0.8 and train.routine != "annealed":
-        problems.append(f"--anneal_factor belongs to --routine annealed, not {train.routine}; drop one of the two")
     if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
         problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
     if train.cuda_graphs and processes() > 1:
         problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
     problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
     problems += check_mlm(config) + check_fsdp(config)
-    for name in ("ema_decay", "ema_every", "ema_warmup", "swa_from_epoch"):
-        method = name.split("_")[0]
-        if getattr(train, name) != getattr(TrainOptions(), name) and train.average != method:
-            problems.append(f"--{name} belongs to --average {method}, not {train.average}; drop one of the two")
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
     problems += [
@@ -894,6 +914,23 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
     elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:
         problems.append("no task trains in epoch 1; set one --NAME_from_epoch to 1")
+    lost = [own.weight == own.smart == own.bregman == 0.0 for own in config.tasks.values()]
+    if all(lost) and not train.mlm and all(own.embedding_loss == "none" for own in config.tasks.values()):
+        problems.append("every --NAME_weight is 0 and no other loss is chosen, so nothing would be learned; raise one")
+    return problems
+
+
+def check_belongs(options: TrainOptions) -> list[str]:
+    """What is set although the option that it belongs to has a value under which it means nothing."""
+    problems = []
+    for spec in fields(options):
+        owner, values = spec.metadata.get("belongs", (spec.name, ()))
+        chosen = getattr(options, owner)
+        if owner != spec.name and getattr(options, spec.name) != spec.default and chosen not in values:
+            problems.append(
+                f"--{spec.name} belongs to --{owner} {', '.join(values)}, not {chosen}; drop one of the two, or give "
+                f"--{spec.name} its default"
+            )
     return problems
 
 

@@ -395,7 +395,7 @@ class Schedule:
     constant    base
     lambda      base gamma^epoch, one value per epoch
     cosine      half a cosine from base to floor * base
-    linear      from 0 up to base over the first `warmup` of all steps, then straight down to 0 at the end
+    linear      from 0 up to base over the first `warmup` of the epochs, then straight down to 0 at the end
     triangular  from base up to 2 base in one epoch and back in the next (torch's CyclicLR)
     cyclic      8 times down within each two epochs (R0, appendix E.2): geometric, because only then do the cycles join
                 without a kink when they accumulate; each starts again at base (`restart`), or where the last one ended
@@ -408,7 +408,7 @@ class Schedule:
     epochs: int
     gamma: float = 0.5  # lambda: factor per epoch
     floor: float = 0.2  # cosine: last value as a fraction of base, so that multipliers act on it too
-    warmup: float = 0.0  # linear: fraction of all steps, 0 to 1
+    warmup: float = 0.0  # linear: fraction of all epochs, 0 to 1
     restart: bool = True  # cyclic
 
     def __post_init__(self) -> None:

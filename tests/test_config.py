@@ -384,6 +384,14 @@ def test_a_hash_within_a_word_is_no_comment(tmp_path: Path) -> None:
     assert (config.run.run_dir, config.train.epochs) == ("runs/yin#2", 3)
 
 
+def test_a_hash_within_quotes_is_no_comment(tmp_path: Path) -> None:
+    recipe = tmp_path / "hash.args"
+    recipe.write_text("--name \"run #1\" --epochs 3 # the 'second\n--lr 2 # one's\n--filepath '# a'\n--seed 5")
+    config = configure(f"@{recipe}")
+    assert (config.run.name, config.run.filepath) == ("run #1", "# a")
+    assert (config.train.epochs, config.train.lr, config.train.seed) == (3, 2, 5)
+
+
 def test_the_same_recipe_twice_is_no_circle(tmp_path: Path) -> None:
     recipe = tmp_path / "a.args"
     recipe.write_text("--epochs 3", encoding="utf-8")
@@ -505,8 +513,9 @@ def test_bounds_and_choices(capsys: pytest.CaptureFixture[str], flag: str, value
 @pytest.mark.parametrize(
     ("words", "value"),
     [
-        (("--lr_lambda", 1), "train.lr_lambda=1.0"), (("--warmup", 0), "train.warmup=0.0"),
-        (("--warmup", 1), "train.warmup=1.0"), (("--max_length", 4), "data.max_length=4"),
+        (("--lr_lambda", 1), "train.lr_lambda=1.0"), (("--max_length", 4), "data.max_length=4"),
+        (("--lr_schedule", "linear", "--warmup", 0), "train.warmup=0.0"),
+        (("--lr_schedule", "linear", "--warmup", 1), "train.warmup=1.0"),
         (("--max_bad_rows", 0), "data.max_bad_rows=0"), (("--head_layers", 0), "model.head_layers=0"),
         (("--head_layers", 64), "model.head_layers=64"), (("--sst_weight_decay", 0), "tasks.sst.weight_decay=0.0"),
         (("--seed", 0), "train.seed=0"), (("--epochs", 1), "train.epochs=1"), (("--clip", 1e-9), "train.clip=1e-09"),
@@ -564,6 +573,11 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--cache_frozen --fine_tune_mode last-layer --init_peft x", ("--cache_frozen", "last-layer")),
         ("--cache_frozen --sst_embedding_loss simcse", ("--cache_frozen", "--sst_embedding_loss simcse")),
         ("--lr_cycle cumulative --lr_schedule cosine", ("--lr_cycle", "--lr_schedule")),
+        ("--warmup .3", ("--warmup", "--lr_schedule linear")),
+        ("--lr_lambda .9 --lr_schedule cosine", ("--lr_lambda", "--lr_schedule lambda")),
+        ("--run_dir a --name b", ("--name", "--run_dir")),
+        ("--sst_weight 0 --quora_weight 0 --sts_weight 0", ("--NAME_weight", "0")),
+        ("--train_sst --sst_weight 0", ("--NAME_weight", "0")),
         ("--routine random --num_sts_trains 2", ("--num_sts_trains", "--routine")),
         ("--unfreeze_every 2 --fine_tune_mode full-model", ("--unfreeze_every", "--fine_tune_mode")),
         ("--smart_steps 2", ("--smart_steps", "--NAME_smart")),

@@ -258,7 +258,8 @@ def test_each_step_uses_the_schedule_times_the_multiplier(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Rates are read where the optimizer finds them, at its step."""
-    flags = ["--lr_schedule", name, "--lr_lambda", 0.25, "--warmup", 0.3, "--epochs", 3, "--sts_lr_multiplier", 7]
+    flags = ["--lr_schedule", name, "--epochs", 3, "--sts_lr_multiplier", 7]
+    flags += {"lambda": ["--lr_lambda", 0.25], "linear": ["--warmup", 0.3]}.get(name, [])
     trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
     used: list[tuple[str, float]] = []
     for task, optimizer in trainer.optimizers.items():
@@ -793,7 +794,7 @@ def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: 
         make_trainer(tiny_flags, tmp_path / "run", "--resume", "--lr", 0.5, "--quora_lr_multiplier", 2)
     with pytest.raises(UserError, match="began with the tasks sst, para, sts instead of sst; repeat"):
         make_trainer(tiny_flags, tmp_path / "run", "--resume", "--train_sst")
-    make_trainer(tiny_flags, tmp_path / "run", "--resume", "--name", "other", "--eval_batch_size", 9)
+    make_trainer(tiny_flags, tmp_path / "run", "--resume", "--save_every", 50, "--eval_batch_size", 9)
 
 
 def test_a_run_without_its_configuration_cannot_be_resumed(tiny_flags: list[str], tmp_path: Path) -> None:
