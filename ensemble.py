@@ -94,8 +94,8 @@ def find_members(names: Sequence[str]) -> list[Member]:
     for name in names:
         if not Path(name).is_file():
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
-    members = []
-    for name, votes in Counter(names).items():
+    members, spelled = [], {Path(name).resolve(): name for name in reversed(names)}  # each as it is named first
+    for name, votes in Counter(spelled[Path(name).resolve()] for name in names).items():
         tasks = tuple(trained_tasks(load(Path(name)), Path(name)))  # all of it, so that damage is found here
         members.append(Member(Path(name), sha256(Path(name)), tasks, votes))
     return members

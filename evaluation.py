@@ -22,14 +22,19 @@ Scores = dict[str, Any]
 T = TypeVar("T")
 
 
-def progress(items: Sequence[T], description: str, unit: str, leave: bool = True) -> "tqdm[T]":
-    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay."""
+def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":
+    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay.
+
+    So many items were `done` before these.
+    """
     watched = sys.stderr.isatty()
     return tqdm(
         items,
         desc=description,
         unit=unit,
         leave=leave,
+        initial=done,
+        total=done + len(items),
         dynamic_ncols=True,
         mininterval=0.1 if watched else 30.0,
         disable=(not watched and not leave) or not speaks(),

@@ -258,6 +258,14 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["weights"]
 
 
+def test_a_file_is_one_member_however_it_is_spelled(combine: Run, members: Path, tmp_path: Path) -> None:
+    again = members / ".." / members.name / "a.pt"
+    combine("a", again, "b", "--run_dir", "e")
+    votes = {str(members / "a.pt"): 2, str(members / "b.pt"): 1}
+    assert read_json(tmp_path / "e" / "scores.json")["votes"] == votes
+    assert "two different checkpoints" in refusal(combine, "a", again, "--select", 3)
+
+
 def test_a_uniform_soup_is_the_mean_of_its_members_with_votes(combine: Run, members: Path, tmp_path: Path) -> None:
     out = combine("a", "b", "a", "--soup", "uniform", "--run_dir", "e")
     a, b, soup = weights_of(members / "a.pt"), weights_of(members / "b.pt"), weights_of(tmp_path / "e" / "soup.pt")

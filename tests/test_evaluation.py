@@ -19,6 +19,7 @@ from evaluation import (
     predict,
     primary,
     probabilities,
+    progress,
     score_and_write,
     score_task,
     write_predictions,
@@ -139,6 +140,11 @@ def test_similarities_are_written_without_loss(tmp_path: Path) -> None:
 def test_as_many_predictions_as_ids_are_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zip"):
         write_predictions(tmp_path / "x.csv", PARA, ["a"], np.array([0.1, 0.2]))
+
+
+def test_a_bar_counts_what_was_done_before() -> None:
+    bar = progress(["a", "b"], "epoch", "step", done=3)
+    assert (bar.n, bar.total) == (3, 5) and list(bar) == ["a", "b"]
 
 
 def test_score_and_write(tmp_path: Path) -> None:
@@ -334,7 +340,7 @@ def test_missing_members_are_named(tmp_path: Path) -> None:
     from ensemble import find_members
     from training.checkpoint import FORMAT, save
 
-    save(tmp_path / "a.pt", {"format": FORMAT, "tasks": ["sts"]})
+    save(tmp_path / "a.pt", {"format": FORMAT, "tasks": ["sts"], "config": {"tasks": {}}})
     with pytest.raises(UserError, match="--filepaths .*b.pt: there is no such checkpoint"):
         find_members([str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
     members = find_members([str(tmp_path / "a.pt")] * 3)

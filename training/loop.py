@@ -237,7 +237,8 @@ class Trainer:
         self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
         batches = len(steps) / max(1, sum(step.moves for step in steps))  # of an optimizer step
         unseen: list[Tensor] = []  # losses that nobody has looked at yet
-        bar = progress(steps[self.done :], f"epoch {self.epoch + 1}/{self.config.train.epochs}", "step")
+        name = f"epoch {self.epoch + 1}/{self.config.train.epochs}"
+        bar = progress(steps[self.done :], name, "step", done=self.done)
         for step in self.profiled(bar):
             self.pause()
             self.clock.start()

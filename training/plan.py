@@ -134,7 +134,7 @@ def describe(
             + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}"]
             + ["masked words" if options.mlm else config.tasks[name].loss]
         )
-    header = ["task", "examples", "rounds", "steps/epoch", "tokens/example", "lr", "weight decay", "loss"]
+    header = ["task", "examples", "rounds", "steps", "tokens", "lr", "decay", "loss"]
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
     depth = model.bert_config.num_hidden_layers
     stages = [options.stage(epoch) for epoch in range(options.epochs)]
@@ -149,8 +149,10 @@ def describe(
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
             "",
             format_table(header, rows),
-            f"{options.epochs} epochs of {sum(step.moves for step in steps):,} steps{late}, routine {options.routine}, "
-            f"batch size {options.batch_size}, {options.optim}, schedule {options.lr_schedule}",
+            "steps are those of an epoch, tokens those of an example on average",
+            f"{options.epochs} epoch{'s' * (options.epochs > 1)} of {sum(step.moves for step in steps):,} steps{late}, "
+            f"routine {options.routine}, batch size {options.batch_size}, {options.optim}, schedule "
+            f"{options.lr_schedule}",
             "",
             *passes_chart(model, plan, options),
             *smart_cost(config, model),

@@ -109,12 +109,15 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
 
 
 def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Sequence[str] = ()) -> str:
-    """A table of scores, a row for each name in `rows` and a column for each task, and for `more` of their figures."""
+    """A table of scores, a row for each name in `rows` and a column for each task, and for `more` of their figures.
+
+    Figures over all tasks are left out of a row that lacks one: they could not be compared.
+    """
     figures = {"score": "score", "score_raw_r": "with r itself", **{key: key.replace("_", " ") for key in more}}
     header = ["", *(task.title for task in tasks.values()), *figures.values()]
     body = [
         [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]
-        + [f"{scores[key]:.4f}" for key in figures]
+        + [f"{scores[key]:.4f}" if tasks.keys() <= scores.keys() else "-" for key in figures]
         for name, scores in rows.items()
     ]
     return format_table(header, body)
