@@ -309,6 +309,8 @@ def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
     Where a task has more than two classes and all labels are 0 or 1, as CFIMDB's, they become the lowest and the
     highest class (R1, section 5.1).
     """
+    if not path.is_file():
+        raise UserError(f"--{task.name}_extra {path}: there is no such file; check the path")
     examples = read_examples(path, task, "train", bad_rows)
     assert examples.labels is not None  # a training file has them
     if task.kind == "classes" and examples.labels.max() <= 1:

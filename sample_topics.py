@@ -216,8 +216,10 @@ def main(argv: Sequence[str]) -> None:
     topics = read_topics(Path(options.topics))
     from datasets import BadRows, find_file
     from files import write_text
+    from training.checkpoint import probe_folder
     from training.telemetry import format_table
 
+    probe_folder(Path(options.out).parent, "--out")
     path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")
     if path is None:
         raise UserError(f"--data_dir {data.data_dir}: has no {task.files['train']}; name one with --{task.name}_train")

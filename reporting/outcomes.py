@@ -11,11 +11,12 @@ from datasets import BadRows, Examples, load_split
 from evaluation import confusion, correlation, linear_fit
 from files import first_line
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
+from reporting.labels import titles_of
 from reporting.measures import RESAMPLES, errors_and_deviations, fitted, rates
 from reporting.page import Piece, Section
 from reporting.sources import Run, trial_of_run
 from reporting.tables import Column, Table, Value
-from reporting.trials import shared_command, small_print, title_of
+from reporting.trials import shared_command, small_print
 from tasks import TASKS, Task
 from training.telemetry import class_names
 
@@ -131,10 +132,12 @@ def runs_piece(runs: Sequence[Run]) -> Piece:
     columns += [*metrics.values(), Column("training time (s per epoch)", ",.1f"), Column("peak memory (GB)", ".3f")]
     columns += [Column("trainable parameters", ",d")]
     rows: list[list[Value]] = []
-    for run in runs:
-        scores, trial = run.scores or {}, trial_of_run(run)
+    trials = [trial_of_run(run) for run in runs]
+    titles = iter(titles_of([trial.config for trial in trials if trial is not None]))
+    for run, trial in zip(runs, trials, strict=True):
+        scores = run.scores or {}
         rows.append(
-            [run.name, None if trial is None else title_of(trial.config), len(run.metrics) or None, run.best_epoch]
+            [run.name, None if trial is None else next(titles), len(run.metrics) or None, run.best_epoch]
             + [scores.get("score"), scores.get("score_raw_r")]
             + [scores.get(name, {}).get(metric) for name, metric in metrics]
             + ([None] * 2 if trial is None else [trial.seconds, trial.memory and trial.memory / 1e9])

@@ -457,5 +457,5 @@ def test_other_labels_of_an_extra_file_stay(tmp_path: Path) -> None:
 
 def test_a_missing_extra_file_is_named(tmp_path: Path) -> None:
     config = parse(["--train_sst", "--data_dir", str(SAMPLE), "--sst_extra", "no.csv"], TASKS, "test", "Test.")
-    with pytest.raises(UserError, match="no.csv"):
+    with pytest.raises(UserError, match="--sst_extra no.csv: there is no such file"):
         load_splits(config.data, config.tasks, {"sst": SST}, ["train"], print)

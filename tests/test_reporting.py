@@ -334,6 +334,7 @@ def test_runs_beside_each_other(runs: Path) -> None:
     assert len({to_rgb(line.get_color()) for line in axes.lines}) == 2
     assert isinstance(scores_piece(several[:2]), str)
     rows = cells(runs_piece(several))
+    assert len({row[1] for row in rows[1:]}) == 3 and "v2" in rows[1][1]  # what sets each apart
     assert [row[0] for row in rows] == ["run", "cross", "sst", "yin"] and rows[2][rows[0].index("para accuracy")] == ""
     saved = json.loads((runs / "yin" / "scores.json").read_text())
     assert rows[3][rows[0].index("sts pearson")] == f"{saved['dev']['sts']['pearson']:.4f}"

@@ -195,6 +195,9 @@ def test_missing_flags_and_files_are_named(tmp_path: Path, topics: Path, small_d
     assert "--out" in refusal_of(sample, "--topics", topics)
     assert "--topics" in refusal_of(sample, "--out", tmp_path / "out.csv")
     place = ["--topics", topics, "--out", tmp_path / "out.csv"]
+    (tmp_path / "file").write_text("x")
+    message = refusal_of(sample, "--topics", topics, "--out", tmp_path / "file" / "out.csv", "--data_dir", small_data)
+    assert f"--out {tmp_path / 'file'}: cannot be written" in message  # before a model embeds all questions
     assert "--task films" in refusal_of(sample, *place, "--task", "films")
     message = refusal_of(sample, *place, "--data_dir", tmp_path)
     assert "quora-train.csv" in message and "--para_train" in message

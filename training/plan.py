@@ -79,7 +79,7 @@ def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> lis
         f"{model.tasks[name].title:<{width}}  {'#' * round(BAR * number / longest):<{BAR}} {number:6.2f}"
         for name, number in counts.items()
     ]
-    return [f"passes over the training examples in {options.epochs} epochs:", *bars]
+    return [f"passes over the training examples in {options.epochs} epoch{'s' * (options.epochs > 1)}:", *bars]
 
 
 def smart_cost(config: Config, model: MultitaskBERT) -> list[str]:
