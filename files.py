@@ -64,10 +64,10 @@ def lock(path: Path, what: str) -> None:
 
 
 def cause(error: Exception, folder: Path) -> str:
-    """The reason of a failed write. torch's file writer hides a full disk behind a RuntimeError of its own."""
+    """The reason of a failed write. torch and safetensors hide a full disk behind errors of their own."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20):
-        return "no space left on the disk; free some, or choose another --run_dir"
+    if full or (not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20):
+        return "no space left on the disk; free some, or choose another folder"
     return first_line(error)
 
 

@@ -926,6 +926,17 @@ def test_no_space_simulated_by_disk_usage(train: Run, tmp_path: Path, monkeypatc
     assert "--run_dir run" in message and "no space" in message
 
 
+def test_a_full_disk_while_exporting_and_evaluating(script: Run, runs: Path, small_data: Path, tmp_path: Path) -> None:
+    best = runs / "sst" / "best.pt"
+    with small_disk(tmp_path / "small", 1 << 16) as disk:  # less than the weights take
+        message = refusal(script, "--evaluate", best, "--export", disk / "out")
+        assert "model.safetensors: cannot be written (no space left on the disk" in message
+        assert not list(disk.rglob("*.safetensors*"))
+        fill(disk)
+        message = refusal(script, "--evaluate", best, "--data_dir", small_data, "--run_dir", disk / "scores")
+        assert f"--run_dir {disk}/scores: cannot be written" in message and "No space left" in message
+
+
 def test_a_full_disk_while_saving_leaves_the_old_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         path = disk / "best.pt"
