@@ -98,7 +98,8 @@ def train(config: Config, command: str, world: "World") -> None:
     from training.pretraining import Pretrainer
 
     tasks = {name: TASKS[name] for name in config.tasks}
-    if config.run.resume:  # what is wrong with that is told before the data is read
+    # What is wrong is told before the data is read; but what --init_peft asks for is known when the model is made.
+    if config.run.resume and config.lora.init_peft is None:
         RunDirectory(Path(str(config.run.run_dir))).check_resume(config)
     with world.one_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)

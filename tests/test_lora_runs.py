@@ -179,6 +179,7 @@ def test_a_run_can_start_from_an_adapter_of_peft(tiny_flags: list[str], tmp_path
                 ours = backbone(ids, torch.ones_like(ids))["last_hidden_state"]
             torch.testing.assert_close(ours, hidden(theirs, ids), atol=1e-5, rtol=0)
         trainer.fit()
+        multitask_classifier.main([*flags, "--run_dir", str(tmp_path / f"run-{dora}"), "--resume"])  # to its scores
         folder.rename(tmp_path / f"moved-{dora}")
         load_model(tmp_path / f"run-{dora}" / "best.pt")
 
