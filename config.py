@@ -858,6 +858,8 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
         problems.append("--profile slows the steps that --benchmark measures; give one of the two")
+    if run.benchmark is not None and train.cuda_graphs:
+        problems.append("--cuda_graphs hides memory from the figures of --benchmark; give one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = names_of(tasks)

@@ -46,6 +46,8 @@ def usable(query: Tensor, key: Tensor, value: Tensor, heads: int) -> bool:
     """Whether `attend` takes these [.., heads * width] as they are; counts the answer."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
+    if not len(key):  # a shard without examples, which the kernel refuses
+        return False
     same = query.dtype == key.dtype == value.dtype
     out = same and works(query.device, query.dtype, query.shape[1] // heads)
     calls["flash" if out else "groups"] += 1

@@ -575,6 +575,7 @@ def test_pair_features_are_separated_by_commas_or_spaces() -> None:
         ("--lr_cycle cumulative --lr_schedule cosine", ("--lr_cycle", "--lr_schedule")),
         ("--warmup .3", ("--warmup", "--lr_schedule linear")),
         ("--lr_lambda .9 --lr_schedule cosine", ("--lr_lambda", "--lr_schedule lambda")),
+        ("--use_gpu --amp --cuda_graphs --benchmark a.csv", ("--cuda_graphs", "--benchmark")),
         ("--run_dir a --name b", ("--name", "--run_dir")),
         ("--sst_weight 0 --quora_weight 0 --sts_weight 0", ("--NAME_weight", "0")),
         ("--train_sst --sst_weight 0", ("--NAME_weight", "0")),

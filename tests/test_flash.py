@@ -1,6 +1,7 @@
 """The call of torch's FlashAttention, on a CPU: in its place stands an operator that works by the formula."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,28 @@ def test_where_it_does_not_work_that_is_said_once(
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 17), (torch.bfloat16, 264)])
 def test_what_the_kernel_does_not_take(dtype: torch.dtype, width: int) -> None:
     assert not flash.works(torch.device("cuda"), dtype, width)
+
+
+class OnGpu:
+    """What is asked of rows [N, 64] there."""
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, rows: int) -> None:
+        self.shape = (rows, 64)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def test_a_shard_without_examples_goes_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses it: "batch size must be positive"."""
+    monkeypatch.setattr(flash, "works", lambda *_: True)
+    monkeypatch.setattr(flash, "calls", Counter())
+    for rows in (4, 0):
+        own: Any = OnGpu(rows)
+        assert flash.usable(own, own, own, 2) == (rows > 0)
+    assert flash.calls == {"flash": 1}
 
 
 def test_a_cpu_has_padded_groups() -> None:

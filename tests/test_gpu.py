@@ -24,7 +24,7 @@ from training.device import Device
 from training.efficiency import StepGauge
 from training.loop import Trainer
 from training.losses import LOSSES
-from training.passes import GraphedPasses
+from training.passes import GraphedPasses, Recorder
 from training.routines import Step, interleave, task_batches
 
 pytestmark = pytest.mark.gpu
@@ -307,6 +307,55 @@ def test_graphs_of_a_joint_step(tiny_flags_for_graphs: list[str], tmp_path: Path
             torch.stack(run_all(replayed, steps)), torch.stack(run_all(eager, steps)), rtol=0.02, atol=0.02
         )
         assert graphed(replayed).counts["replayed"] > 10
+
+
+def test_gradients_that_wait_are_not_written_over(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    """Recordings share memory, and are replayed here in the opposite order."""
+    flags, found = [*STILL, "--arch", "v1", "--routine", "joint", "--optim", "SGD"], []
+    for make in (made_on_gpu, make_graphed):
+        trainer = make(tiny_flags_for_graphs, tmp_path, *flags)
+
+        def add_gradient(step: Step, trainer: Trainer = trainer) -> None:
+            trainer.memory.run(step, lambda: trainer.passed(step))
+
+        for task in DEFAULT_TASKS:
+            for _ in range(4):
+                trainer.memory.clear_gradients()
+                add_gradient(Step(task, np.arange(8)))
+        trainer.memory.clear_gradients()
+        for task in reversed(list(DEFAULT_TASKS)):
+            add_gradient(Step(task, np.arange(8), moves=task == "sst"))
+        found.append(torch.cat([own.grad.flatten() for own in trainer.model.parameters() if own.grad is not None]))
+    assert graphed(trainer).counts["replayed"] == 3 * len(DEFAULT_TASKS)  # two and one each
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.05
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
+    recorder, stream = Recorder(GPU), torch.cuda.current_stream()
+    number = torch.zeros(3, device=GPU)
+
+    def fails() -> Any:
+        return number.sum().item()
+
+    with pytest.raises(RuntimeError):
+        recorder(fails)
+    assert torch.cuda.current_stream() == stream
+    torch.nn.functional.dropout(number, 0.5)  # the generator too
+    recorder.renew()
+    out, replay = recorder(lambda: number + 1)  # type: ignore[arg-type,return-value]
+    number.fill_(5)
+    replay()
+    assert torch.as_tensor(out).tolist() == [6, 6, 6]
+
+
+def test_a_shard_without_examples(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    trainer = made_on_gpu(tiny_flags_for_graphs, tmp_path, "--arch", "v1", "--fine_tune_mode", "full-model")
+    for task in DEFAULT_TASKS:
+        batch = trainer.train_data[task].batch(np.arange(0)).to(GPU)
+        with torch.autocast("cuda", torch.bfloat16):
+            embedding = trainer.model.embed(task, batch)
+        assert len(embedding) == 0
+        embedding.float().sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer

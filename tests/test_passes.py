@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_flash import by_formula
 from test_training import State, copied, make_trainer
+from torch import Tensor
 
 import flash
 import multitask_classifier
 import training.passes
 from config import UserError
+from packing import Batch
 from tasks import DEFAULT_TASKS
 from training.device import Device
 from training.feed import Feed
@@ -34,10 +36,18 @@ def by_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class PythonRecorder:
-    """What a CUDA graph does, by Python: nothing happens at recording, and each replay writes to the same memory."""
+    """What a CUDA graph does, by Python: nothing happens at recording, and each replay writes to the same memory.
+
+    That memory is one pool: a replay may write to all that other recordings have there, and here it does.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.model, self.recorded = trainer.model, 0
+        self.model, self.recorded, self.pools = trainer.model, 0, 1
+        self.pool: list[Tensor] = []
+
+    def renew(self) -> None:
+        self.pools += 1
+        self.pool = []
 
     def __call__(self, function: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
         buffers = [(own, own.clone()) for own in self.model.buffers()]
@@ -45,13 +55,18 @@ class PythonRecorder:
         for own, before in buffers:
             own.copy_(before)
         self.recorded += 1
-        for own in [fixed[0], fixed[1], *(gradient for _, gradient in fixed[2])]:
+        mine = [fixed[0], fixed[1], *(gradient for _, gradient in fixed[2])]
+        pool = self.pool
+        pool += mine
+        for own in mine:
             own.fill_(torch.nan)  # what is not written again is seen
 
         def replay() -> None:
             kept = [parameter.grad for parameter in self.model.parameters()]
             self.model.zero_grad(set_to_none=True)
             loss, outputs, gradients = function()
+            for own in pool:
+                own.fill_(torch.nan)
             fixed[0].copy_(loss)
             fixed[1].copy_(outputs)
             for (_, into), (_, new) in zip(fixed[2], gradients, strict=True):
@@ -169,11 +184,12 @@ def test_what_cannot_be_recorded_runs_without_and_says_so_once(tiny_flags: list[
     trainer = make_trainer(tiny_flags, tmp_path / "run", *FLAGS, "--arch", "v1", say=lines.append)
     passes = graphed(trainer, {"sts": "with further losses"})
 
-    def fails(function: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
-        function()
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    class Failing(PythonRecorder):
+        def __call__(self, function: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
+            function()
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    passes.recorder = fails
+    passes.recorder = failing = Failing(trainer)
     trainer.model.train()
     plain = make_trainer(tiny_flags, tmp_path / "plain", *FLAGS, "--arch", "v1")
     plain.model.train()
@@ -189,6 +205,35 @@ def test_what_cannot_be_recorded_runs_without_and_says_so_once(tiny_flags: list[
         "3 that could not be recorded"
     )
     assert_near(copied(trainer.model), copied(plain.model))
+    assert failing.pools == 3  # another one at the first pass, and after the failure
+
+
+def test_recordings_make_room_before_a_batch_is_cut(tiny_flags: list[str], tmp_path: Path) -> None:
+    lines: list[str] = []
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *FLAGS, "--arch", "v1", say=lines.append)
+    passes = graphed(trainer)
+    trainer.model.train()
+    for rows in (8, 7):
+        for _ in range(USES):
+            trainer.train_step(Step("sst", np.arange(rows)), False)
+    assert len(passes.recordings) == 2
+    compute, short = passes.compute, [True]
+
+    def computed(step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if short and short.pop():
+            raise RuntimeError("CUDA out of memory")
+        return compute(step, batch, labels)
+
+    passes.compute = computed
+    trainer.train_step(Step("sst", np.arange(6)), False)
+    assert not passes.recordings and passes.most == 1 and not trainer.memory.sizes and not lines
+    short.append(True)
+    trainer.train_step(Step("sst", np.arange(6)), False)  # now there is nothing left to free
+    assert trainer.memory.sizes == {"sst": 3} and len(lines) == 1
+    passes.counts.clear()
+    for _ in range(USES):
+        trainer.train_step(Step("sst", np.arange(6)), False)
+    assert passes.counts == {"whose batches go in parts": USES} and not passes.recordings
 
 
 def test_not_more_graphs_than_are_kept(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

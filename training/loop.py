@@ -121,7 +121,9 @@ class Trainer:
         self.feed = Feed(self.train_data, device.device, options.cuda_graphs, world)
         self.passes = passes_of(config, self.model, device, self.terms, self.forward_backward, say)
         self.scaler = Scaler(device.device.type, enabled=device.scaled)
-        self.memory = Memory(config, self.model, self.train_data, device.device, say, alone=world.size == 1)
+        self.memory = Memory(
+            config, self.model, self.train_data, device.device, say, world.size == 1, lambda: self.passes.release()
+        )
         self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
         self.teacher = NoAverage(self.model, options, self.pass_batches)
         if any(own.bregman > 0.0 for own in config.tasks.values()):
@@ -311,6 +313,8 @@ class Trainer:
     def passed(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, outputs and labels of one batch, without their history; its gradients are added to those at hand."""
         batch, labels = self.feed.take(step)
+        if step.task in self.memory.sizes:
+            self.passes.refuse(step.task, "whose batches go in parts")
         return *self.passes(step, batch, labels), labels
 
     def forward_backward(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:

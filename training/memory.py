@@ -67,10 +67,14 @@ class Memory:
         device: torch.device,
         say: Callable[[str], None],
         alone: bool = True,
+        release: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`alone`: no other process waits for a part of the batch from this one; else a lack of memory only fails."""
+        """`alone`: no other process waits for a part of the batch from this one; else a lack of memory only fails.
+
+        `release` frees memory that can be done without, and says whether there was any.
+        """
         self.config, self.model, self.data, self.device, self.say = config, model, data, device, say
-        self.alone = alone
+        self.alone, self.release = alone, release
         self.parameters = list(model.parameters())
         norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
@@ -93,10 +97,12 @@ class Memory:
                 own.copy_(before)
             set_random_state(self.device, state)
             forget_failed_backward()
+            released = self.release()
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.halve(step)
+            if not released:
+                self.halve(step)
         with torch.no_grad():
             for parameter, gradient in waiting:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -42,6 +42,13 @@ class Passes:
         """What there is to tell of the passes since the last report."""
         return None
 
+    def release(self) -> bool:
+        """Free the memory that is held for speed alone; whether there was any."""
+        return False
+
+    def refuse(self, task: str, reason: str) -> None:
+        """From now on the passes of a task run as written, for this reason."""
+
 
 @dataclass
 class Recording:
@@ -58,16 +65,30 @@ Recorded = tuple[Tensor, Tensor, list[tuple[nn.Parameter, Tensor]]]  # loss, out
 
 
 class Recorder:
-    """Records by CUDA's stream capture; all recordings share one pool of memory, since one runs at a time."""
+    """Records by CUDA's stream capture.
+
+    All recordings share one pool of memory, since one runs at a time: a replay writes to all that others have there.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin another pool, as torch demands once the recordings of one are gone."""
+        torch.cuda.synchronize(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
         """What `function` returns, once the function behind it has run, which does its work again."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            recorded = function()
+        graph, computing = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # "thread_local", since other threads may pin memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                recorded = function()
+        except BaseException:
+            torch.cuda.set_stream(computing)  # which a capture that fails at its very begin or end does not do
+            raise
         return recorded, graph.replay
 
 
@@ -82,7 +103,7 @@ class GraphedPasses(Passes):
         self,
         compute: Compute,
         model: nn.Module,
-        recorder: Callable[[Callable[[], Recorded]], tuple[Recorded, Callable[[], None]]],
+        recorder: Recorder,
         refusals: dict[str, str],
         say: Callable[[str], None],
     ) -> None:
@@ -94,18 +115,19 @@ class GraphedPasses(Passes):
         self.uses: Counter[Hashable] = Counter()
         self.state: Hashable = None
         self.counts: Counter[str] = Counter()
+        self.most = GRAPHS
 
     def __call__(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and outputs of a batch; gradients are added to those that the parameters have."""
         assert isinstance(batch, PackedBatch)
         key, reason = self.key(step, batch, labels), self.refusals.get(step.task)
-        recording = self.recordings.get(key)
+        recording = self.recordings.get(key) if reason is None else None
         if reason is None and recording is None:
             self.uses[key] += 1
             if self.uses[key] < USES:
                 reason = "of a rare shape"
-            elif len(self.recordings) >= GRAPHS:
-                reason = f"beyond the {GRAPHS} graphs that are kept"
+            elif len(self.recordings) >= self.most:
+                reason = f"beyond the {self.most} graphs that are kept"
             else:
                 recording = self.record(key, step, batch, labels)
                 reason = self.refusals.get(step.task)
@@ -113,15 +135,14 @@ class GraphedPasses(Passes):
             self.counts[str(reason)] += 1
             return self.compute(step, batch, labels)
         self.counts["replayed"] += 1
-        return self.replay(recording, batch, labels)
+        return self.replay(recording, step, batch, labels)
 
     def key(self, step: Step, batch: PackedBatch, labels: Tensor) -> Hashable:
         """All that a recording of this pass would hold for; forgets the recordings that hold no longer."""
         state = tuple((own.requires_grad, own.data_ptr()) for own in self.parameters), self.model.training
         if state != self.state:
             self.state = state
-            self.recordings.clear()
-            self.uses.clear()
+            self.forget()
         return step.task, step.share, batch.num_tokens, batch.num_sequences, batch.max_seqlen, len(labels)
 
     def record(self, key: Hashable, step: Step, batch: PackedBatch, labels: Tensor) -> Recording | None:
@@ -139,7 +160,8 @@ class GraphedPasses(Passes):
                 parameter.grad = None  # so that the recording writes gradients and adds to none
             (loss, outputs, gradients), replay = self.recorder(run)
         except RuntimeError as error:
-            self.refusals[step.task] = "that could not be recorded"
+            self.refuse(step.task, "that could not be recorded")
+            self.forget()  # a failed capture may have taken memory that other recordings count on
             self.say(f"--cuda_graphs: {step.task} cannot be recorded and runs without ({str(error).splitlines()[0]})")
             return None
         finally:
@@ -148,13 +170,31 @@ class GraphedPasses(Passes):
         self.recordings[key] = Recording([*inputs.values(), own_labels], loss, outputs, gradients, replay)
         return self.recordings[key]
 
-    def replay(self, recording: Recording, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and outputs by a recording; its own memory holds the gradients until it is replayed again."""
+    def replay(self, recording: Recording, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and outputs by a recording; gradients stay in its memory, unless they wait for another pass."""
         torch._foreach_copy_(recording.inputs, [*batch.tensors().values(), labels])
         recording.replay()
         for parameter, gradient in recording.gradients:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            own = gradient if step.moves else gradient.clone()
+            parameter.grad = own if parameter.grad is None else parameter.grad + own
         return recording.loss.clone(), recording.outputs.clone()
+
+    def forget(self) -> None:
+        """Drop all recordings, and the memory that they share."""
+        self.recordings.clear()
+        self.uses.clear()
+        self.recorder.renew()
+
+    def release(self) -> bool:
+        """Drop all recordings; half as many are made from then on."""
+        self.most = len(self.recordings) // 2
+        there = bool(self.recordings)
+        self.forget()
+        return there
+
+    def refuse(self, task: str, reason: str) -> None:
+        """From now on the passes of a task run as written, for this reason."""
+        self.refusals[task] = reason
 
     def report(self) -> str | None:
         """How many passes were replayed since the last report, and why the others were not."""
