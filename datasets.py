@@ -4,6 +4,7 @@ The files are tab-separated in spite of their name, with a header line. As a scr
 fetches the course's files and verifies them.
 """
 
+import codecs
 import csv
 import hashlib
 import http.client
@@ -136,6 +137,16 @@ def _fields(line: bytes) -> list[str]:
         raise _BadRow(f"has a broken quote or field ({str(error)!r})") from None
 
 
+def column_names(path: Path) -> list[str]:
+    """What the first line of a file names, or nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        return [name.strip() for name in _fields(first)]
+    except (OSError, _BadRow):
+        return []
+
+
 def _clean(text: str) -> str:
     """White space collapsed and stripped. Case and punctuation are left to the tokenizer."""
     return " ".join(text.split())
@@ -147,7 +158,7 @@ def _label(text: str, task: Task) -> float:
     if not text:
         raise _BadRow(f"{task.label_column} is missing")
     try:
-        value = float(text)
+        value = float(text.replace("_", " "))  # to Python 0_1 is a number
     except ValueError:
         raise _BadRow(f"{task.label_column} {text[:40]!r} is not a number") from None
     low, high = task.label_range
@@ -266,7 +277,7 @@ def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Exam
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    content = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    content = content.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
     if not content:
         raise UserError(f"{path}: the file is empty; {_SOURCE}")
     header = _header(content, path, task, split)

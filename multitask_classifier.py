@@ -140,7 +140,7 @@ def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunD
     from training.plan import checkpoint_bytes
 
     kind = RunDirectory if world.leads else Unwritten
-    run = kind.named(config.run.run_dir, config.run.name or RunDirectory.fresh_name(config.model.arch))
+    run = kind.named(config.run.run_dir, world.agreed(config.run.name or RunDirectory.fresh_name(config.model.arch)))
     if not world.leads:
         config.run.tensorboard = False
         return run

@@ -171,11 +171,9 @@ def told_by_embeddings(
 
 def read(path: Path, task: Task, bad_rows: "BadRows") -> "tuple[Examples, np.ndarray | None]":
     """The examples of a training file, and what stands in its column of topics [N], if it has one."""
-    from datasets import read_examples
+    from datasets import column_names, read_examples
 
-    with path.open("rb") as file:
-        header = file.readline().decode("utf-8", "replace").split("\t")
-    if COLUMN not in map(str.strip, header):
+    if COLUMN not in column_names(path):
         return read_examples(path, task, "train", bad_rows), None
     wider = replace(task, text_columns=(*task.text_columns, COLUMN))  # read as one text more
     examples = read_examples(path, wider, "train", bad_rows)

@@ -190,7 +190,8 @@ def verdict(code: int, log: str) -> tuple[str, str]:
     if memory:
         return "out of memory", memory[-1]
     if code < 0:
-        return "failed", f"killed by {signal.Signals(-code).name}"
+        known = {own.value: own.name for own in signal.Signals}  # real-time signals have no name of their own
+        return "failed", f"killed by {known.get(-code, f'signal {-code}')}"
     errors = [line for line in lines if ERROR.match(line)]
     return "failed", (errors or lines or [f"exit code {code}"])[-1]
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from config import GROUPS, Config, ModelOptions, TaskOptions, UserError
@@ -25,11 +26,18 @@ Flags = Mapping[str, Any]
 
 
 def settings(config: Config, without: Collection[str] = ()) -> dict[str, str]:
-    """Every option that can change a result, by its flag, apart from those in `without`."""
+    """Every option that can change a result, by its flag, apart from those in `without`.
+
+    Files and their folder count by their last name alone, since each machine has its own place for them.
+    """
     files = [spec.metadata["template"] for spec in fields(TaskOptions) if spec.name in ("dev", "test")]
-    apart = {"use_gpu", "threads", "eval_batch_size", "data_dir", "max_bad_rows", *without}
-    apart |= {template.format(task=name) for template in files for name in config.tasks}
-    return {name: str(value) for name, value in flags_of(config).items() if name not in apart}
+    places = {"data_dir", *(template.format(task=name) for template in files for name in config.tasks)}
+    apart = {"use_gpu", "threads", "eval_batch_size", "max_bad_rows", *without}
+    return {
+        name: Path(str(value)).name if name in places else str(value)
+        for name, value in flags_of(config).items()
+        if name not in apart
+    }
 
 
 def differing(configs: Sequence[Config], without: Collection[str] = ()) -> list[str]:

@@ -20,7 +20,7 @@ from files import first_line
 from lora import LoRAConfig
 from tasks import TASKS
 from training.checkpoint import load
-from training.efficiency import per_task
+from training.efficiency import FIGURES, per_task
 
 SCRIPT = "multitask_classifier.py"
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # any of them makes a folder a run directory
@@ -195,6 +195,8 @@ def trial_of_row(row: Mapping[str, str]) -> Trial:
     config = config_of(row["command"])
     seconds = [row[f"{name}_seconds_per_epoch"] for name in TASKS if row.get(f"{name}_seconds_per_epoch")]
     memory = row.get("peak_memory_bytes")
+    for text in filter(None, map(row.get, FIGURES)):
+        finite(text)
     return Trial(
         name=row["trial"],
         config=with_adapters_named(config),
@@ -256,7 +258,10 @@ def read_run(path: Path, name: str, problems: list[str]) -> Run:
 def read_config(path: Path, problems: list[str]) -> Config | None:
     """A run's options; None for a folder without them, such as an ensemble's."""
     try:
-        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        config = Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if unknown := [name for name in config.tasks if name not in TASKS]:
+            raise ValueError(f"task {unknown[0]} is unknown here")
+        return config
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -277,7 +282,9 @@ def read_lines(path: Path, needed: Sequence[str], problems: list[str]) -> list[d
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            _ = [line[key] for key in ("epoch", *needed)]
+            values = {key: line[key] for key in ("epoch", *needed)}
+            if not all(isinstance(values.get(key, {}), dict) for key in ("train", "dev", "train_seconds")):
+                raise TypeError("no figures of tasks")
         except (ValueError, KeyError, TypeError):
             problems.append(f"{path}: line {number} is damaged; it and all after it are left out")
             break

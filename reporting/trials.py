@@ -267,7 +267,8 @@ def place(config: Config) -> tuple[bool, bool, bool]:
 
 def seeds_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     """Configurations over their seeds: means, deviations, and changes against the baseline (R0, 5.4.3, figure 3)."""
-    groups = [group for group in grouped(trials, ("seed",)) if len({t.config.train.seed for t in group}) > 1]
+    by_seed = [{trial.config.train.seed: trial for trial in group} for group in grouped(trials, ("seed",))]
+    groups = [list(own.values()) for own in by_seed if len(own) > 1]  # a seed that ran twice counts once
     if not groups:
         return "no comparison over seeds, which needs trials that differ in --seed alone"
     groups.sort(key=lambda group: place(group[0].config))

@@ -134,6 +134,7 @@ def test_take_is_a_seeded_subset_in_file_order(tmp_path: Path) -> None:
         (STS, b"1\tbad\tText\t\t3", "sentence2 is empty"),
         (STS, b"1\tbad\tText\tText\t ", "similarity is missing"),
         (SST, b"1\tbad\tText\tgood", "sentiment 'good' is not a number"),
+        (SST, b"1\tbad\tText\t0_1", "sentiment '0_1' is not a number"),
         (SST, b"1\tbad\tText\t5", "sentiment 5 is outside 0 to 4"),
         (SST, b"1\tbad\tText\t-1", "sentiment -1 is outside 0 to 4"),
         (SST, b"1\tbad\tText\t2.5", "sentiment 2.5 is not a whole number"),

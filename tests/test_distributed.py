@@ -191,6 +191,17 @@ def test_buckets_keep_the_order_and_their_size(monkeypatch: pytest.MonkeyPatch) 
     assert buckets_of([]) == []
 
 
+def test_the_watch_has_ended_when_the_process_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that still waits for the store when Python ends makes it abort."""
+    monkeypatch.setattr(distributed, "POLL", 0.01)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
+    watch = distributed.Watch(dist.HashStore())
+    watch.failed = lambda: bool(time.sleep(0.5))  # type: ignore[method-assign]
+    time.sleep(0.1)
+    watch.leave()
+    assert not watch.thread.is_alive()
+
+
 # ------------------------------------------------------------------------------------------ repeated, and complete
 
 

@@ -247,6 +247,26 @@ def test_mixed_precision_compares_only_what_differs_in_nothing_else(tmp_path: Pa
                                "+17.3%"]  # fmt: skip
 
 
+def test_other_data_is_another_configuration_and_a_seed_counts_once(tmp_path: Path) -> None:
+    runs = [("a/small", 1, 0.2), ("a/small", 2, 0.3), ("b/sample", 1, 0.6), ("b/sample", 2, 0.8), ("c/small", 2, 0.3)]
+    rows = [row(score, data_dir=folder, seed=seed) for folder, seed, score in runs]
+    for own in rows:
+        del own["data_dir"]  # from the table's columns, not from the commands
+    piece = seeds_piece("study", study(tmp_path, rows).trials)
+    assert isinstance(piece, Piece)
+    found = {line[0].split("/")[-1]: line[1:3] for line in cells(piece)[1:]}
+    assert found == {"small": ["2", "0.2500"], "sample": ["2", "0.7000"]}
+
+
+@pytest.mark.parametrize("column", ["trainable_parameters", "checkpoint_bytes", "tokens_per_second"])
+def test_a_row_with_a_figure_that_is_none_is_left_out(tmp_path: Path, column: str) -> None:
+    path = write(tmp_path / "study" / "results.csv", [row(0.5, seed=1), row(0.6, more={column: "421x27"}, seed=2)])
+    problems: list[str] = []
+    study = read_study(path, "study", problems)
+    assert study is not None and len(study.trials) == 1 and isinstance(study_piece(study), Piece)
+    assert len(problems) == 1 and "row 3" in problems[0] and "421x27" in problems[0]
+
+
 def test_seeds_have_means_deviations_and_changes_against_the_baseline(tmp_path: Path) -> None:
     """R0's comparison: baseline, LoRA with AMP, DoRA with AMP, over three seeds."""
     scores = {"base": (0.70, 0.72, 0.74), "lora": (0.73, 0.71, 0.75), "dora": (0.70, 0.69, 0.71)}

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -455,6 +456,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, set[str]]] = {
         damage("config.json", lambda text: text.replace('"seed"', '"sead"')),
         "config.json: cannot be read (",
         {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},  # nobody says where the dev files are
+    ),
+    "figures that are none": (
+        damage("metrics.jsonl", lambda text: re.sub(r'"train": \{', '"train": null, "was": {', text, count=1)),
+        "metrics.jsonl: line 1 is damaged",
+        {"curves"},
+    ),
+    "unknown task": (
+        damage("config.json", lambda text: text.replace('"sst": {', '"headlines": {')),
+        "config.json: cannot be read (task headlines is unknown here)",
+        {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},
     ),
     "broken predictions": (
         damage("predictions/sst-dev-output.csv", lambda text: text[:100]),

@@ -78,6 +78,20 @@ def test_quotas_are_exact_and_the_rows_are_the_files_own(tmp_path: Path, small_d
     assert own.labels.tolist() == whole.labels[chosen].tolist()
 
 
+@pytest.mark.parametrize("how", ["quoted", "with a mark at the start"])
+def test_a_column_of_topics_is_found_however_it_is_written(
+    tmp_path: Path, small_data: Path, topics: Path, how: str
+) -> None:
+    """Otherwise a model would be asked, and its labels would stand in the sample."""
+    source = labelled(tmp_path, small_data, LABELS)
+    sample("--topics", topics, "--para_train", source, "--out", tmp_path / "plain.csv")
+    text = source.read_text(encoding="utf-8")
+    other = "\ufeff" + text if how != "quoted" else text.replace("topic\t", '"topic"\t', 1)
+    source.write_text(other, encoding="utf-8")
+    sample("--topics", topics, "--para_train", source, "--out", tmp_path / "out.csv", "--pretrained", "/nowhere")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+
+
 def test_the_seed_decides(tmp_path: Path, small_data: Path, topics: Path) -> None:
     source = labelled(tmp_path, small_data, LABELS)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -315,6 +315,7 @@ ALLOCATOR = "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. Default
         (-6, "terminate called after throwing 'std::bad_alloc'\n  what(): x\n", ("out of memory", "'std::bad_alloc'")),
         (-9, "epoch 1/2:  50%|", ("out of memory", "killed by SIGKILL, as the system does when memory runs out")),
         (-11, "epoch 1/2:  50%|", ("failed", "killed by SIGSEGV")),
+        (-35, "epoch 1/2:  50%|", ("failed", "killed by signal 35")),
         (1, TRACE + "ValueError: a, b\nepoch 1/2: 50%|#|", ("failed", "ValueError: a, b")),
         (2, "epoch 1/2: 50%\repoch 1/2: 90%\nerror: SST: a loss is no number\n", ("failed", "a loss is no number")),
         (3, "", ("failed", "exit code 3")),

@@ -302,8 +302,8 @@ def load_model(
             folder = resolve_pretrained(base)
         except UserError as error:
             raise UserError(
-                f"{path}: its adapters need the base weights that they were trained on; put them there again, or name "
-                f"their place by --pretrained beside --evaluate: {error}"
+                f"{path}: its adapters need the base weights that they were trained on; put them, or a link to them, "
+                f"there again (--evaluate takes another place too, by --pretrained): {error}"
             ) from error
         pretrained = load_weights(folder, shape)
         model = MultitaskBERT(config.model, shape, tasks)

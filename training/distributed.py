@@ -59,6 +59,10 @@ class World:
         """For each of the numbers the largest that a process has."""
         return numbers
 
+    def agreed(self, text: str) -> str:
+        """The first process's `text`, for all."""
+        return text
+
     def one_first(self) -> AbstractContextManager[None]:
         """Inside, one process of each machine goes first, so that the others find the caches that it filled."""
         return nullcontext()
@@ -181,6 +185,11 @@ class Ranks(World):
         largest = torch.tensor(numbers)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return list(map(int, largest.tolist()))
+
+    def agreed(self, text: str) -> str:
+        texts = [text]
+        dist.broadcast_object_list(texts, 0)
+        return texts[0]
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
@@ -510,13 +519,15 @@ class Watch:
         """End the watch when all have come to their end: rank 0 may have a file to write, or hold the store."""
         dist.barrier()
         self.over.set()
+        self.thread.join(GRACE)  # Python aborts where it ends while a thread waits for the store
 
     def failed(self) -> bool:
         """Whether a rank has failed, or rank 0, which holds the store, is gone."""
         try:
             return self.store.check(["failures"])
         except RuntimeError as error:
-            print(f"the first process cannot be reached: {first_line(error)}", file=sys.stderr, flush=True)
+            if not self.over.is_set():  # else it has ended, as all do
+                print(f"the first process cannot be reached: {first_line(error)}", file=sys.stderr, flush=True)
             return True
 
     def first_to_fail(self) -> bool:

@@ -20,7 +20,7 @@ from tasks import TASKS
 if TYPE_CHECKING:
     from training.device import Device
 
-COLUMNS = (
+FIGURES = (
     "score",
     "score_raw_r",
     *(f"{task.name}_{task.metric}" for task in TASKS.values()),
@@ -30,12 +30,8 @@ COLUMNS = (
     "tokens_per_second",
     "trainable_parameters",
     "checkpoint_bytes",
-    "seed",
-    "device",
-    "commit",
-    "cause",
-    "command",
 )
+COLUMNS = (*FIGURES, "seed", "device", "commit", "cause", "command")
 SETTINGS = ("amp", "lr", "batch_size", "lora_rank", "lora_mode", "dora", "fine_tune_mode", "epochs")  # R0, table 4
 BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
 
