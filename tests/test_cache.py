@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import cut
 
 import cache
@@ -295,3 +296,11 @@ def test_runs_are_the_same_with_and_without(
     monkeypatch.setattr(Tokenizer, "encode", fail)
     monkeypatch.setattr(datasets._Rows, "parse", fail)
     assert run("kept") == without
+
+
+@pytest.mark.usefixtures("always")
+def test_token_ids_follow_the_library(folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, version in enumerate([tokenizers.__version__, "99.0"], start=1):
+        monkeypatch.setattr(tokenizers, "__version__", version)
+        TaskData(pairs(), tokenizer, "siamese", None)
+        assert len(os.listdir(folder)) == count

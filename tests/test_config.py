@@ -678,6 +678,7 @@ def test_config_round_trip(words: tuple[Any, ...]) -> None:
         ("--arch", "v2", "--clip", 1, "--train_sst"),
         ("--pair_features", "u,v,cos"),
         ("--pal", "pal", "--pal_tasks", "sst"),
+        ("--sst_extra", "a.csv,b.csv"),
     ],
 )
 def test_config_round_trip_through_json(words: tuple[Any, ...]) -> None:
@@ -746,3 +747,10 @@ def test_a_further_row_creates_its_flags(capsys: pytest.CaptureFixture[str]) -> 
     by_default = replace(FILMS, by_default=True)
     assert list(configure(tasks={"sst": SST, "films": by_default}).tasks) == ["sst", "films"]
     assert parser.format_help().count("Film reviews") > 1
+
+
+def test_a_saved_value_at_an_open_bound_is_refused() -> None:
+    saved = configure().to_dict()
+    saved["train"]["lr"] = 0.0
+    with pytest.raises(TypeError, match=r"lr 0\.0"):
+        Config.from_dict(saved)

@@ -12,14 +12,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut, make_bert
+from test_config import configure
 from test_scripts import _output, member_outputs, read_json, refusal
 
 import ensemble
 import multitask_classifier
+from config import UserError
+from ensemble import Member, cache_file
 from evaluation import correlation
 from tasks import DEFAULT_TASKS, STS
 from training.checkpoint import load, load_model, save
-from training.ensembling import average_weights, greedy_soup, halves, score_dev, select_votes, vote, z_scores
+from training.device import Device
+from training.ensembling import (
+    average_weights,
+    check_alike,
+    greedy_soup,
+    halves,
+    score_dev,
+    select_votes,
+    vote,
+    z_scores,
+)
 
 Run = Callable[..., str]
 rng = np.random.default_rng
@@ -522,3 +535,26 @@ def test_scores_of_rows(data: Path) -> None:
     assert found["sst"]["accuracy"] == np.mean(values["dev", "sst"][10:30].argmax(axis=1) == sst[10:30])
     assert found["sts"]["pearson"] == pytest.approx(np.corrcoef(values["dev", "sts"][10:30], sts[10:30])[0, 1])
     assert json.dumps(found)
+
+
+def test_of_equals_a_greedy_soup_begins_with_the_first() -> None:
+    assert greedy_soup([1, 1, 1], [0.5, 0.7, 0.7], lambda votes: 0.0) == [0, 1, 0]
+
+
+def test_predictions_of_another_precision_are_others(tmp_path: Path) -> None:
+    member = Member(Path("a.pt"), "f" * 64, ("sst",), 1)
+    names = {
+        cache_file(tmp_path, member, {}, Device(torch.device("cpu"), amp))
+        for amp in (None, torch.bfloat16, torch.float16)
+    }
+    assert len(names) == 3
+
+
+def test_a_soup_of_members_with_other_cleaning_is_refused() -> None:
+    content = {
+        "config": configure().to_dict(), "bert_config": {}, "tasks": ["sst"], "tokenizer_sha256": "f" * 64,
+        "weights": {},
+    }  # fmt: skip
+    cleaned = {**content, "config": configure("--extra_clean").to_dict()}
+    with pytest.raises(UserError, match="b.pt has --extra_clean True instead of False, unlike a.pt"):
+        check_alike({Path("a.pt"): content, Path("b.pt"): cleaned})

@@ -385,3 +385,18 @@ def test_free_memory(
 def test_free_memory_of_this_machine(tmp_path: Path) -> None:
     assert 1 << 20 < free_memory() < 1 << 50
     assert 1 << 20 < free_memory(tmp_path) < 1 << 50  # no /proc
+
+
+def test_what_is_not_kept_is_rounded_like_what_is(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "free_memory", lambda: 0)
+    device = Device(torch.device("cpu"), torch.bfloat16)
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--cache_frozen", device=device)
+    trainer.model.freeze_for_epoch(trainer.config.train, 1)  # ends in a LayerNorm, which autocast keeps in fp32
+    assert trainer.frozen is not None
+    trainer.frozen.begin_epoch(trainer.steps_of(1))
+    data = trainer.frozen.train["sst"]
+    assert data.layers == 1 and not data.kept
+    hidden = data.batch(np.arange(4)).hidden
+    assert torch.equal(hidden, hidden.bfloat16().float())

@@ -180,3 +180,11 @@ def test_linears_beside_adapters_are_cast_once() -> None:
     with casts() as mode:
         run(model)
     assert weights_of(mode.shapes) == 6  # the wrapped ones, whose sum with the update is another in each step
+
+
+def test_another_precision_has_its_own_copies() -> None:
+    layer = Linear(4, 4).requires_grad_(False)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            layer(torch.ones(2, 4))
+        assert layer.cast is not None and layer.cast[1].dtype == layer.cast[2].dtype == dtype

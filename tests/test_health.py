@@ -18,6 +18,7 @@ from tasks import TASKS
 from training import loop
 from training.checkpoint import load, sha256
 from training.device import Device
+from training.health import refuse_bad_losses
 from training.loop import LOG_EVERY, Trainer
 
 CPU = torch.device("cpu")
@@ -321,3 +322,38 @@ def test_a_new_run_forgets_the_bad_batch_of_the_old(tiny_flags: list[str], tmp_p
     trainer.run.write_json("bad_batch.json", {})
     make_trainer(tiny_flags, tmp_path / "run", "--overwrite")
     assert not (tmp_path / "run" / "bad_batch.json").exists()
+
+
+def test_a_skipped_joint_step_gives_all_its_batches_back(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = in_half(make_trainer(tiny_flags, tmp_path / "run", "--routine", "joint", "--lr_schedule", "linear"))
+    trainer.scaler.skipped = 1
+    positions: list[float] = []
+    original = trainer.set_rates
+    trainer.set_rates = lambda task, at: (positions.append(at), original(task, at))[1]  # type: ignore[method-assign]
+    trainer.telemetry = loop.Telemetry(trainer.run, trainer.config, trainer.tasks)
+    trainer.done = 3  # the batches of the step that was skipped
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    trainer.scaler.moves = lambda optimizer: True  # type: ignore[method-assign]
+    trainer.run_steps(trainer.steps_of(0))
+    count = len(trainer.steps_of(0))
+    assert positions == pytest.approx([i / count for i in range(count - 3)])
+
+
+def test_every_state_of_every_optimizer_has_its_gate(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1, "--fine_tune_mode", "full-model")
+    trainer.fit()
+    for task, optimizer in trainer.optimizers.items():
+        state = list(optimizer.state.values())[-1]
+        ruin(state["exp_avg"])
+        with pytest.raises(UserError, match=f"^exp_avg of the optimizer of {task} is not finite any more"):
+            trainer.save_resume()
+        state["exp_avg"].zero_()
+
+
+def test_of_several_bad_losses_of_a_task_the_first_is_named(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run")
+    steps = trainer.steps_of(0)
+    numbers = [i for i, step in enumerate(steps) if step.task == "para"]
+    losses = {"para": [torch.tensor(own) for own in (1.0, float("nan"), float("inf"))]}
+    with pytest.raises(UserError, match=f"at first nan in batch {numbers[1] + 1} of epoch 1"):
+        refuse_bad_losses(losses, {"para": numbers}, steps, 1, trainer.train_data, trainer.run)

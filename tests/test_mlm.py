@@ -11,7 +11,7 @@ import transformers
 from conftest import cut
 from test_base_bert import CONFIG, hf_model, hf_state, reference_state, write_weights
 from test_config import refusal
-from test_multitask_bert import options
+from test_multitask_bert import make_model, options
 from test_scripts import refusal as refusal_of
 from test_training import changed, copied, make_trainer, metrics
 from torch import Tensor
@@ -428,3 +428,19 @@ def test_everything_trains_unless_something_else_is_said() -> None:
 def test_what_needs_labels_is_refused(words: str, named: str) -> None:
     message = refusal("--mlm", *words.split())
     assert named in message and "--mlm" in message
+
+
+def test_heads_and_pair_layer_do_not_train_under_mlm() -> None:
+    model = make_model(arch="yin-yang")
+    model.add_mlm_heads()
+    assert model.pair_layer is not None
+    assert not any(own.requires_grad for part in (model.heads, model.pair_layer) for own in part.parameters())
+
+
+def test_masked_words_train_the_pals_of_their_task(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--mlm", "--pal", "low-rank", "--pal_low_rank_size", 4, "--train_sst", "--epochs", 1, "--no_tensorboard"]
+    words = [str(word) for word in [*tiny_flags, *flags, "--run_dir", tmp_path / "run"]]
+    multitask_classifier.main(words)
+    weights = load(tmp_path / "run" / "best.pt")["weights"]
+    pals = [own for name, own in weights.items() if name.startswith("pals.")]
+    assert pals and all(own.any() for own in pals)  # V_D starts as zeros

@@ -25,6 +25,7 @@ from packing import (
     ragged_rows,
     split_bytes,
     stack_padded_pairs,
+    take,
     unpack,
     with_tail,
 )
@@ -371,3 +372,9 @@ def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
     assert made.padded_rows[made.packed_rows].tolist() == list(range(tokens))
     assert made.padded_rows[: len(plain.padded_rows)].tolist() == plain.padded_rows.tolist()
     assert made.groups[-1].own == slice(batch.num_tokens, batch.num_tokens + tailed.tail)
+
+
+def test_a_part_knows_its_longest_sequence() -> None:
+    whole = pack(np.arange(1, 12), np.array([3, 1, 5, 2]), np.array([3, 1, 5, 2]))
+    part, _ = take(whole, np.array([0, 2]))
+    assert part.max_seqlen == part.lengths.max() == 3

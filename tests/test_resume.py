@@ -22,7 +22,7 @@ from test_training import make_trainer
 import multitask_classifier
 from config import UserError, parse, run_script
 from tasks import TASKS
-from training import frozen
+from training import frozen, loop
 from training.checkpoint import RunDirectory, load
 from training.health import Scaler
 from training.loop import Trainer
@@ -512,3 +512,41 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tiny_flags: 
     wait_until(lambda: log.exists() and "Epoch" in log.read_text(), third)
     third.send(signal.SIGTERM)
     assert third.wait() == 143
+
+
+def test_the_seconds_of_a_former_process_count_once(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 3)
+    trainer.telemetry = loop.Telemetry(trainer.run, trainer.config, trainer.tasks)
+    trainer.seconds = 1000.0
+    first, second = trainer.train_epoch(), trainer.train_epoch()
+    assert first.seconds > 1000.0 > 100.0 > second.seconds
+
+
+def test_a_signal_during_the_evaluation_of_the_first_epoch(
+    tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    run = tmp_path / "run"
+    term = at("evaluate", lambda trainer: trainer.epoch == 1, lambda: kill_myself(signal.SIGTERM))
+    assert run_child(tiny_flags, run, *RUNS["frozen"], sabotage=term) == 143
+    assert load(run / "resume.pt")["evaluating"]
+    assert run_child(tiny_flags, run, *RUNS["frozen"], "--resume") == 0
+    assert_same_run(whole("frozen"), run)
+
+
+def test_the_seconds_of_a_former_process_are_in_the_state(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run")
+    original = trainer.train_step
+
+    def stop(*arguments: Any) -> Any:
+        if trainer.step == 2:
+            trainer.began -= 1000.0
+            trainer.save_resume()
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    trainer.train_step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    resumed = make_trainer(tiny_flags, tmp_path / "run", "--resume")
+    resumed.restore()
+    assert 1000.0 < resumed.seconds < 1100.0

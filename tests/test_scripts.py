@@ -22,6 +22,7 @@ import ensemble
 import multitask_classifier
 from config import UserError
 from tasks import DEFAULT_TASKS
+from training import loop
 from training.checkpoint import load_model, save, write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1112,3 +1113,18 @@ def test_another_arch_is_no_start(train: Run, runs: Path) -> None:
     assert "--init_from" in message and "another arch" in message
     message = refusal(train, "--init_from", runs / "yin" / "best.pt", "--lora_mode", "attn")
     assert "--init_from" in message and "--lora_mode" in message
+
+
+def test_points_of_the_curves_have_the_steps_of_the_run(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run")
+    points: list[tuple[int, str]] = []
+
+    class Noting(loop.Telemetry):
+        def step(self, number: int, task: str, *rest: Any) -> None:
+            points.append((number, task))
+            super().step(number, task, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Telemetry", Noting)
+        trainer.fit()
+    assert points == [(0, "sst"), (3, "para"), (6, "sts"), (9, "sst"), (12, "para"), (15, "sts")]

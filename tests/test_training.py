@@ -40,6 +40,7 @@ from training.checkpoint import (
 )
 from training.device import Device
 from training.loop import Trainer
+from training.meters import TaskMeter
 
 CPU = Device(torch.device("cpu"))
 State = dict[str, Tensor]
@@ -1079,3 +1080,26 @@ def test_unfreezing_goes_with_the_cycles_of_the_learning_rate(
         trainer.model.manage_freezing(freezing_command("iterative", stage, 2))
         by_stage[stage] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert counts == [by_stage[stage] for stage in stages] and by_stage[0] < by_stage[1] < by_stage[3] < by_stage[4]
+
+
+def test_a_group_has_the_mean_decay_of_its_tasks(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--routine", "joint", "--arch", "r1-baseline", "--sst_weight_decay", 0.3, "--quora_weight_decay", 0.6]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, "--sts_weight_decay", 0)
+    decays = {group["tasks"]: group["weight_decay"] for group in trainer.optimizers["joint"].param_groups}
+    wanted = {("sst", "para", "sts"): 0.3, ("sst",): 0.3, ("para",): 0.6, ("sts",): 0.0}
+    assert decays == pytest.approx(wanted)
+
+
+def test_patience_counts_evaluations(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.3, 0.2, 0.1, 0.9])
+    make_trainer(tiny_flags, tmp_path / "run", "--epochs", 8, "--eval_every", 2, "--patience", 2).fit()
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_examples() -> None:
+    meter = TaskMeter()
+    for number, (loss, size) in enumerate([(1.0, 8), (4.0, 2)]):
+        labels = torch.zeros(size, dtype=torch.int64)
+        meter.add(number, torch.tensor(loss), torch.zeros(size, 5), labels, size, 1e-3, 0.5, 100 - number)
+    found = meter.result(TASKS["sst"])
+    assert (found.steps, found.examples, found.loss, found.seconds, found.peak_memory) == (2, 10, 1.6, 1.0, 100)
