@@ -16,8 +16,16 @@ from config import UserError
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what it can fetch or compute again: minbert in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minbert"
+    """Where the package keeps what it can fetch or compute again: minbert in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises UserError where neither is known.
+    """
+    if place := os.environ.get("XDG_CACHE_HOME"):
+        return Path(place) / "minbert"
+    try:
+        return Path.home() / ".cache" / "minbert"
+    except RuntimeError as error:
+        raise UserError("this user has no home folder; name one for caches in the variable XDG_CACHE_HOME") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:

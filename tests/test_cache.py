@@ -19,6 +19,7 @@ from cache import CODE, Arrays, cache_key, cached, pack_texts, unpack_texts
 from cleaning import Cleaner
 from config import UserError
 from datasets import BadRows, Examples, TaskData, read_examples
+from files import cache_folder
 from tasks import PARA, SST, STS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
 
@@ -296,6 +297,20 @@ def test_runs_are_the_same_with_and_without(
     monkeypatch.setattr(Tokenizer, "encode", fail)
     monkeypatch.setattr(datasets._Rows, "parse", fail)
     assert run("kept") == without
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number for which no user is known."""
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/place")
+    assert cache_folder() == Path("/place/minbert")
 
 
 @pytest.mark.usefixtures("always")
