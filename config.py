@@ -846,7 +846,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{whole} says all that {others} says; give one or the other")
     if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
         problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
-    if train.init_from is not None and (adapters or lora.init_peft is not None):
+    if train.init_from is not None and adapters:
         problems.append(
             f"--init_from trains on from weights that no --pretrained holds, and --{adapters[0]} would save adapters "
             "without them; drop one of the two"

@@ -11,11 +11,11 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import GROUPS, Config, LoraOptions, ModelOptions, TaskOptions, UserError, assemble, build_parser
+from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, flag_of
 from files import first_line
 from lora import LoRAConfig
 from tasks import TASKS
@@ -193,22 +193,20 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
 def trial_of_row(row: Mapping[str, str]) -> Trial:
     """A row of a study's table. Raises UserError or ValueError where it is damaged or its command is unknown here."""
     config = config_of(row["command"])
-    seconds = [row[f"{name}_seconds_per_epoch"] for name in TASKS if row.get(f"{name}_seconds_per_epoch")]
-    memory = row.get("peak_memory_bytes")
-    for text in filter(None, map(row.get, FIGURES)):
-        finite(text)
+    figures = {name: finite(row[name]) for name in FIGURES if row.get(name)}
+    metrics = {name: f"{name}_{task.metric}" for name, task in TASKS.items()}
+    seconds = [figures[column] for name in TASKS if (column := f"{name}_seconds_per_epoch") in figures]
     return Trial(
         name=row["trial"],
         config=with_adapters_named(config),
         score=finite(row["score"]),
-        by_task={name: finite(row[f"{name}_{task.metric}"]) for name, task in TASKS.items()
-                 if row.get(f"{name}_{task.metric}")},
-        seconds=sum(map(finite, seconds)) if seconds else None,
-        memory=finite(memory) if memory else None,
+        by_task={name: figures[column] for name, column in metrics.items() if column in figures},
+        seconds=sum(seconds) if seconds else None,
+        memory=figures.get("peak_memory_bytes"),
         command=row["command"],
         commit=row["commit"],
         device=row.get("device", ""),
-    )  # fmt: skip
+    )
 
 
 def finite(value: Any) -> float:
@@ -337,15 +335,8 @@ ELSEWHERE = ("run",)  # groups that say where a run's files are and nothing abou
 
 def flags_of(config: Config) -> dict[str, Any]:
     """Every option by its flag's name, those of the run's files aside."""
-    out: dict[str, Any] = {
-        spec.name: getattr(getattr(config, group), spec.name)
-        for group, cls in GROUPS.items()
-        if group not in ELSEWHERE
-        for spec in fields(cls)
-    }
-    for task, own in config.tasks.items():
-        out |= {spec.metadata["template"].format(task=task): getattr(own, spec.name) for spec in fields(TaskOptions)}
-    return out
+    named = {key: value for key, value in config.flat().items() if key.split(".")[0] not in ELSEWHERE}
+    return {flag_of(key).removeprefix("--"): value for key, value in named.items()}
 
 
 def defaults_of(config: Config) -> dict[str, Any]:
