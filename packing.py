@@ -29,10 +29,9 @@ ALIGNMENT = 16  # bytes; no number of a tensor is wider
 
 def joined_bytes(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
     """The bytes of CPU tensors end to end, each from a multiple of ALIGNMENT on, in `pinned` memory or not."""
-    starts = byte_starts(tensors)
-    out = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
-    for tensor, start in zip(tensors, starts, strict=False):
-        out[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    out = torch.empty(byte_starts(tensors)[-1], dtype=torch.uint8, pin_memory=pinned)
+    for part, tensor in zip(split_bytes(out, tensors), tensors, strict=True):
+        part.copy_(tensor)
     return out
 
 

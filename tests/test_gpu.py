@@ -38,14 +38,6 @@ def exact() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def on_gpu(trainer: Trainer, amp: torch.dtype | None = None, scaled: bool = False) -> Trainer:
-    """The same trainer, computing on the GPU."""
-    return Trainer(
-        trainer.config, trainer.model, trainer.tokenizer, trainer.train_data, trainer.dev_data,
-        Device(GPU, amp, scaled), trainer.run, trainer.say,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("arch", ["yin-yang", "v2", "cosine", "r4"])
 def test_outputs_and_gradients_are_the_cpus(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", arch)
@@ -102,7 +94,8 @@ def test_optimizers_move_as_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_method_trains(tiny_flags: list[str], tmp_path: Path, more: list[object], precision: str) -> None:
     amp = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    trainer = on_gpu(make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2", *more), amp, precision == "fp16")
+    device = Device(GPU, amp, scaled=precision == "fp16")
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2", *more, device=device)
     before = copied(trainer.model)
     scores = trainer.fit()
     assert 0 < scores["score"] < 1
@@ -138,7 +131,8 @@ def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path, more: l
 
 def made_on_gpu(flags: list[str], folder: Path, *more: object) -> Trainer:
     """A trainer in bf16 on the GPU, ready for steps."""
-    trainer = on_gpu(make_trainer(flags, folder / f"run-{len(list(folder.iterdir()))}", *more), torch.bfloat16)
+    run = folder / f"run-{len(list(folder.iterdir()))}"
+    trainer = make_trainer(flags, run, *more, device=Device(GPU, torch.bfloat16))
     trainer.model.freeze_for_epoch(trainer.config.train, 0)
     trainer.model.train()
     return trainer
@@ -183,8 +177,9 @@ def test_flash_attention_gives_the_numbers_of_padded_groups(
         out = attention(asked, key, value, batch, 12, 0.0, first_only)
         out.float().square().sum().backward()
         found.append([out, query.grad, key.grad, value.grad])
-    for own, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(own, wanted, rtol=0.03, atol=0.03)
+    for own, wanted in zip(*found, strict=True):  # single numbers differ by several roundings of bf16
+        assert float((own - wanted).double().norm() / wanted.double().norm()) < 0.01
+        torch.testing.assert_close(own, wanted, rtol=0.1, atol=0.2)
 
 
 def test_flash_attention_drops_the_share_that_it_should() -> None:
@@ -233,13 +228,8 @@ def tiny_flags_for_graphs(tiny_flags: list[str], tmp_path_factory: pytest.TempPa
 
 
 def make_graphed(flags: list[str], folder: Path, *more: object) -> Trainer:
-    """A trainer that replays, made like the others: the flags are refused where a CPU trains."""
-    trainer = make_trainer(flags, folder / f"graphed-{len(list(folder.iterdir()))}", *more)
-    trainer.config.train.cuda_graphs = True
-    there = on_gpu(trainer, torch.bfloat16)
-    there.model.freeze_for_epoch(there.config.train, 0)
-    there.model.train()
-    return there
+    """A trainer that replays, ready for steps."""
+    return made_on_gpu(flags, folder, *GRAPHS, *more)
 
 
 @pytest.mark.parametrize(
@@ -394,10 +384,10 @@ def test_the_script_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
 def test_resuming_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
     """Dropout's generator on the device goes on as well; sums in another order are allowed for."""
     flags = ["--fine_tune_mode", "full-model", "--epochs", 2]
-    whole = on_gpu(make_trainer(tiny_flags, tmp_path / "whole", *flags))
+    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags, device=Device(GPU))
     whole.fit()
-    interrupted(on_gpu(make_trainer(tiny_flags, tmp_path / "part", *flags)), 1)
-    resumed = on_gpu(make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume"))
+    interrupted(make_trainer(tiny_flags, tmp_path / "part", *flags, device=Device(GPU)), 1)
+    resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume", device=Device(GPU))
     resumed.fit()
     for name, own in copied(whole.model).items():
         torch.testing.assert_close(copied(resumed.model)[name], own, rtol=1e-3, atol=1e-5, msg=name)

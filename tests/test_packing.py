@@ -337,6 +337,7 @@ def test_an_empty_batch_passes_through_a_bert(tiny_bert: Path) -> None:
 def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dtype]]) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randint(0, 2, (size, 1, 2), generator=generator).to(dtype) for size, dtype in shapes]
+    tensors += [torch.arange(3).expand(4, 3).t(), torch.arange(1).expand(0)]  # strides of every kind
     joined = joined_bytes(tensors, pinned=False)
     assert joined.dtype == torch.uint8
     for found, wanted in zip(split_bytes(joined, tensors), tensors, strict=True):
