@@ -976,6 +976,28 @@ def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[
             torch.testing.assert_close(parameter.detach(), start - nesterov * rate * gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_joint_step_has_the_rate_of_its_place_among_the_steps(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its batches are one step: the first one of the run is at the very beginning of the schedule."""
+    flags = ["--routine", "joint", "--lr_schedule", name, "--arch", "r1-baseline"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    optimizer, used = trainer.optimizers["joint"], []
+    step, heads = optimizer.step, {trainer.model.heads[task][-1].weight: task for task in DEFAULT_TASKS}
+    groups = {heads[p]: group for group in optimizer.param_groups for p in group["params"] if p in heads}
+
+    def watched() -> None:
+        used.append({task: group["lr"] for task, group in groups.items()})
+        step()
+
+    monkeypatch.setattr(optimizer, "step", watched)
+    trainer.fit()
+    wanted = [{task: trainer.schedules[task].at(number / 3) for task in groups} for number in range(6)]
+    assert used == [{task: pytest.approx(rate) for task, rate in own.items()} for own in wanted]
+    assert {task: own["lr"] for task, own in metrics(tmp_path / "run")[1]["train"].items()} == used[-1]
+
+
 @pytest.mark.parametrize("arch", ["yin-yang", "r1-baseline"])
 def test_pcgrad_without_conflict_is_the_joint_step(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
     """All three tasks are one and the same, so nothing conflicts; only the order of additions differs."""

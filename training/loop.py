@@ -237,7 +237,8 @@ class Trainer:
         self.model.train()
         named = {step.task for step in steps}
         self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
-        batches = len(steps) / max(1, sum(step.moves for step in steps))  # of an optimizer step
+        moves = sum(step.moves for step in steps)
+        batches = len(steps) // moves  # of an optimizer step
         unseen: list[Tensor] = []  # losses that nobody has looked at yet
         name = f"epoch {self.epoch + 1}/{self.config.train.epochs}"
         bar = progress(steps[self.done :], name, "step", done=self.done)
@@ -245,8 +246,8 @@ class Trainer:
             self.pause()
             self.clock.start()
             meter = self.meters[step.task]
-            made = self.done - self.scaler.skipped * batches
-            lr = self.set_rates(step.task, self.epoch + made / len(steps))
+            made = self.done // batches - self.scaler.skipped  # the batches of a joint step have one rate
+            lr = self.set_rates(step.task, self.epoch + made / moves)
             log = len(meter.losses) % LOG_EVERY == 0
             loss, outputs, labels, norm = self.train_step(step, log)
             if self.done + 1 < len(steps):
