@@ -184,6 +184,18 @@ def test_the_trial_refuses_other_masks_backwards(
         flash.trial(torch.device("cpu"), torch.float32, 16)
 
 
+def test_an_evaluation_may_be_the_first_to_try(
+    operator: list[tuple[int, int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial needs gradients, which evaluation has switched off, and exact types, which autocast changes."""
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    flash.works.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.float16):
+        assert flash.works(torch.device("cpu"), torch.bfloat16, 16)
+    flash.works.cache_clear()
+
+
 def test_where_it_does_not_work_that_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -214,10 +226,10 @@ def test_what_the_kernel_does_not_take(dtype: torch.dtype, width: int) -> None:
 class OnGpu:
     """What is asked of rows [N, 64] there."""
 
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device = torch.device("cuda")
 
-    def __init__(self, rows: int) -> None:
-        self.shape = (rows, 64)
+    def __init__(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = (rows, 64), dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -231,6 +243,26 @@ def test_a_shard_without_examples_goes_by_groups(monkeypatch: pytest.MonkeyPatch
         own: Any = OnGpu(rows)
         assert flash.usable(own, own, own, 2) == (rows > 0)
     assert flash.calls == {"flash": 1}
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "asked", "counted"),
+    [
+        (torch.bfloat16, torch.bfloat16, [(torch.device("cuda"), torch.bfloat16, 32)], {"flash": 1}),
+        (torch.bfloat16, torch.float32, [], {"groups": 1}),
+        (torch.float32, torch.float32, [], {}),  # where nobody expects it
+    ],
+)
+def test_the_kernel_takes_rows_of_one_half_precision(
+    monkeypatch: pytest.MonkeyPatch, query: torch.dtype, key: torch.dtype, asked: list[Any], counted: dict[str, int]
+) -> None:
+    """It is asked for the width of a head."""
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(flash, "works", lambda *given: not seen.append(given))
+    monkeypatch.setattr(flash, "calls", Counter())
+    rows: list[Any] = [OnGpu(4, dtype) for dtype in (query, key, query)]
+    assert flash.usable(*rows, 2) == bool(asked)
+    assert seen == asked and flash.calls == counted
 
 
 def test_a_cpu_has_padded_groups() -> None:

@@ -15,6 +15,7 @@ from base_bert import read_config
 from bert import BertModel
 from packing import (
     GROUPS,
+    EncodedBatch,
     PackedBatch,
     bucket,
     group,
@@ -315,6 +316,19 @@ def test_to_keeps_all_values() -> None:
     moved = batch.to(torch.device("cpu", 0))  # another device by name, the same by memory
     assert moved is not batch
     assert_same(moved, batch)
+
+
+def test_a_batch_on_its_way_through_a_backbone_moves_whole() -> None:
+    """With the layers that it has behind it, and with the tokens where some still need them."""
+    batch = packed(ragged_ids([5, 1, 3], np.random.default_rng(1)))
+    for rest in (batch, None):
+        own = EncodedBatch(torch.randn(9, 4), 2, rest)
+        moved = own.to(torch.device("meta"))
+        assert moved.layers == 2 and (moved.packed is None) == (rest is None)
+        assert list(moved.tensors()) == list(own.tensors()) == ["hidden", *(rest.tensors() if rest else ())]
+        for name, tensor in moved.tensors().items():
+            wanted = own.tensors()[name]
+            assert (tensor.device.type, tensor.shape, tensor.dtype) == ("meta", wanted.shape, wanted.dtype)
 
 
 def test_an_empty_batch_passes_through_a_bert(tiny_bert: Path) -> None:

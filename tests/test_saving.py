@@ -1,9 +1,12 @@
 """Files that stay whole: killed while saving, full disks, damage on the disk, and several processes at one time."""
 
 import os
+import platform
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from processes import Child, differences, flipped, in_a_tensor, wait_until
 from test_scripts import fill, small_disk
 from test_training import make_trainer
@@ -18,7 +22,7 @@ from test_training import make_trainer
 import ensemble
 import multitask_classifier
 from config import UserError, run_script
-from files import lock
+from files import lock, write_atomically
 from training.checkpoint import RunDirectory, load, save
 from training.resume import STATE, newest_state, save_state
 
@@ -145,6 +149,23 @@ def test_what_cannot_be_serialised(two_states: RunDirectory, tmp_path: Path) -> 
     assert "resume.pt: cannot be written (" in line and "pickle" in line
 
 
+def test_an_error_without_words_is_told_by_its_name(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match=r"file: cannot be written \(MemoryError\)$"):
+        write_atomically(tmp_path / "file", write)
+    assert os.listdir(tmp_path) == []
+
+
+def test_texts_are_utf8_wherever_they_are_written(tmp_path: Path) -> None:
+    """Also where the locale knows no letter but ASCII's."""
+    code = "import pathlib, sys, files; files.write_text(pathlib.Path(sys.argv[1]), 'caf\\xe9')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "text")], cwd=ROOT, env=environment, check=True)
+    assert (tmp_path / "text").read_bytes() == "café".encode()
+
+
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -230,9 +251,10 @@ def test_two_damaged_states_are_both_named(two_states: RunDirectory) -> None:
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
+    path.write_text("process 123456789 on a machine of a name longer than any other that there is, " * 2)
     holder = Child(lambda: (lock(path, "x"), (tmp_path / "held").touch(), time.sleep(60)), tmp_path / "log")
     wait_until((tmp_path / "held").exists, holder)
-    with pytest.raises(UserError, match=f"x: a run is going on here .process {holder.pid} on "):
+    with pytest.raises(UserError, match=rf"x: a run is going on here \(process {holder.pid} on {platform.node()}\);"):
         lock(path, "x")
     holder.send(signal.SIGKILL)
     holder.wait()
