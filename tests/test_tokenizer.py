@@ -32,17 +32,15 @@ TEXTS = [
 ]
 
 
-def write_vocabulary(folder: Path, lower: bool = True) -> Path:
+def write_vocabulary(folder: Path, **settings: bool | None) -> Path:
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"do_lower_case": lower, "tokenizer_class": "BertTokenizer"})
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "BertTokenizer"}))
     return folder
 
 
-def write_full(folder: Path, lower: bool = True) -> Path:
+def write_full(folder: Path, **settings: bool | None) -> Path:
     """The same as a tokenizer.json that pads and truncates on its own."""
-    full = oracle(write_vocabulary(folder, lower)).backend_tokenizer
+    full = oracle(write_vocabulary(folder, **settings)).backend_tokenizer
     full.enable_padding(length=16)
     full.enable_truncation(16)
     full.save(str(folder / "tokenizer.json"))
@@ -75,10 +73,19 @@ def assert_same(
 
 
 @pytest.mark.parametrize("top", [4, 5, 8, 512])
-@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_lower_case": True},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True, "tokenize_chinese_chars": False},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("write", [write_vocabulary, write_full])
-def test_equals_transformers(tmp_path: Path, write: Any, lower: bool, top: int) -> None:
-    folder = write(tmp_path, lower)
+def test_equals_transformers(tmp_path: Path, write: Any, settings: dict[str, bool], top: int) -> None:
+    folder = write(tmp_path, **settings)
     reference, ours = oracle(folder), load_tokenizer(folder, top)
     assert_same(ours.encode(TEXTS), reference, TEXTS, None, top)
     pairs = [(a, b) for a in TEXTS for b in TEXTS]
@@ -145,6 +152,7 @@ def test_uneven_pairs_are_refused(tmp_path: Path) -> None:
 def test_properties(tmp_path: Path) -> None:
     ours = load_tokenizer(write_vocabulary(tmp_path), 8)
     assert (ours.pad_id, ours.mask_id, ours.vocab_size, ours.max_length) == (0, 4, len(VOCABULARY), 8)
+    assert ours.special_ids == (0, 1, 2, 3, 4)
 
 
 def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
@@ -152,10 +160,16 @@ def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
     first = load_tokenizer(folder, 8).sha256
     assert len(first) == 64 and first == load_tokenizer(folder, 8).sha256
     assert first == load_tokenizer(folder, 64).sha256
-    cased = load_tokenizer(write_vocabulary(folder, lower=False), 8).sha256
+    cased = load_tokenizer(write_vocabulary(folder, do_lower_case=False), 8).sha256
     write_vocabulary(folder)
     (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]))
     assert len({first, cased, load_tokenizer(folder, 8).sha256}) == 3
+
+
+def test_of_two_files_the_full_one_holds(tmp_path: Path) -> None:
+    wanted = load_tokenizer(write_full(tmp_path), 8).sha256
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]), encoding="utf-8")
+    assert load_tokenizer(tmp_path, 8).sha256 == wanted
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
