@@ -58,10 +58,12 @@ def fail(*arguments: object) -> Arrays:
 # ---------------------------------------------------------------------------------------------------------- any arrays
 
 
-def test_arrays_come_back_as_they_were(folder: Path) -> None:
+def test_arrays_come_back_as_they_were(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     arrays = {"a/0": np.arange(5, dtype=np.int32), "b": np.zeros((0, 2), np.float32), "c": np.array(7)}
     assert cached("kind", "k" * 64, lambda: arrays) is arrays
-    found = cached("kind", "k" * 64, fail)
+    with caplog.at_level(logging.INFO, "minbert"):
+        found = cached("kind", "k" * 64, fail)
+    assert caplog.messages == [f"kind from {folder / 'kind-'}{'k' * 32}.npz"]
     assert list(found) == list(arrays)
     for name, own in arrays.items():
         assert found[name].dtype == own.dtype and found[name].shape == own.shape

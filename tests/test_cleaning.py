@@ -111,6 +111,16 @@ def test_contractions(text: str, wanted: str) -> None:
     assert expand_contractions(text) == wanted
 
 
+AUXILIARIES = "are could did do does had has have is might must need should was were would"
+
+
+@pytest.mark.parametrize("end", ["n't", " n't", "nt", "n t", *(f"n{mark}t" for mark in "\u2018\u2019\u02bc\u00b4`")])
+def test_every_negated_verb_however_it_is_written(end: str) -> None:
+    stems = {word: word for word in AUXILIARIES.split()} | {"ai": "is", "ca": "can", "sha": "shall", "wo": "will"}
+    for stem, verb in stems.items():
+        assert expand_contractions(f"they {stem}{end} go") == f"they {verb} not go"
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -168,11 +178,21 @@ def test_anything_can_be_cleaned(cleaner: Cleaner, text: str) -> None:
     assert not text.strip() or cleaned.strip()
 
 
-def test_the_fingerprint_follows_the_stopwords(cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cleaner.fingerprint == Cleaner().fingerprint
+def test_the_fingerprint_follows_stopwords_and_library(cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cleaner.fingerprint
+    assert first == Cleaner().fingerprint
     other = Cleaner()
     monkeypatch.setattr(other, "_stopwords", other._stopwords | {"film"})
-    assert other.fingerprint != cleaner.fingerprint
+    assert other.fingerprint != first
+    monkeypatch.setattr("nltk.__version__", "99.0")
+    assert cleaner.fingerprint != first
+
+
+def test_the_fingerprint_is_that_of_other_processes(cleaner: Cleaner, data: Path) -> None:
+    """Where sets have another order; else nothing that was cleaned would be found again."""
+    code = "import cleaning; print(cleaning.Cleaner().fingerprint)"
+    done = python(code, NLTK_DATA=str(data), PYTHONHASHSEED="1")
+    assert done.stdout == f"{cleaner.fingerprint}\n", done.stderr
 
 
 def test_pairs_are_cleaned_column_by_column(cleaner: Cleaner, tiny_bert: Path) -> None:

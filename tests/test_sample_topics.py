@@ -65,10 +65,21 @@ def test_quotas_of_r2() -> None:
     assert list(read_topics(R2))[2:6] == ["B2B/SaaS", "Entertainment", "Jobs and Career", "Finance"]
 
 
-def test_quotas_are_exact_and_the_rows_are_the_files_own(tmp_path: Path, small_data: Path, topics: Path) -> None:
+def test_topics_however_they_are_written(tmp_path: Path) -> None:
+    """After a byte order mark, with spaces anywhere, and with colons among the words."""
+    path = write(tmp_path / "t.txt", "\ufeffCats: 3: cat, small  cats,\n \nTimes of day:2 :12:30 , noon\n")
+    wanted = {"Cats": Topic(3, ("cat", "small  cats")), "Times of day": Topic(2, ("12:30", "noon"))}
+    assert read_topics(path) == wanted
+
+
+def test_quotas_are_exact_and_the_rows_are_the_files_own(
+    tmp_path: Path, small_data: Path, topics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = labelled(tmp_path, small_data, LABELS), tmp_path / "out" / "sample.csv"
     sample("--topics", topics, "--para_train", source, "--out", out)
     assert Counter(topics_in(out)) == {"Cats": 3, "Dogs and wolves": 5}
+    counts = [line.split()[-2:] for line in capsys.readouterr().out.splitlines()]
+    assert all(own in counts for own in (["examples", "drawn"], ["8", "3"], ["8", "5"], ["20", "8"]))
     whole, own = read(source), read(out)
     place = {row_id: i for i, row_id in enumerate(whole.ids)}
     chosen = [place[row_id] for row_id in own.ids]
@@ -103,6 +114,8 @@ def test_another_quota_leaves_the_other_topics_alone() -> None:
     labels = np.array(["a"] * 50 + ["b"] * 50)
     few, many = (drawn(labels, {"a": Topic(10, ("x",)), "b": Topic(count, ("y",))}, 7) for count in (5, 40))
     assert few[few < 50].tolist() == many[many < 50].tolist() and len(set(few.tolist())) == 15
+    alike = drawn(labels, {name: Topic(10, ("x",)) for name in "ab"}, 7)
+    assert alike[:10].tolist() != (alike[10:] - 50).tolist()
     everything = drawn(labels, {"a": Topic(50, ("x",)), "b": Topic(50, ("y",))}, 7)
     assert everything.tolist() == list(range(100))
 
@@ -138,7 +151,8 @@ def test_topics_by_the_backbones_own_embeddings(
     tmp_path: Path, tiny_bert: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Padded, text by text, and by hand; each topic's quota is all that it has."""
-    words = {"films": ("film", "a superb plot"), "animals": ("goat", "cat"), "work": ("job",)}
+    long = " ".join(["a superb plot"] * 30)  # of more tokens than the backbone has positions
+    words = {"films": ("film", long), "animals": ("goat", "cat"), "work": ("job",)}
     shape = read_config(tiny_bert)
     model, tokenizer = BertModel(shape), load_tokenizer(tiny_bert, 64)
     model.load_state_dict(load_weights(tiny_bert, shape))
@@ -187,7 +201,16 @@ def test_other_tasks_have_topics_too(tmp_path: Path, tiny_bert: Path, small_data
 
 @pytest.mark.parametrize(
     "text",
-    ["Cats 3 cat", "Cats: many: cat", "Cats: 3", "Cats: 3: ,", ": 3: cat", "Cats: 0: cat", "Cats: -1: cat"],
+    [
+        "Cats 3 cat",
+        "Cats: many: cat",
+        "Cats: 3",
+        "Cats: 3: ,",
+        ": 3: cat",
+        "Cats: 0: cat",
+        "Cats: -1: cat",
+        "Cats: ²: cat",
+    ],
 )
 def test_a_line_that_is_no_topic_is_named(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "t.txt", f"# fine\nDogs: 3: dog\n{text}\n")
