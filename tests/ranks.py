@@ -311,6 +311,15 @@ def script(*words: str) -> None:
     multitask_classifier.main(words)
 
 
+def threads() -> dict[str, int]:
+    """The cores of a process that is bound to one, and the threads that it takes where there are nine."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    bound = distributed.cores()
+    distributed.cores = lambda: 9
+    with joined(ComputeOptions()):
+        return {"bound to one": bound, "of nine": torch.get_num_threads()}
+
+
 def pieces() -> dict[str, Any]:
     """What `gather` and BatchNorm make of rows that every process knows, and this rank's part of the gradients."""
     out: dict[str, Any] = {}

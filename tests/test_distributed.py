@@ -202,6 +202,35 @@ def test_the_watch_has_ended_when_the_process_may(monkeypatch: pytest.MonkeyPatc
     assert not watch.thread.is_alive()
 
 
+def test_the_failure_of_an_earlier_attempt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun --max_restarts keeps the store. Of those that fail in one attempt, one is the first."""
+    store = dist.HashStore()
+    for attempt in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        watch = distributed.Watch(store)
+        watch.over.set()  # else its thread would end this process
+        watch.thread.join()
+        assert not watch.failed()
+        assert [watch.first_to_fail() for _ in range(2)] == [True, False]
+        assert watch.failed()
+
+
+def test_processes_of_one_machine_share_its_cores(tmp_path: Path) -> None:
+    """Those that they may use, where --threads says nothing."""
+    ended = launch(2, tmp_path / "threads", ranks.threads)
+    assert [ended.result(rank) for rank in range(2)] == [{"bound to one": 1, "of nine": 4}] * 2
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    distributed.take_gpu(0), distributed.take_gpu(1)
+    with pytest.raises(UserError, match="--use_gpu: process 3 of .* no GPU, there being 2; .* --nproc_per_node 2"):
+        distributed.take_gpu(2)
+    assert taken == [0, 1]
+
+
 # ------------------------------------------------------------------------------------------ repeated, and complete
 
 

@@ -68,8 +68,10 @@ def test_parts_hold_every_sequence_once_and_embed_the_same(tiny_flags: list[str]
                 for own in (batch, EncodedBatch(hidden, 0, batch)):
                     parts, places = parts_of(own, batch, count)
                     assert len(parts) == count
-                    sizes = [packed.num_sequences for part in parts if (packed := packed_of(part)) is not None]
+                    held = [packed for part in parts if (packed := packed_of(part)) is not None]
+                    sizes, lengths = ([getattr(own, f"num_{what}") for own in held] for what in ("sequences", "tokens"))
                     assert sum(sizes) == batch.num_sequences and max(sizes) - min(sizes) <= 1
+                    assert sum(lengths) == batch.num_tokens and max(lengths) - min(lengths) <= batch.max_seqlen
                     made = torch.cat([model.embed(task, part) for part in parts])[places]
                     torch.testing.assert_close(made, whole, atol=1e-5, rtol=0)
 
@@ -330,6 +332,16 @@ def test_a_head_that_does_not_fit_is_one_line(tiny_flags: list[str], tmp_path: P
     trainer.model.heads["sst"].register_forward_hook(lambda *given: ask_the_allocator())
     with pytest.raises(UserError, match="SST sentiment: out of memory in the head; lower --batch_size"):
         trainer.fit()
+
+
+def test_one_process_of_several_only_fails(tiny_flags: list[str], tmp_path: Path) -> None:
+    """A second attempt of it alone would wait for ever for the gathered rows of the others."""
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    trainer.memory.alone = False
+    failed = limit(trainer, "sst", 4, "cpu")
+    with pytest.raises(RuntimeError, match="allocate"):
+        trainer.train_step(Step("sst", ROWS), True)
+    assert failed == [5] and trainer.memory.sizes == {}
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_flags: list[str], tmp_path: Path) -> None:
