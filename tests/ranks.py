@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -177,8 +178,8 @@ def summed_words() -> list[torch.Tensor]:
     return out
 
 
-def fit_twice(flags: list[str], folder: Path) -> None:
-    """Two runs with all their files, one after the other."""
+def fit_twice(flags: list[str], folder: Path) -> int:
+    """Two runs with all their files, one after the other; returns what this rank has seeded its generator with."""
     with joined_ranks(flags) as world:
         for name in ("a", "b"):
             trainer = make_trainer(world, flags, folder / name)
@@ -186,6 +187,7 @@ def fit_twice(flags: list[str], folder: Path) -> None:
             weights = dict(world.weights(trainer.model))
             if world.leads:
                 save(folder / f"{name}.pt", {"format": 1, "weights": weights})
+    return torch.initial_seed()
 
 
 def fit(flags: list[str], run_dir: Path, *more: object, double: bool = False) -> dict[str, Any]:
@@ -318,6 +320,17 @@ def threads() -> dict[str, int]:
     distributed.cores = lambda: 9
     with joined(ComputeOptions()):
         return {"bound to one": bound, "of nine": torch.get_num_threads()}
+
+
+def agreements(folder: Path) -> dict[str, Any]:
+    """Whether this rank found a cache filled that the first one has to fill, and what all take from one of them."""
+    with joined_ranks() as world:
+        with world.one_first():
+            found = (folder / "filled").exists()
+            time.sleep(0.5 if world.leads else 0)
+            (folder / "filled").touch()
+        largest = world.largest(world.rank, 0, 5 - world.rank)
+        return {"found": found, "largest": largest, "agreed": world.agreed(f"the name that {world.rank} has")}
 
 
 def pieces() -> dict[str, Any]:

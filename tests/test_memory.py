@@ -235,6 +235,25 @@ def test_a_failed_attempt_leaves_no_trace(tiny_flags: list[str], tmp_path: Path,
     assert all(word in "".join(told) for word in ("Quora paraphrase", "at most", "dropout masks", "--batch_size"))
 
 
+def test_what_can_be_done_without_goes_first(tiny_flags: list[str], tmp_path: Path) -> None:
+    """A batch is cut where it does not fit even then."""
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    spare = [False, True]
+    trainer.memory.release = spare.pop
+    failed = limit(trainer, "sst", 4, "cpu")
+    trainer.train_step(Step("sst", ROWS), True)
+    assert failed == [5, 5] and trainer.memory.sizes == {"sst": 3} and not spare
+
+
+def test_a_small_batch_is_cut_at_once(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Parts of at most four would be no smaller than it is."""
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    trainer.memory.sizes = {"sst": 4}
+    failed = limit(trainer, "sst", 1, "cpu")
+    trainer.train_step(Step("sst", ROWS[:2]), True)
+    assert failed == [2] and trainer.memory.sizes == {"sst": 1}
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_a_failed_pass_back_keeps_nothing(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -351,6 +370,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_flags: list[str], 
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         trainer.fit()
     assert trainer.memory.sizes == {}
+
+
+def test_after_an_error_in_parts_the_model_is_whole(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    trainer.memory.sizes = {"sst": 3}
+    sizes: list[int] = []
+    layer = trainer.model.backbone("sst").bert_layers[0]
+    layer.register_forward_hook(lambda module, given, out: sizes.append(given[1].num_sequences))
+    trainer.model.heads["sst"].register_forward_hook(lambda *given: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        trainer.train_step(Step("sst", ROWS), True)
+    trainer.model.embed("sst", trainer.train_data["sst"].batch(ROWS))
+    assert sizes == [3, 2, 5]
 
 
 def test_errors_of_allocators_are_known() -> None:

@@ -11,6 +11,7 @@ import transformers
 from conftest import cut
 from test_base_bert import CONFIG, hf_model, hf_state, reference_state, write_weights
 from test_config import refusal
+from test_memory import limit
 from test_multitask_bert import make_model, options
 from test_scripts import refusal as refusal_of
 from test_training import changed, copied, make_trainer, metrics
@@ -102,6 +103,15 @@ def test_a_batch_without_words_has_none_masked(tiny_flags: list[str], tmp_path: 
     trainer.masking = lambda batch, generator: (batch, rows, words)  # type: ignore[assignment]
     loss, *_, norm = trainer.train_step(Step("sst", np.arange(3)), True)
     assert loss.item() == 0 and norm.item() == 0
+
+
+def test_a_lack_of_memory_is_one_line(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Nothing is cut, since the head works on all words of a batch."""
+    trainer = make_pretrainer(tiny_flags, tmp_path / "run", "--train_sst")
+    failed = limit(trainer, "sst", 0, "cuda")
+    with pytest.raises(UserError, match="SST sentiment: out of memory with 8 examples of --mlm; lower --batch_size"):
+        trainer.fit()
+    assert failed == [8]
 
 
 # -------------------------------------------------------------------------------------------- against transformers
