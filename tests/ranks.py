@@ -22,7 +22,7 @@ import multitask_classifier
 from bert import Linear, WordEmbedding
 from config import ComputeOptions, UserError, parse, run_script
 from datasets import load_splits, tokenise
-from multitask_bert import BatchNorm
+from multitask_bert import BatchNorm, MultitaskBERT
 from optimizer import local
 from tasks import TASKS
 from training import distributed, smart
@@ -30,7 +30,7 @@ from training.checkpoint import save
 from training.device import Device
 from training.distributed import Part, Ranks, Reducer, World, joined, sum_rows
 from training.loop import Trainer
-from training.sharding import Shards, gathered
+from training.sharding import Shards, gathered, parameters_of
 
 # Forked from a process that has imported what takes long, and never run anything.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -198,8 +198,16 @@ def fit(flags: list[str], run_dir: Path, *more: object, double: bool = False) ->
         return dict(world.weights(trainer.model))
 
 
+def sharded(model: MultitaskBERT) -> int:
+    """How many tensors of the backbones are shards at present."""
+    return sum(isinstance(own, DTensor) for own in model.backbones.parameters())
+
+
 def held(flags: list[str], run_dir: Path, steps: int) -> dict[str, Any]:
-    """How many numbers this rank holds after some steps, and how many there are; whether all is whole in `gathered`."""
+    """How many numbers this rank holds after some steps, and how many there are; whether all is whole in `gathered`.
+
+    And what is sharded when heads compute, before and after that; and what it holds of states that were loaded.
+    """
     out: dict[str, Any] = {}
     with joined_ranks(flags) as world:
         trainer = make_trainer(world, flags, run_dir)
@@ -212,6 +220,9 @@ def held(flags: list[str], run_dir: Path, steps: int) -> dict[str, Any]:
             return move(*arguments)
 
         trainer.move = noting  # type: ignore[method-assign]
+        out["between"] = []
+        for head in trainer.model.heads.values():
+            head.register_forward_hook(lambda *given: out["between"].append(sharded(trainer.model)))
         some_steps(trainer, steps)
         out["weights"] = sum(local(own).untyped_storage().nbytes() // 4 for own in trainer.model.backbones.parameters())
         out["all"] = sum(own.numel() for own in backbones)
@@ -221,7 +232,13 @@ def held(flags: list[str], run_dir: Path, steps: int) -> dict[str, Any]:
             out[name] = sum(optimizer.state[own][name].numel() for own in backbones)
         with gathered(trainer.model):
             out["gathered"] = sum(local(own).numel() for own in trainer.model.backbones.parameters())
-        out["sharded"] = [isinstance(own, DTensor) for own in trainer.model.backbones.parameters()].count(True)
+        out["sharded"] = sharded(trainer.model)
+        some_steps(trainer, 1)
+        content, numbered = optimizer.state_dict(), parameters_of(optimizer)
+        for number, own in content["state"].items():
+            own["exp_avg"] = torch.ones(numbered[number].shape)  # as the file has it
+        world.load_states(optimizer, content)
+        out["loaded"] = sum(optimizer.state[own]["exp_avg"].untyped_storage().nbytes() // 4 for own in backbones)
     return out
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,37 @@ def test_buckets_keep_the_order_and_their_size(monkeypatch: pytest.MonkeyPatch) 
     found = buckets_of(parameters)
     assert [[len(own) for own in bucket] for bucket in found] == [[4, 6], [1], [30], [1, 9], [1]]
     assert buckets_of([]) == []
+
+
+def test_gradients_leave_while_backward_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the top down, as soon as it is known what is reached: in the second pass, also after unfreezing."""
+    left: list[int] = []
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, async_op: left.append(len(flat)) or SimpleNamespace(wait=int))
+    monkeypatch.setattr(dist, "broadcast", lambda *given: None)
+    low, middle, top = parameters = [nn.Parameter(torch.randn(size)) for size in (2, 3, 4)]
+    reducer = distributed.Reducer(parameters)
+
+    def passed(summed: bool = True) -> tuple[list[int], list[int]]:
+        """The sizes of what has left when backward ends, and of what leaves after it."""
+        left.clear()
+        with reducer.summed("task") if summed else nullcontext():
+            (top * (middle * low.sum()).sum()).sum().backward()
+            during = left.copy()
+        for own in parameters:
+            own.grad = None
+        return during, sorted(left[len(during) :])
+
+    low.requires_grad_(False)
+    assert [passed(), passed()] == [([], [3, 4]), ([4, 3], [])]
+    low.requires_grad_(True)
+    assert [passed(), passed()] == [([4, 3], [2]), ([4, 3, 2], [])]
+    top.requires_grad_(False)
+    assert passed() == ([], [2, 3])
+    top.requires_grad_(True)
+    assert passed(summed=False) == ([], [])  # gradients that wait for those of another task
+    top.requires_grad_(False)
+    assert passed() == ([3, 2], [])
 
 
 def test_the_watch_has_ended_when_the_process_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,14 +109,15 @@ def test_half_precision_of_shards_is_that_of_whole_weights(tiny_flags: list[str]
 
 
 def test_each_rank_holds_its_share(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Of weights, gradients and states of the backbones, between steps; all of the weights for an evaluation."""
+    """Of weights, gradients and states of the backbones, between steps; all of the weights for an evaluation alone."""
     size = 3
     flags = [*tiny_flags, "--routine", "joint", "--batch_size", "9", "--fsdp"]
     ended = launch(size, tmp_path / "log", ranks.held, flags, tmp_path / "run", 4)
     found = [ended.result(rank) for rank in range(size)]
     for own in found:
         assert own["gathered"] == own["all"] and own["sharded"] > 0
-        for name in ("weights", "gradients", "exp_avg", "exp_inf"):
+        assert set(own["between"]) == {own["sharded"]}
+        for name in ("weights", "gradients", "exp_avg", "exp_inf", "loaded"):
             assert own[name] < 1.2 * own["all"] / size, (name, own)
     assert sum(own["exp_avg"] for own in found) >= found[0]["all"]
 
@@ -193,6 +194,14 @@ def test_runs_go_on_with_other_ranks_with_and_without_fsdp(tiny_flags: list[str]
         assert list(weights) == list(whole)
         for key, own in whole.items():
             torch.testing.assert_close(weights[key], own, rtol=0.0, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_weights_that_do_not_fit_are_refused(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Before any of them travels."""
+    model = ranks.make_trainer(ONE, tiny_flags, tmp_path / "run").model
+    name, *others = weights = model.state_dict()
+    with pytest.raises(UserError, match=f"^resume.pt: the weights do not fit .* missing {name}$"):
+        Shards(0, 2, 0, 1).load(model, {other: weights[other] for other in others}, Path("resume.pt"))
 
 
 def test_the_script_with_fsdp(tiny_flags: list[str], tmp_path: Path) -> None:
