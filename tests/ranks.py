@@ -340,14 +340,25 @@ def threads() -> dict[str, int]:
 
 
 def agreements(folder: Path) -> dict[str, Any]:
-    """Whether this rank found a cache filled that the first one has to fill, and what all take from one of them."""
+    """Whether this rank found a cache filled that the first one has to fill, and what all take from one of them.
+
+    And sums of gradients that are made in another order on the first rank.
+    """
     with joined_ranks() as world:
         with world.one_first():
             found = (folder / "filled").exists()
             time.sleep(0.5 if world.leads else 0)
             (folder / "filled").touch()
         largest = world.largest(world.rank, 0, 5 - world.rank)
-        return {"found": found, "largest": largest, "agreed": world.agreed(f"the name that {world.rank} has")}
+        agreed = world.agreed(f"the name that {world.rank} has")
+        pair = [torch.nn.Parameter(torch.ones(size)) for size in (2, 3)]
+        reducer, (inner, outer) = Reducer(pair), pair[:: 1 if world.leads else -1]
+        for _ in range(2):
+            inner.grad = outer.grad = None
+            with reducer.summed("task"):
+                (outer * inner.sum()).sum().backward()
+        sums = [own.grad.tolist() for own in pair if own.grad is not None]
+        return {"found": found, "largest": largest, "agreed": agreed, "sums": sums}
 
 
 def pieces() -> dict[str, Any]:

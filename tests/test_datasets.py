@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 import datasets
 from config import DataOptions, TaskOptions, UserError, parse
-from datasets import BadRows, Examples, fetch, find_file, git_blob_id, load_split, load_splits, read_examples
+from datasets import BadRows, Examples, TaskData, fetch, find_file, git_blob_id, load_split, load_splits, read_examples
+from packing import unpack
 from tasks import PARA, SST, STS, TASKS, Task
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -52,7 +54,7 @@ def refusal(folder: Path, content: bytes, task: Task = SST, split: str = "train"
 
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
-    content = b"similarity\tsentence2\tnote\tsentence1\tid\n3.2\tTwo\tx\t One  two\xc2\xa0three \ta1\n0\tB\t\tA\ta2\n"
+    content = b"similarity\tsentence2 \tnote\t sentence1\tid\n3.2\tTwo\tx\t One  two\xc2\xa0three \ta1\n0\tB\t\tA\ta2\n"
     examples, reports = read(tmp_path, content, STS)
     assert reports == [] and len(examples) == 2
     assert examples.ids == ["a1", "a2"]
@@ -106,6 +108,8 @@ def test_a_test_file_needs_no_labels(tmp_path: Path) -> None:
     labelled, _ = read(tmp_path, HEADERS["sst"] + b"0\ta\tA\t3\n", split="test")
     assert labelled.labels is not None and labelled.labels.tolist() == [3]
     assert "expected id, sentence, sentiment" in refusal(tmp_path, content, split="dev")
+    twice = b"id\tsentence\tsentiment\tsentiment\na\tA\t3\t1\n"
+    assert "expected id, sentence, sentiment once each" in refusal(tmp_path, twice, split="test")
 
 
 def test_take_is_a_seeded_subset_in_file_order(tmp_path: Path) -> None:
@@ -185,6 +189,13 @@ def test_bad_rows_over_the_limit_refuse_the_run() -> None:
     )
 
 
+def test_few_bad_rows_are_all_named() -> None:
+    bad_rows = BadRows(0, lambda line: None)
+    bad_rows.add(Path("a.csv"), 2, "id is missing")
+    with pytest.raises(UserError, match=r"--max_bad_rows 0 \(a\.csv:2: id is missing\); mend the file or raise"):
+        bad_rows.check()
+
+
 def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
     rows = b"".join(b"%d\tid%d\tText\t%d\n" % (i, i, 7) for i in range(30))
     message = refusal(tmp_path, HEADERS["sst"] + rows)
@@ -255,6 +266,32 @@ def test_load_split(tmp_path: Path) -> None:
     (tmp_path / "quora-dev.csv").write_bytes(HEADERS["para"] + rows + b"5\ta\tA\n6\tb\tA\n")
     with pytest.raises(UserError, match="unreadable rows: 2, more than --max_bad_rows 1"):
         load_split(data, TaskOptions(), PARA, "dev", bad_rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("encoding", ["siamese", "cross"])
+def test_batches_hold_both_texts_of_a_pair(tiny_bert: Path, encoding: str) -> None:
+    """All first texts before all second ones, or each pair as one sequence with two token types."""
+    tokenizer = load_tokenizer(tiny_bert, 64)
+    texts = (["the film", "a", "no plot at all"], ["a very good film", "it works", "a"])
+    data = TaskData(Examples(STS, "dev", Path("x"), ["a", "b", "c"], texts, None), tokenizer, encoding)
+    first, second = ([tokenizer.encode([text]).input_ids.tolist() for text in column] for column in texts)
+    chosen = np.array([2, 0])
+    if encoding == "siamese":
+        wanted, ones = [own[i] for own in (first, second) for i in chosen], [0] * 4
+    else:
+        wanted, ones = [first[i] + second[i][1:] for i in chosen], [len(second[i]) - 1 for i in chosen]
+    batch = data.batch(chosen)
+    ids, types = (unpack(rows, batch).tolist() for rows in (batch.input_ids, batch.token_type_ids))
+    width = max(map(len, wanted))
+    assert ids == [own + [0] * (width - len(own)) for own in wanted]
+    assert types == [
+        [int(len(own) - n <= i < len(own)) for i in range(width)] for own, n in zip(wanted, ones, strict=True)
+    ]
+    assert data.lengths.tolist() == [data.batch(np.array([i])).num_tokens for i in range(3)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,6 +491,15 @@ def test_other_labels_of_an_extra_file_stay(tmp_path: Path) -> None:
     assert found.labels is not None and found.labels[-2:].tolist() == [0, 2]
     cut = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n", "--max_train_examples", "50")
     assert len(cut) == 50
+
+
+def test_low_similarities_of_an_extra_file_stay(tmp_path: Path) -> None:
+    """They may be of pairs that have little in common; only classes are known to have a scale of their own."""
+    for name in ("sts-train.csv", "extra.csv"):
+        (tmp_path / name).write_bytes(HEADERS["sts"] + b"0\t%s\tA\tB\t0.5\n1\tb\tA\tB\t1\n" % name[:1].encode())
+    options = TaskOptions(extra=(str(tmp_path / "extra.csv"),))
+    found = load_split(DataOptions(data_dir=str(tmp_path)), options, STS, "train", BadRows(0, print))
+    assert found is not None and found.labels is not None and found.labels.tolist() == [0.5, 1, 0.5, 1]
 
 
 def test_a_missing_extra_file_is_named(tmp_path: Path) -> None:

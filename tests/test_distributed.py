@@ -212,11 +212,12 @@ def test_gradients_leave_while_backward_goes_on(monkeypatch: pytest.MonkeyPatch)
     low, middle, top = parameters = [nn.Parameter(torch.randn(size)) for size in (2, 3, 4)]
     reducer = distributed.Reducer(parameters)
 
-    def passed(summed: bool = True) -> tuple[list[int], list[int]]:
+    def passed(summed: bool = True, upwards: bool = False) -> tuple[list[int], list[int]]:
         """The sizes of what has left when backward ends, and of what leaves after it."""
         left.clear()
+        first, last = (top, low) if upwards else (low, top)
         with reducer.summed("task") if summed else nullcontext():
-            (top * (middle * low.sum()).sum()).sum().backward()
+            (last * (middle * first.sum()).sum()).sum().backward()
             during = left.copy()
         for own in parameters:
             own.grad = None
@@ -226,6 +227,7 @@ def test_gradients_leave_while_backward_goes_on(monkeypatch: pytest.MonkeyPatch)
     assert [passed(), passed()] == [([], [3, 4]), ([4, 3], [])]
     low.requires_grad_(True)
     assert [passed(), passed()] == [([4, 3], [2]), ([4, 3, 2], [])]
+    assert passed(upwards=True) == ([4, 3, 2], [])  # each waits for those before it
     top.requires_grad_(False)
     assert passed() == ([], [2, 3])
     top.requires_grad_(True)
@@ -269,7 +271,7 @@ def test_what_processes_agree_on(tmp_path: Path) -> None:
     ended = launch(3, tmp_path / "log", ranks.agreements, tmp_path)
     for rank in range(3):
         wanted = {"found": rank > 0, "largest": [2, 0, 5], "agreed": "the name that 0 has"}
-        assert ended.result(rank) == wanted
+        assert ended.result(rank) == {**wanted, "sums": [[9.0] * 2, [6.0] * 3]}
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,10 +180,18 @@ def ask_cuda() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ...")
 
 
+def ask_numpy() -> None:
+    """The error of numpy, which makes the parts."""
+    np.empty(1 << 55)
+
+
+FORWARD = {"cpu": ask_the_allocator, "cuda": ask_cuda, "numpy": ask_numpy}
+
+
 def limit(trainer: Trainer, task: str, most: int, how: str) -> list[int]:
     """Let a layer of the task's backbone run out of memory at more than so many sequences; returns those it refused.
 
-    `how` is what fails: the pass forward with the error of cpu or cuda, or the pass back, when the gradients of the
+    `how` is what fails: the pass forward with one of the errors above, or the pass back, when the gradients of the
     layers above have been added already.
     """
     failed: list[int] = []
@@ -195,7 +203,7 @@ def limit(trainer: Trainer, task: str, most: int, how: str) -> list[int]:
         failed.append(given[1].num_sequences)
         if how == "backward":
             return _FailsBackward.apply(out)
-        return ask_cuda() if how == "cuda" else ask_the_allocator()
+        return FORWARD[how]()
 
     layer.register_forward_hook(hook)
     return failed
@@ -249,7 +257,7 @@ def test_a_small_batch_is_cut_at_once(tiny_flags: list[str], tmp_path: Path) -> 
     """Parts of at most four would be no smaller than it is."""
     trainer = trainer_of(tiny_flags, tmp_path / "run")
     trainer.memory.sizes = {"sst": 4}
-    failed = limit(trainer, "sst", 1, "cpu")
+    failed = limit(trainer, "sst", 1, "numpy")
     trainer.train_step(Step("sst", ROWS[:2]), True)
     assert failed == [2] and trainer.memory.sizes == {"sst": 1}
 
@@ -387,7 +395,7 @@ def test_after_an_error_in_parts_the_model_is_whole(tiny_flags: list[str], tmp_p
 
 def test_errors_of_allocators_are_known() -> None:
     found = []
-    for ask in (ask_the_allocator, ask_cuda, lambda: np.empty(1 << 55), lambda: bytearray(1 << 60)):
+    for ask in (*FORWARD.values(), lambda: bytearray(1 << 60)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
             ask()
         found.append(is_out_of_memory(error.value))
