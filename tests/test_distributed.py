@@ -260,6 +260,24 @@ def test_the_failure_of_an_earlier_attempt_is_none(monkeypatch: pytest.MonkeyPat
         assert watch.failed()
 
 
+def test_a_first_process_that_is_gone_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless all is over, when it may be gone."""
+
+    def check(keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer\nat #0")
+
+    watch = distributed.Watch(dist.HashStore())
+    watch.over.set()
+    watch.thread.join()
+    monkeypatch.setattr(watch, "store", SimpleNamespace(check=check))
+    assert watch.failed() and capsys.readouterr().err == ""
+    watch.over.clear()
+    assert watch.failed()
+    assert capsys.readouterr().err == "the first process cannot be reached: Connection reset by peer\n"
+
+
 def test_processes_of_one_machine_share_its_cores(tmp_path: Path) -> None:
     """Those that they may use, where --threads says nothing."""
     ended = launch(2, tmp_path / "threads", ranks.threads)

@@ -262,6 +262,22 @@ def test_a_small_batch_is_cut_at_once(tiny_flags: list[str], tmp_path: Path) -> 
     assert failed == [2] and trainer.memory.sizes == {"sst": 1}
 
 
+def sizes_in(trainer: Trainer, task: str) -> list[int]:
+    """The sequences of each pass through the lowest layer of a task's backbone from now on."""
+    sizes: list[int] = []
+    layer = trainer.model.backbone(task).bert_layers[0]
+    layer.register_forward_hook(lambda module, given, out: sizes.append(given[1].num_sequences))
+    return sizes
+
+
+def test_only_a_batch_that_does_not_fit_is_computed_twice(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_flags, tmp_path / "run")
+    sizes, trainer.memory.sizes = sizes_in(trainer, "sst"), {"sst": 4}
+    for rows in (ROWS[:4], ROWS):
+        trainer.train_step(Step("sst", rows), True)
+    assert sizes[:3] == [4, 3, 2] and sorted(sizes[3:]) == [2, 3]
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_a_failed_pass_back_keeps_nothing(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -382,10 +398,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny_flags: list[str], 
 
 def test_after_an_error_in_parts_the_model_is_whole(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = trainer_of(tiny_flags, tmp_path / "run")
-    trainer.memory.sizes = {"sst": 3}
-    sizes: list[int] = []
-    layer = trainer.model.backbone("sst").bert_layers[0]
-    layer.register_forward_hook(lambda module, given, out: sizes.append(given[1].num_sequences))
+    sizes, trainer.memory.sizes = sizes_in(trainer, "sst"), {"sst": 3}
     trainer.model.heads["sst"].register_forward_hook(lambda *given: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         trainer.train_step(Step("sst", ROWS), True)
