@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import resource
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from conftest import SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Child
 
 import datasets
 from config import DataOptions, TaskOptions, UserError, parse
@@ -261,8 +263,12 @@ def test_load_split(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_bytes(HEADERS["para"] + rows + b"\n")
     train = load_split(data, TaskOptions(), PARA, "train", bad_rows)
     dev = load_split(data, TaskOptions(dev=str(tmp_path / "mine.csv")), PARA, "dev", bad_rows)
-    assert train is not None and len(train) == 2
+    chosen = np.sort(np.random.default_rng(0).choice(5, 2, replace=False))  # whatever --seed is
+    assert train is not None and train.ids == [f"id{i}" for i in chosen] != ["id0", "id1"]
     assert dev is not None and len(dev) == 5 and dev.path == tmp_path / "mine.csv"
+    for split in ("train", "test"):
+        found = load_split(data, TaskOptions(**{split: str(tmp_path / "mine.csv")}), PARA, split, bad_rows)
+        assert found is not None and found.path == tmp_path / "mine.csv"
     (tmp_path / "quora-dev.csv").write_bytes(HEADERS["para"] + rows + b"5\ta\tA\n6\tb\tA\n")
     with pytest.raises(UserError, match="unreadable rows: 2, more than --max_bad_rows 1"):
         load_split(data, TaskOptions(), PARA, "dev", bad_rows)
@@ -439,6 +445,20 @@ def test_failed_downloads_are_one_line(served: tuple[Path, str], tmp_path: Path)
     assert contents_of(tmp_path / "data") == {}
 
 
+def test_a_file_that_cannot_be_written_leaves_none_of_its_name(served: tuple[Path, str], tmp_path: Path) -> None:
+    """Else the next attempt would take it for a file of the user."""
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        fetch(tmp_path / "data", served[1], IDS)
+
+    assert Child(work, tmp_path / "log").wait() == 1
+    assert f"UserError: --out {tmp_path / 'data'}: cannot be written" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "data" / "a.csv").exists()
+    fetch(tmp_path / "data", served[1], IDS)
+    assert contents_of(tmp_path / "data") == GOOD
+
+
 def test_a_file_in_the_way_is_left_alone(served: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"mine")
     with pytest.raises(UserError, match="a.csv: is not the course's file"):
@@ -490,7 +510,8 @@ def test_other_labels_of_an_extra_file_stay(tmp_path: Path) -> None:
     found = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tdreadful\t0\nb\tmiddling\t2\n")
     assert found.labels is not None and found.labels[-2:].tolist() == [0, 2]
     cut = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n", "--max_train_examples", "50")
-    assert len(cut) == 50
+    whole = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n")
+    assert len(cut) == 50 and cut.ids == whole.take(50, seed=0).ids  # of both files alike
 
 
 def test_low_similarities_of_an_extra_file_stay(tmp_path: Path) -> None:
