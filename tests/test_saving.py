@@ -1,5 +1,7 @@
 """Files that stay whole: killed while saving, full disks, damage on the disk, and several processes at one time."""
 
+import errno
+import fcntl
 import os
 import platform
 import random
@@ -260,6 +262,17 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder.wait()
     lock(path, "x")
     lock(path, "x")  # what this process has, it has
+
+
+def test_a_file_system_without_locks_refuses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some of a network."""
+
+    def lockf(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    for _ in range(2):
+        lock(tmp_path / ".lock", "x")
 
 
 def test_readers_never_see_half_a_checkpoint(tmp_path: Path) -> None:
