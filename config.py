@@ -1117,6 +1117,27 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+class LogLines:
+    """Standard error for a bar of tqdm that goes into a file or a pipe: each of its states becomes a line there."""
+
+    def write(self, text: str) -> None:
+        """Print what is no white space, with which a terminal's bar is drawn over."""
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """As tqdm asks for it."""
+        sys.stderr.flush()
+
+
+def bar_style() -> dict[str, Any]:
+    """How tqdm shows a bar: drawn over and over for people, a line every half minute in a file or a pipe."""
+    if sys.stderr.isatty():
+        return {"dynamic_ncols": True}
+    numbers = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return {"file": LogLines(), "bar_format": numbers, "mininterval": 30.0}
+
+
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")

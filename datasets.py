@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cache import Arrays, cache_key, cached, pack_texts, unpack_texts
 from cleaning import Cleaner
-from config import DataOptions, OneLineParser, TaskOptions, UserError, run_script
+from config import DataOptions, OneLineParser, TaskOptions, UserError, bar_style, run_script
 from packing import Batch, PackedBatch, pack, ragged_rows
 from tasks import Task
 from tokenizer import TokenArrays, Tokenizer
@@ -547,7 +547,8 @@ def _download(url: str, name: str) -> bytes:
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            with tqdm(total=answer.length, desc=name, unit="B", unit_scale=True, leave=False) as progress:
+            style = bar_style()
+            with tqdm(total=answer.length, desc=name, unit="B", unit_scale=True, leave=False, **style) as progress:
                 while chunk := answer.read(1 << 16):
                     content += chunk
                     progress.update(len(chunk))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import UserError, speaks
+from config import UserError, bar_style, speaks
 from datasets import Batches, Examples
 from files import first_line, write_text
 from lora import merged
@@ -27,7 +27,6 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
 
     So many items were `done` before these.
     """
-    watched = sys.stderr.isatty()
     return tqdm(
         items,
         desc=description,
@@ -35,9 +34,8 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
         leave=leave,
         initial=done,
         total=done + len(items),
-        dynamic_ncols=True,
-        mininterval=0.1 if watched else 30.0,
-        disable=(not watched and not leave) or not speaks(),
+        disable=(not leave and not sys.stderr.isatty()) or not speaks(),
+        **bar_style(),
     )
 
 

@@ -51,6 +51,7 @@ from config import (
     Config,
     UserError,
     assemble,
+    bar_style,
     build_parser,
     expand_arguments,
     groups_of,
@@ -304,8 +305,8 @@ class Study:
         jobs: list[Job] = []
         waiting = False
         # miniters 0: drawn by the clock alone, so that the time goes on while a long trial runs
-        pace: dict[str, Any] = {"smoothing": 0, "miniters": 0, "mininterval": 1 if sys.stderr.isatty() else 60}
-        bar = tqdm(total=len(todo), unit="trial", dynamic_ncols=True, disable=not todo, **pace)
+        pace = {"smoothing": 0, "miniters": 0, "mininterval": 1 if sys.stderr.isatty() else 60}
+        bar = tqdm(total=len(todo), unit="trial", disable=not todo, **{**bar_style(), **pace})
         try:
             while todo:
                 for trial in todo:

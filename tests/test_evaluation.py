@@ -147,6 +147,18 @@ def test_a_bar_counts_what_was_done_before() -> None:
     assert (bar.n, bar.total) == (3, 5) and list(bar) == ["a", "b"]
 
 
+def test_a_bar_in_a_file_is_made_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log is read with an editor or grep, to which a bar that is drawn over itself is one endless line."""
+    bar = progress(["a", "b", "c", "d"], "epoch 1/3", "step")
+    for _ in bar:
+        bar.set_postfix_str("sst loss 1.047", refresh=False)
+        bar.refresh()
+    lines = capsys.readouterr().err.splitlines()
+    assert not any("\r" in line or "█" in line or not line.strip() for line in lines)
+    assert len(lines) > 2 and lines[0].startswith("epoch 1/3:   0%| 0/4 [00:00<?")
+    assert lines[-1].startswith("epoch 1/3: 100%| 4/4 [00:00<00:00, ") and lines[-1].endswith("step/s, sst loss 1.047]")
+
+
 def test_score_and_write(tmp_path: Path) -> None:
     """Both splits are written, dev alone is scored."""
 
