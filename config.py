@@ -55,6 +55,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
 MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
+MOST_THREADS = 4096  # beyond any machine
+MOST_NUMBER, MOST_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,10 @@ class ModelOptions:
     clf: str | None = option(None, "kind of head", choices=("linear", "nonlinear", "conv", "mlp"))
     head_layers: int | None = option(None, "hidden layers of conv and mlp heads", low=0, high=64)
     head_width: int | None = option(
-        None, "width of hidden layers (default: the backbone's in mlp heads, half of it in others)", low=1
+        None,
+        "width of hidden layers (default: the backbone's in mlp heads, half of it in others)",
+        low=1,
+        high=MOST_SIZE,
     )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
@@ -283,7 +288,7 @@ class LoraOptions:
         "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
         choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
     )
-    lora_rank: int = option(1, "rank r of the update", low=1)
+    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_SIZE)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
     rslora: bool = option(False, "scale by alpha / sqrt(r)")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
@@ -315,9 +320,9 @@ class PalOptions:
         "sum that they are added to, at the end of the layer or after its attention (R1's alternative architecture AA)",
         choices=("feed-forward", "attention"),
     )
-    pal_size: int = option(204, "width d_s of projected attention", low=1)
+    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_SIZE)
     pal_heads: int = option(12, "heads of projected attention (6 in its authors' code)", low=1)
-    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1)
+    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_SIZE)
     pal_tasks: tuple[str, ...] | None = option(None, "comma-separated tasks that have them (default: all of the run)")
 
 
@@ -325,9 +330,9 @@ class PalOptions:
 class TrainOptions:
     """Training."""
 
-    epochs: int = option(7, "epochs", low=1)
+    epochs: int = option(7, "epochs", low=1, high=1_000_000)
     batch_size: int = option(64, "examples per step, over all processes", low=1)
-    lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0, high=1e30)
+    lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0)
     lr_scaling: str = option(
         "none",
         "factor on --lr for another --batch_size than R0's 64: batch size / 64 (linear) or its square root (sqrt)",
@@ -391,6 +396,7 @@ class TrainOptions:
         None,
         "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)",
         low=1,
+        high=1_000_000,
         belongs=("routine", DRAWING_ROUTINES),
     )
     anneal_factor: float = option(
@@ -453,7 +459,12 @@ class ComputeOptions:
 
     use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
     amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
-    threads: int | None = option(None, "CPU threads (under torchrun: the cores divided by its processes)", low=1)
+    threads: int | None = option(
+        None,
+        "CPU threads (default: the cores; under torchrun, the cores divided by its processes)",
+        low=1,
+        high=MOST_THREADS,
+    )
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
 
@@ -503,7 +514,7 @@ class TaskOptions:
     enabled: bool = option(False, "train on {title}", template="train_{task}")
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
-    num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0)
+    num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0, high=1_000)
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(None, "training file of {title}", template="{task}_train")
     dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
@@ -684,14 +695,15 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
         except ValueError:
             wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        low, high, above = (metadata.get(key) for key in ("low", "high", "above"))
-        if value != value or (low is not None and value < low) or (above is not None and value <= above):
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        low, above = metadata.get("low"), metadata.get("above")
+        if (low is not None and value < low) or (above is not None and value <= above):
             raise argparse.ArgumentTypeError(
                 f"{text} is too small; give {'at least' if above is None else 'more than'} "
                 f"{low if above is None else above}"
             )
-        if kind is float and abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        high = metadata.get("high", MOST_NUMBER if kind is float else None)
         if high is not None and value > high:
             raise argparse.ArgumentTypeError(f"{text} is too large; give at most {high}")
         return value
@@ -911,6 +923,11 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         f"--{name}_from_epoch {own.from_epoch} is past --epochs {train.epochs}; lower it"
         for name, own in config.tasks.items()
         if own.from_epoch > train.epochs
+    ]
+    problems += [
+        f"--lr {train.lr:g} times --{name}_lr_multiplier {own.lr_multiplier:g} is too large; lower one of the two"
+        for name, own in config.tasks.items()
+        if train.scaled_lr() * own.lr_multiplier > MOST_RATE
     ]
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")

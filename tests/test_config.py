@@ -503,6 +503,9 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
         ("--pair_encoding", "both"), ("--pooling", "max"), ("--pair_layer", "deep"), ("--clf", "tree"),
         ("--head_activation", "tanh"), ("--sts_head", "none"), ("--pair_features", "u,w"), ("--sst_loss", "mse"),
         ("--sts_loss", "ce"), ("--quora_loss", "ce"),
+        # what would end in an overflow, or in lists that fill the memory
+        ("--sst_weight_decay", "1e300"), ("--sts_weight", "1e31"), ("--head_width", "9" * 23), ("--pal_size", "9" * 23),
+        ("--threads", "1000000000000"), ("--num_sst_trains", "1000000000"), ("--steps_per_epoch", "1000000000"),
     ],
 )  # fmt: skip
 def test_bounds_and_choices(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
@@ -527,6 +530,16 @@ def test_bounds_are_inclusive(words: tuple[Any, ...], value: str) -> None:
     for name in path.split("."):
         found = found[name]
     assert repr(found) == wanted
+
+
+def test_what_is_no_number_is_not_called_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("nan", "inf", "-inf"):
+        assert f"--lr: {value} is not a finite number" in exit_line(capsys, f"--lr={value}")
+
+
+def test_a_learning_rate_beyond_any_float_is_refused() -> None:
+    line = refusal("--lr", 1e20, "--sts_lr_multiplier", 1e20)
+    assert "--lr 1e+20 times --sts_lr_multiplier 1e+20" in line and "--sst_lr_multiplier" not in line
 
 
 def test_unknown_flags_and_words_are_named(capsys: pytest.CaptureFixture[str]) -> None:
