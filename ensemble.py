@@ -102,8 +102,8 @@ def find_members(names: Sequence[str]) -> list[Member]:
 
 
 def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
-    """See that what is asked for has a meaning with these members, and a place. Raises UserError where it has none."""
-    from training.checkpoint import RunDirectory, load
+    """See that what is asked for has a meaning with these members. Raises UserError where it has none."""
+    from training.checkpoint import load
     from training.ensembling import check_alike
 
     for flag in ("select", "soup"):
@@ -121,7 +121,6 @@ def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
         if soup_path(options).resolve() in [member.path.resolve() for member in members]:
             raise UserError(f"--soup writes {soup_path(options)}, which is a member too; choose another --run_dir")
         check_alike({member.path: load(member.path, mmap=True) for member in members})
-    RunDirectory(Path(options.run_dir)).spare_training()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,6 +380,7 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         raise UserError("--filepaths: name at least one checkpoint")
     from datasets import load_splits
+    from training.checkpoint import RunDirectory, probe_folder
 
     options = groups_of(given, groups)
     members = find_members(names)
@@ -388,6 +388,8 @@ def main(argv: Sequence[str]) -> None:
     tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}
     own = {name: task_options(given, task) for name, task in tasks.items()}
     splits = load_splits(DataOptions(**vars(options["data"])), own, tasks, ["dev", "test"], say)
+    RunDirectory(Path(options["ensemble"].run_dir)).spare_training()
+    probe_folder(Path(options["ensemble"].cache), "--cache")
     ensemble(members, splits, options["ensemble"], options["compute"])
 
 

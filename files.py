@@ -32,11 +32,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     """Let `write` fill a temporary file beside `path`, sync it and rename it: `path` is never half a file.
 
     With `keep`, the old file lives on under that name. Raises UserError where the folder cannot be written, the disk is
-    full or `write` fails; the old file then stands unchanged.
+    full, `write` fails or `path` is no file but a device, such as /dev/null; what was there then stands unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder or a device")
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

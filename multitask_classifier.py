@@ -89,7 +89,7 @@ def train(config: Config, command: str, world: "World") -> None:
     `command` is for the row of --benchmark.
     """
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory, git_commit, load, probe_folder
+    from training.checkpoint import RunDirectory, git_commit, load, probe_file
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.loop import Trainer
@@ -112,7 +112,7 @@ def train(config: Config, command: str, world: "World") -> None:
         return
     table = Table(Path(config.run.benchmark), BENCHMARK_COLUMNS) if config.run.benchmark and world.leads else None
     if table is not None:
-        probe_folder(table.path.parent, "--benchmark")
+        probe_file(table.path, "--benchmark")
         table.rows()  # what is wrong with it is told before training
     run = prepare_run(config, model, world)
     say(f"{world.named(device.name)}; run directory {run.path}")
@@ -135,7 +135,7 @@ def train(config: Config, command: str, world: "World") -> None:
 
 def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunDirectory":
     """The run directory, ready to be written by the process that leads."""
-    from training.checkpoint import RunDirectory, probe_folder
+    from training.checkpoint import RunDirectory, probe_file
     from training.distributed import Unwritten
     from training.plan import checkpoint_bytes
 
@@ -145,9 +145,7 @@ def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunD
         config.run.tensorboard = False
         return run
     if config.run.filepath:
-        probe_folder(Path(config.run.filepath).parent, "--filepath")
-        if Path(config.run.filepath).is_dir():
-            raise UserError(f"--filepath {config.run.filepath}: is a folder; name a file, such as best.pt in it")
+        probe_file(Path(config.run.filepath), "--filepath")
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     run.begin(config)
     return run
@@ -204,13 +202,13 @@ def evaluate(config: Config, world: "World") -> None:
     from training.device import choose_device
 
     path = Path(str(config.run.evaluate))
-    run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     device = choose_device(config.compute, say)
     model, tokenizer, saved = trained_model(config)
-    run.spare_training()
-    model.to(device.device)
+    run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
+    run.spare_training()
+    model.to(device.device)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
     report(model, data, device, config, run, {"checkpoint": str(path)}, world)
 

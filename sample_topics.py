@@ -51,8 +51,10 @@ COLUMN = "topic"
 class TopicOptions:
     """Topics."""
 
-    topics: str | None = option(None, "file with a line for each topic: NAME: COUNT: WORDS, comma-separated")
-    out: str | None = option(None, "file to write the sample into")
+    topics: str | None = option(
+        None, "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank, loans"
+    )
+    out: str | None = option(None, "file to write the sample into, a training file for --NAME_train")
     task: str = option("para", "task whose training file is sampled")
     pretrained: str = option("bert-base-uncased", "whose embeddings tell topics: a known name, a hub name or a folder")
     seed: int = option(TrainOptions.seed, "seed of the draw", low=0)
@@ -196,7 +198,7 @@ def check(options: TopicOptions) -> Task:
     """The task that is meant. Raises UserError where a flag is missing or names no task."""
     for flag, given in (("topics", options.topics), ("out", options.out)):
         if given is None:
-            raise UserError(f"--{flag} is missing; name a file (--help has an example)")
+            raise UserError(f"--{flag} is missing; name a file")
     known = names_of(TASKS)
     if options.task not in known:
         raise UserError(f"--task {options.task} is none of {', '.join(known)}")
@@ -214,13 +216,15 @@ def main(argv: Sequence[str]) -> None:
     topics = read_topics(Path(options.topics))
     from datasets import BadRows, find_file
     from files import write_text
-    from training.checkpoint import probe_folder
+    from training.checkpoint import probe_file
     from training.telemetry import format_table
 
-    probe_folder(Path(options.out).parent, "--out")
     path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")
     if path is None:
         raise UserError(f"--data_dir {data.data_dir}: has no {task.files['train']}; name one with --{task.name}_train")
+    if Path(options.out).resolve() == path.resolve():
+        raise UserError(f"--out {options.out}: is the file that is drawn from, and would be lost; name another one")
+    probe_file(Path(options.out), "--out")
     bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
     examples, labels = read(path, task, bad_rows)
     bad_rows.check()

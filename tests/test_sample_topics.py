@@ -239,6 +239,9 @@ def test_missing_flags_and_files_are_named(tmp_path: Path, topics: Path, small_d
     message = refusal_of(sample, *place, "--data_dir", tmp_path)
     assert "quora-train.csv" in message and "--para_train" in message
     assert "--para_train no.csv" in refusal_of(sample, *place, "--para_train", "no.csv")
+    for source in (tmp_path, small_data / "quora-train.csv"):  # a folder, and what the sample would replace
+        message = refusal_of(sample, "--topics", topics, "--out", source, "--data_dir", small_data)
+        assert f"--out {source}: is " in message and source.exists()
 
 
 def test_bad_rows_are_told_once(tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

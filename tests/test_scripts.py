@@ -75,11 +75,13 @@ def refusal(run: Run, *words: object) -> str:
     return str(error.value)
 
 
-def shell(name: str, *words: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+def shell(
+    name: str, *words: object, stdin: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """A script as a process of its own."""
     return subprocess.run(
         [sys.executable, ROOT / name, *map(str, words)], capture_output=True, text=True, input=stdin, timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=cwd,
     )  # fmt: skip
 
 
@@ -355,6 +357,7 @@ def test_files_in_place_of_folders_are_known_at_once(
     evaluate = ["--evaluate", best, "--data_dir", small_data]
     assert refusal(script, *evaluate, "--run_dir", "file").startswith("--run_dir file: cannot be written")
     assert refusal(combine, best, "--run_dir", "file").startswith("--run_dir file: cannot be written")
+    assert refusal(combine, best, "--cache", "file").startswith("--cache file: cannot be written")
     assert refusal(script, "--evaluate", best, "--export", "file").startswith("--export file: cannot be written")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions").write_text("x")
@@ -605,14 +608,25 @@ def test_ensemble_as_a_process(runs: Path, small_data: Path, tmp_path: Path) -> 
         (["--learning_rate", "3"], ["--learning_rate"]),
         (["--overwrite", "--resume", "--run_dir", "x"], ["--overwrite", "--resume"]),
         (["--evaluate", "no-such.pt"], ["no-such.pt"]),
+        (["--evaluate", "."], [".: is a folder"]),
         (["@no-such.args"], ["@no-such.args"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], wanted: list[str]) -> None:
-    done = shell("multitask_classifier.py", *words)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], wanted: list[str]) -> None:
+    done = shell("multitask_classifier.py", *words, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and "error: " in done.stderr
     assert all(word in done.stderr for word in wanted)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("run", ["script", "combine"])
+def test_without_its_data_nothing_is_made(request: pytest.FixtureRequest, runs: Path, tmp_path: Path, run: str) -> None:
+    best = runs / "yin" / "best.pt"
+    words = ["--evaluate", best] if run == "script" else [best, "--cache", "cache"]
+    flags = ["--data_dir", "nowhere", "--sst_dev", "no.csv", "--run_dir", "out"]
+    assert "--sst_dev no.csv" in refusal(request.getfixturevalue(run), *words, *flags)
+    assert os.listdir(tmp_path) == []
 
 
 def data_with(small_data: Path, tmp_path: Path, name: str, content: bytes | Callable[[bytes], bytes] | None) -> Path:
@@ -875,6 +889,16 @@ def test_a_filepath_that_cannot_be_written_is_known_before_training(train: Run, 
     message = refusal(train, "--filepath", "folder", "--run_dir", "run", "--no_tensorboard", "--overwrite")
     assert "folder" in message
     assert (tmp_path / "run" / "best.pt").read_text() == "a former run's"  # and an epoch is hours on the real data
+
+
+@pytest.mark.parametrize("flag", ["--filepath", "--benchmark"])
+def test_a_device_is_not_replaced_by_a_file(train: Run, tmp_path: Path, flag: str) -> None:
+    """Root may rename a file to /dev/null, after which nothing on the machine has one; a pipe stands for it here."""
+    os.mkfifo(tmp_path / "device")
+    assert f"{flag} device: is a folder or a device" in refusal(train, flag, "device", "--run_dir", "run")
+    with pytest.raises(UserError, match="device: cannot be written .*it is a folder or a device"):
+        write_text(tmp_path / "device", "x")
+    assert (tmp_path / "device").is_fifo() and os.listdir(tmp_path) == ["device"]
 
 
 def test_a_filepath_given_to_a_resumed_run_is_written(train: Run, tiny_flags: list[str], tmp_path: Path) -> None:

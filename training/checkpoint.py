@@ -335,6 +335,13 @@ def probe_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another") from error
 
 
+def probe_file(path: Path, flag: str) -> None:
+    """See that a file can be written. Raises UserError, naming `flag`, where it cannot or is a folder or a device."""
+    probe_folder(path.parent, flag)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path}: is a folder or a device; name a file, which may be a new one")
+
+
 class RunDirectory:
     """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and tensorboard/."""
 
