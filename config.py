@@ -55,7 +55,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
 MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
-MOST_THREADS = 4096  # beyond any machine
+MOST_WIDTH, MOST_THREADS = 1 << 16, 1024  # beyond any use; far beyond it, the machine stands still
 MOST_NUMBER, MOST_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
 
 
@@ -209,7 +209,7 @@ class ModelOptions:
         None,
         "width of hidden layers (default: the backbone's in mlp heads, half of it in others)",
         low=1,
-        high=MOST_SIZE,
+        high=MOST_WIDTH,
     )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
@@ -288,7 +288,7 @@ class LoraOptions:
         "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
         choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
     )
-    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_SIZE)
+    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_WIDTH)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
     rslora: bool = option(False, "scale by alpha / sqrt(r)")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
@@ -320,9 +320,9 @@ class PalOptions:
         "sum that they are added to, at the end of the layer or after its attention (R1's alternative architecture AA)",
         choices=("feed-forward", "attention"),
     )
-    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_SIZE)
+    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_WIDTH)
     pal_heads: int = option(12, "heads of projected attention (6 in its authors' code)", low=1)
-    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_SIZE)
+    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_WIDTH)
     pal_tasks: tuple[str, ...] | None = option(None, "comma-separated tasks that have them (default: all of the run)")
 
 

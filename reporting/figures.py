@@ -38,6 +38,17 @@ OFF, ON = "#999999", "#0072B2"  # without and with
 Lines = Mapping[tuple[str, bool], Mapping[int, float]]  # (method, DoRA) -> position -> height
 
 
+def plain(text: str) -> str:
+    """A text that is drawn as it is written: matplotlib takes what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
+
+
+def shortened(name: str, most: int) -> str:
+    """A name of at most `most` characters. It is the middle that is left out, since many names differ at their ends."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+
+
 def frame(note: str, height: float, panels: int = 1) -> "tuple[Figure, list[Axes]]":
     """An empty figure of `height` inches with `panels` one below the other, and `note` as the small print below."""
     from matplotlib.figure import Figure
@@ -49,7 +60,9 @@ def frame(note: str, height: float, panels: int = 1) -> "tuple[Figure, list[Axes
     figure = Figure(figsize=(COLUMN_WIDTH, whole), dpi=DPI)
     top = 0.03  # inches
     figure.set_layout_engine("constrained", rect=(0, margin / whole, 1, (height - top) / whole))
-    figure.text(0.01, 0.02 / whole, "\n".join(small), fontsize=PRINT, color="0.35", linespacing=1.25, va="bottom")
+    figure.text(
+        0.01, 0.02 / whole, plain("\n".join(small)), fontsize=PRINT, color="0.35", linespacing=1.25, va="bottom"
+    )
     axes = list(figure.subplots(panels, squeeze=False)[:, 0])
     for own in axes:
         own.tick_params(labelsize=TICK, length=2)
@@ -60,8 +73,8 @@ def frame(note: str, height: float, panels: int = 1) -> "tuple[Figure, list[Axes
 
 def label(axes: "Axes", x: str, y: str, grid: Any = "y") -> None:
     """Name the axes, and draw lines across from the ticks of `grid`."""
-    axes.set_xlabel(x, fontsize=LABEL)
-    axes.set_ylabel(y, fontsize=LABEL)
+    axes.set_xlabel(plain(x), fontsize=LABEL)
+    axes.set_ylabel(plain(y), fontsize=LABEL)
     axes.grid(axis=grid, color="0.9", linewidth=0.6)
 
 
@@ -182,7 +195,7 @@ def rows_height(names: Sequence[str], least: float) -> float:
 
 def draw_rows(axes: "Axes", names: Sequence[str], x: str) -> None:
     """Label rows from the top down."""
-    axes.set_yticks(range(len(names)), [in_lines(name) for name in names], fontsize=TICK)
+    axes.set_yticks(range(len(names)), [plain(in_lines(name)) for name in names], fontsize=TICK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=5)
     label(axes, x, "", "x")
@@ -277,7 +290,7 @@ def scores_figure(runs: Mapping[str, Mapping[int, float]], note: str) -> "Figure
     keys = []
     for (name, points), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
         axes.plot(list(points), list(points.values()), marker=marker, **line_style(False, colour))
-        keys.append(key(marker=marker, label=textwrap.shorten(name, 60), **line_style(False, colour)))
+        keys.append(key(marker=marker, label=plain(shortened(name, 60)), **line_style(False, colour)))
     set_epochs(axes, "epoch")
     axes.set_ylabel("dev score", fontsize=LABEL)
     legend(figure, keys, 1 if max(map(len, runs)) > 24 else 2)
@@ -295,8 +308,8 @@ def confusion_figure(
     figure, (axes,) = frame(note, 1.3 + 0.34 * len(names))
     draw_confusion(axes, counts, names, 6)
     axes.spines[["top", "right"]].set_visible(True)
-    axes.set_xlabel(x, fontsize=LABEL)
-    axes.set_ylabel(y, fontsize=LABEL)
+    axes.set_xlabel(plain(x), fontsize=LABEL)
+    axes.set_ylabel(plain(y), fontsize=LABEL)
     return figure
 
 

@@ -28,6 +28,7 @@ import report
 from config import DataOptions, TaskOptions, UserError
 from datasets import BadRows, read_examples
 from evaluation import confusion, correlation, linear_fit, write_predictions
+from reporting.figures import seeds_figure
 from reporting.measures import (
     RESAMPLES,
     errors,
@@ -351,6 +352,18 @@ def test_of_many_runs_the_best_are_drawn() -> None:
     (legend,) = drawn(piece).legends
     assert [text.get_text() for text in legend.get_texts()] == [f"run{i}" for i in range(20 - CURVES, 20)]
     assert isinstance(piece, Piece) and "8 best of 20 runs" in piece.text and len(cells(piece)) == 41
+
+
+def test_names_of_runs_stay_apart_and_are_no_formulas() -> None:
+    """Runs of a sweep are named by their flags and differ at the end; a folder may have any name."""
+    long = [f"{'very_long_' * 12}{i}" for i in range(3)]
+    metrics = [{"epoch": epoch, "train": {}, "dev": {"score": 0.1 * epoch}} for epoch in (1, 2)]
+    runs = [Run(Path(name), name, None, metrics, [], None, None, "") for name in [*long, r"cost $\wrong$ 3$ or 4$"]]
+    figure = drawn(scores_piece(runs))
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[:3] == [f"{name[:29]}\N{HORIZONTAL ELLIPSIS}{name[-29:]}" for name in long]
+    figure.draw_without_rendering()  # which fails where it reads a wrong formula
+    seeds_figure([r"a $\wrong$"], {r"a $\wrong$": [[1.0]]}, r"python x.py --name $\wrong$").draw_without_rendering()
 
 
 def test_rates_have_a_row_for_each_run(runs: Path) -> None:
