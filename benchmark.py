@@ -45,6 +45,7 @@ import flash
 from base_bert import load_weights, read_config, resolve_pretrained, save_pretrained
 from bert import BertModel
 from config import (
+    MOST_THREADS,
     BertConfig,
     ComputeOptions,
     Config,
@@ -110,11 +111,19 @@ class Options:
     batch_size: int = option(64, "examples per step", low=1)
     steps: int = option(20, "timed rounds of each side: training steps, or passes over dev", low=1)
     warmup: int = option(3, "rounds of each side before the clock starts", low=0)
-    threads: int = option(2, "CPU threads", low=1)
-    ranks: tuple[str, ...] = option(("1", "2"), "comma-separated numbers of processes for --modes scaling")
-    data_dir: str = option("data/sample", "folder with the tasks' csv files, or made")
-    pretrained: str = option("all-MiniLM-L6-v2", "weights: a known name, a hub name, a folder or random-bert-base")
-    out: str = option("benchmarks/results", "folder of the results")
+    threads: int = option(2, "CPU threads", low=1, high=MOST_THREADS)
+    ranks: tuple[str, ...] = option(
+        ("1", "2"), "comma-separated numbers of processes for --modes scaling", metavar="NUMBERS"
+    )
+    data_dir: str = option(
+        "data/sample", "folder with the tasks' csv files; made: texts of random words", metavar="DIR"
+    )
+    pretrained: str = option(
+        "all-MiniLM-L6-v2",
+        "weights: bert-base-uncased, another name of the hub, a folder, or random-bert-base",
+        metavar="NAME",
+    )
+    out: str = option("benchmarks/results", "folder of the results", metavar="DIR")
     use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
     amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
     cuda_graphs: bool = option(False, "replay our passes from CUDA graphs")

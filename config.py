@@ -171,7 +171,7 @@ USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
 class FileOptions:
     """Data."""
 
-    data_dir: str = option("data", "folder with the tasks' csv files")
+    data_dir: str = option("data", "folder with the tasks' csv files", metavar="DIR")
     max_bad_rows: int = option(20, "unreadable rows to skip, over all files, before the run is refused", low=0)
 
 
@@ -179,7 +179,9 @@ class FileOptions:
 class DataOptions(FileOptions):
     """Data."""
 
-    max_train_examples: int | None = option(None, "use at most this many training examples of each task", low=1)
+    max_train_examples: int | None = option(
+        None, "use at most this many training examples of each task, drawn by --seed (default: all)", low=1
+    )
     max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
     extra_clean: bool = option(
         False, "clean texts by nltk: expand contractions, drop punctuation and stopwords but no negation, lemmatise"
@@ -191,7 +193,9 @@ class ModelOptions:
     """Model. Flags left out follow --arch."""
 
     arch: str = option("yin-yang", "named set of the choices below", choices=tuple(ARCHS))
-    pretrained: str = option("bert-base-uncased", "start weights: a known name, a hub name or a folder")
+    pretrained: str = option(
+        "bert-base-uncased", "start weights: all-MiniLM-L6-v2, another name of the hub, or a folder", metavar="NAME"
+    )
     backbones: str | None = option(
         None, "how tasks share backbones", choices=("shared", "sentiment-similarity", "per-task")
     )
@@ -203,7 +207,12 @@ class ModelOptions:
     pair_layer: str | None = option(
         None, "layer after the pair features that pair tasks share", choices=("none", "plain", "batchnorm")
     )
-    clf: str | None = option(None, "kind of head", choices=("linear", "nonlinear", "conv", "mlp"))
+    clf: str | None = option(
+        None,
+        "head of each task: one linear layer, a hidden layer before it (nonlinear), a convolution and --head_layers "
+        "(conv), or --head_layers (mlp)",
+        choices=("linear", "nonlinear", "conv", "mlp"),
+    )
     head_layers: int | None = option(None, "hidden layers of conv and mlp heads", low=0, high=64)
     head_width: int | None = option(
         None,
@@ -290,7 +299,7 @@ class LoraOptions:
     )
     lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_WIDTH)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
-    rslora: bool = option(False, "scale by alpha / sqrt(r)")
+    rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
     dora: bool = option(False, "DoRA: a trained magnitude for each row of the weight")
     dora_norm: str = option("row", "norm of DoRA; column is R0's formula to the letter", choices=("row", "column"))
@@ -301,7 +310,7 @@ class LoraOptions:
     )
     init_peft: str | None = option(None, "start from the LoRA or DoRA adapter in this folder of peft's", metavar="DIR")
     lora_dict: str | None = option(
-        None, 'the same as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
+        None, 'all flags of adapters as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
     )
 
 
@@ -321,9 +330,11 @@ class PalOptions:
         choices=("feed-forward", "attention"),
     )
     pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_WIDTH)
-    pal_heads: int = option(12, "heads of projected attention (6 in its authors' code)", low=1)
+    pal_heads: int = option(12, "heads of projected attention, 6 in its authors' code", low=1)
     pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_WIDTH)
-    pal_tasks: tuple[str, ...] | None = option(None, "comma-separated tasks that have them (default: all of the run)")
+    pal_tasks: tuple[str, ...] | None = option(
+        None, "comma-separated tasks that have them (default: all of the run)", metavar="NAMES"
+    )
 
 
 @dataclass
@@ -344,7 +355,10 @@ class TrainOptions:
     )
     lr_schedule: str = option(
         "lambda",
-        "course of the learning rate",
+        "course of the learning rate: --lr_lambda times as much each epoch (lambda); half a cosine down to 1/5 or 1/4 "
+        "(cosine); "
+        "up for --warmup and straight down to 0 (linear); to twice as much and back (triangular) or 8 times down "
+        "(cyclic) in every 2 epochs",
         choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
     lr_lambda: float = option(
@@ -372,7 +386,9 @@ class TrainOptions:
         "dev and test files are not read, and everything trains unless --fine_tune_mode says otherwise",
     )
     fine_tune_mode: str = option(
-        "iterative", "what of the backbones trains", choices=("last-layer", "full-model", "iterative")
+        "iterative",
+        "what of the backbones trains beside the heads: nothing, everything, or ever more layers from the top down",
+        choices=("last-layer", "full-model", "iterative"),
     )
     unfreeze_every: int | None = option(
         None,
@@ -389,7 +405,8 @@ class TrainOptions:
     )
     routine: str = option(
         "sequential",
-        "which task the next batch comes from",
+        "which task the next batch comes from: one task after the other (sequential), each in turn (interleave, "
+        "round-robin), one drawn for each epoch or batch (random-epoch, random, annealed), or all at once (joint)",
         choices=("sequential", "interleave", *ROUTINES_WITHOUT_ROUNDS),
     )
     steps_per_epoch: int | None = option(
@@ -411,10 +428,12 @@ class TrainOptions:
     smart_sigma: float = option(1e-5, "deviation of the noise that SMART's perturbation starts from", low=0.0)
     smart_eta: float = option(1e-3, "length of SMART's ascent steps", above=0.0)
     smart_steps: int = option(1, "SMART's ascent steps, each a pass forward and one back", low=1)
-    clip: float | None = option(None, "largest gradient norm", above=0.0)
+    clip: float | None = option(None, "scale longer gradients down to this norm (default: never)", above=0.0)
     seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
-    eval_every: int = option(1, "epochs between evaluations on dev (the last epoch always has one)", low=1)
-    patience: int | None = option(None, "stop after this many evaluations without a better score", low=1)
+    eval_every: int = option(1, "epochs between evaluations on dev, of which the last epoch always has one", low=1)
+    patience: int | None = option(
+        None, "stop after this many evaluations without a better score (default: never)", low=1
+    )
     refresh_batchnorm: bool = option(
         False, "evaluate with statistics of batch normalisation measured anew, without dropout (averages always do)"
     )
@@ -461,7 +480,7 @@ class ComputeOptions:
     amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
     threads: int | None = option(
         None,
-        "CPU threads (default: the cores; under torchrun, the cores divided by its processes)",
+        "CPU threads (default: torch's own choice; under torchrun, the cores divided by its processes)",
         low=1,
         high=MOST_THREADS,
     )
@@ -472,10 +491,10 @@ class ComputeOptions:
 class RunOptions:
     """Run."""
 
-    run_dir: str | None = option(None, "folder of this run (default: runs/NAME)")
-    name: str | None = option(None, "name of the run (default: arch and date)")
-    filepath: str | None = option(None, "also save the best checkpoint here")
-    overwrite: bool = option(False, "replace a finished run in --run_dir")
+    run_dir: str | None = option(None, "folder of this run (default: runs/NAME)", metavar="DIR")
+    name: str | None = option(None, "name of the run's folder in runs (default: arch and date)", metavar="NAME")
+    filepath: str | None = option(None, "also save the best checkpoint here", metavar="FILE")
+    overwrite: bool = option(False, "replace the run in --run_dir, finished or not")
     resume: bool = option(False, "go on with the unfinished run in --run_dir")
     save_every: str = option(
         "30m",
@@ -483,9 +502,11 @@ class RunOptions:
         "SIGUSR1 or Ctrl-C ends the run (exit codes 143, 138, 130)",
         metavar="N[m]",
     )
-    dry_run: bool = option(False, "print the plan and stop")
+    dry_run: bool = option(False, "print the plan (parameters, steps, memory) and stop")
     evaluate: str | None = option(
-        None, "score and predict with this checkpoint, without training", metavar="CHECKPOINT"
+        None,
+        "score and predict with this checkpoint, without training, into --run_dir (default: a folder beside it)",
+        metavar="CHECKPOINT",
     )
     export: str | None = option(
         None, "write the backbones of --evaluate's checkpoint here, as transformers reads them", metavar="DIR"
@@ -493,14 +514,21 @@ class RunOptions:
     export_peft: str | None = option(
         None, "write the adapters of --evaluate's checkpoint here, as peft reads them", metavar="DIR"
     )
-    predict: str | None = option(None, "label the sentences of this file (- for standard input)", metavar="FILE")
-    task: str | None = option(None, "task of --predict")
+    predict: str | None = option(
+        None,
+        "label the sentences of this file (- for standard input) with --evaluate's checkpoint: one a line, or two with "
+        "a tab between them",
+        metavar="FILE",
+    )
+    task: str | None = option(None, "task of --predict, such as sst", metavar="NAME")
     test_predictions: bool = option(True, "predict the test files too")
     tensorboard: bool = option(True, "write TensorBoard events")
     benchmark: str | None = option(
         None, "measure training (each step waits for the device) and add a row to this csv file", metavar="FILE"
     )
-    profile: bool = option(False, "record a few steps of the first epoch: a trace, and tables of time and memory")
+    profile: bool = option(
+        False, "record a few steps of the first epoch: tables of time and memory, and a trace in the run's folder"
+    )
     fsdp: bool = option(
         False,
         "under torchrun, let each process keep only a part of the backbones' weights, gradients and optimizer states",
@@ -511,30 +539,43 @@ class RunOptions:
 class TaskOptions:
     """One task's own options; the flags carry its name."""
 
-    enabled: bool = option(False, "train on {title}", template="train_{task}")
+    enabled: bool = option(False, "train on {title}; tasks that are not named so are left out", template="train_{task}")
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
-    num_trains: int = option(1, "rounds of {title} per epoch", template="num_{task}_trains", low=0, high=1_000)
+    num_trains: int = option(
+        1, "times that an epoch goes through {title}", template="num_{task}_trains", low=0, high=1_000
+    )
     loss: str = option("", "loss of {title}", template="{task}_loss")
-    train: str | None = option(None, "training file of {title}", template="{task}_train")
-    dev: str | None = option(None, "dev file of {title}", template="{task}_dev")
-    test: str | None = option(None, "test file of {title}", template="{task}_test")
+    train: str | None = option(
+        None, "training file of {title} (default: in --data_dir)", template="{task}_train", metavar="FILE"
+    )
+    dev: str | None = option(
+        None, "dev file of {title} (default: in --data_dir)", template="{task}_dev", metavar="FILE"
+    )
+    test: str | None = option(
+        None, "test file of {title} (default: in --data_dir)", template="{task}_test", metavar="FILE"
+    )
     fraction: float = option(
-        1.0, "share of {title} in each round, another one every time", template="{task}_fraction", above=0.0, high=1.0
+        1.0,
+        "share of the examples of {title} in each round, others every time",
+        template="{task}_fraction",
+        above=0.0,
+        high=1.0,
     )
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     extra: tuple[str, ...] | None = option(
         None,
         "comma-separated further training files of {title}; if all labels of one are 0 or 1, 1 counts as the highest",
         template="{task}_extra",
+        metavar="FILES",
     )
     weight: float = option(
         1.0, "factor on the loss of {title}; its further losses have their own", template="{task}_weight", low=0.0
     )
     epoch_eval: int = option(
         1,
-        "of the epochs with an evaluation, those with a multiple of this evaluate {title}; best.pt is chosen where all "
-        "tasks are evaluated",
+        "evaluate {title} after the last epoch and those whose number is a multiple of this; best.pt is chosen where "
+        "all tasks are evaluated",
         template="{task}_epoch_eval",
         low=1,
     )
@@ -714,7 +755,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
     """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
     kind, metadata = _value_type(hint), spec.metadata
-    if spec.default not in (None, False, True, MISSING, ""):
+    if not isinstance(spec.default, bool) and spec.default not in (None, MISSING, ""):  # 1 and 0.0 are to be shown
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
     help = help.replace("%", "%%")
@@ -763,6 +804,8 @@ def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = 
             metadata={**spec.metadata, **({"choices": task.losses} if spec.name == "loss" else {})},
         )
         help = spec.metadata["help"].format(title=task.title)
+        if spec.name == "loss" and task.kind == "similarity":
+            help += "; some of --arch have another default"
         add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
 
 

@@ -593,7 +593,7 @@ def fetch(out: Path, url: str = COURSE_URL, files: Mapping[str, str] = COURSE_FI
 def main(argv: Sequence[str]) -> None:
     """Fetch the course's files."""
     parser = OneLineParser(prog="datasets.py", description="Fetch the course's files of 2024 and verify them.")
-    parser.add_argument("--out", default="data", help="folder to put them in (default: %(default)s)")
+    parser.add_argument("--out", default="data", metavar="DIR", help="folder to put them in (default: %(default)s)")
     fetch(Path(parser.parse_args(argv).out), COURSE_URL)
 
 

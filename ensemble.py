@@ -65,8 +65,8 @@ class EnsembleOptions:
         "also average weights, into RUN_DIR/soup.pt: of all members, or greedily of those that help on half of dev",
         choices=("uniform", "greedy"),
     )
-    run_dir: str = option("runs/ensemble", "folder for scores.json and predictions/")
-    cache: str = option("runs/ensemble-cache", "folder that keeps each member's predictions")
+    run_dir: str = option("runs/ensemble", "folder for scores.json and predictions/", metavar="DIR")
+    cache: str = option("runs/ensemble-cache", "folder that keeps each member's predictions", metavar="DIR")
 
 
 @dataclass(frozen=True)

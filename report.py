@@ -86,8 +86,16 @@ def main(argv: Sequence[str]) -> None:
     groups = {"data": FileOptions, "compute": ComputeOptions, "report": ReportOptions}
     parser = build_parser("report.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev",))
     parser.usage = "report.py RUNS ... [flags] | report.py --compare A.pt B.pt [flags]"
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="run directories, folders of them, tables")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A.pt", "B.pt"), help="two checkpoints instead")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUNS", help="run directories, folders of them, results.csv of studies"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A.pt", "B.pt"),
+        help="tell instead where two checkpoints differ on dev",
+    )
     given = vars(parser.parse_args(expand_arguments(argv)))
     runs, checkpoints = given.pop("runs"), given.pop("compare")
     options = groups_of(given, groups)

@@ -52,11 +52,15 @@ class TopicOptions:
     """Topics."""
 
     topics: str | None = option(
-        None, "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank, loans"
+        None, "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank", metavar="FILE"
     )
-    out: str | None = option(None, "file to write the sample into, a training file for --NAME_train")
-    task: str = option("para", "task whose training file is sampled")
-    pretrained: str = option("bert-base-uncased", "whose embeddings tell topics: a known name, a hub name or a folder")
+    out: str | None = option(None, "file to write the sample into, a training file for --NAME_train", metavar="FILE")
+    task: str = option("para", "task whose training file is sampled", metavar="NAME")
+    pretrained: str = option(
+        "bert-base-uncased",
+        "whose embeddings tell topics: all-MiniLM-L6-v2, another name of the hub, or a folder",
+        metavar="NAME",
+    )
     seed: int = option(TrainOptions.seed, "seed of the draw", low=0)
 
 

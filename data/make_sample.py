@@ -389,8 +389,9 @@ def write_sample(folder: Path, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the synthetic sample data set.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    folder = "folder for its nine files (default: sample, beside this script)"
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR", help=folder)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draw (default: %(default)s)")
     args = parser.parse_args()
     write_sample(args.out, args.seed)
 

@@ -745,6 +745,8 @@ def test_help_names_every_visible_flag() -> None:
         if action.help != argparse.SUPPRESS:
             assert all(re.search(rf"{flag}\b", text) for flag in action.option_strings)
     assert "default: 0.0001" in text and "default: 0.009" in text  # --lr and --sst_weight_decay
+    for flag, default in {"lora_rank": "1", "lora_dropout": "0.0", "num_sts_trains": "1", "sts_smart": "0.0"}.items():
+        assert re.search(rf"--{flag} . ((?!--).)*\(default: {default}\)", text), flag  # though 1 == True, 0.0 == False
 
 
 def test_a_further_row_creates_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
