@@ -393,7 +393,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR", help=folder)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draw (default: %(default)s)")
     args = parser.parse_args()
-    write_sample(args.out, args.seed)
+    try:
+        write_sample(args.out, args.seed)
+    except OSError as error:
+        parser.exit(2, f"error: --out {args.out}: cannot be written ({error}); give a folder that can\n")
 
 
 if __name__ == "__main__":

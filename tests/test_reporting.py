@@ -56,7 +56,8 @@ from reporting.outcomes import (
 from reporting.page import Piece, Report, Section, write
 from reporting.sources import Run, collect, read_run, short_names, trial_of_run
 from reporting.tables import Column, Table
-from tasks import PARA, SST, STS, TASKS
+from tasks import PARA, SST, STS, TASKS, Task
+from training import telemetry
 from training.efficiency import figures as row_of
 
 rng = np.random.default_rng
@@ -388,6 +389,18 @@ def test_nothing_of_the_figures_is_cut_off(runs: Path) -> None:
             assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
         assert note.get_window_extent().y1 <= min(box.y0 for box in boxes)
         assert figure.get_figwidth() == 3.3 and note.get_text().startswith("commit ")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_titles_in_tensorboard_are_whole(task: Task) -> None:
+    low, high = task.label_range
+    labels = rng(0).integers(int(low), int(high) + 1, size=40)
+    values = np.eye(int(high) + 1)[labels] if task.kind == "classes" else labels.astype(np.float64)
+    draw = telemetry.residual_figure if task.kind == "similarity" else telemetry.confusion_figure
+    figure = draw(task, values, labels)
+    figure.draw_without_rendering()
+    title = figure.axes[0].title.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

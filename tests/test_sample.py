@@ -24,6 +24,14 @@ def make(folder: Path, *flags: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    words = [sys.executable, DATA / "make_sample.py", "--out", tmp_path / "file"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --out {tmp_path / 'file'}: cannot be written")
+    assert done.stderr.count("\n") == 1
+
+
 def read(task: str, split: str) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a committed file, cut at tabs and nothing else."""
     text = (SAMPLE / f"{task}-{split}.csv").read_bytes().decode("utf-8")

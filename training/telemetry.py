@@ -195,7 +195,7 @@ def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Fig
     figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
     axes = figure.add_subplot()
     draw_confusion(axes, confusion(task, decide(task, values), labels), class_names(task), 9)
-    axes.set_title(f"{task.title}, dev: share of each true label")
+    axes.set_title(f"{task.title}, dev:\nshare of each true label")
     figure.colorbar(axes.images[0], ax=axes, shrink=0.8)
     return figure
 
