@@ -924,10 +924,8 @@ def main(argv: Sequence[str]) -> None:
     groups = {"benchmark": Options}
     parser = build_parser("benchmark.py", str(__doc__).split("\n\n")[0], {}, groups)
     options: Options = groups_of(vars(parser.parse_args(expand_arguments(argv))), groups)["benchmark"]
-    if not all(ranks.isdecimal() and int(ranks) for ranks in options.ranks) or not options.ranks:
+    if not all(ranks.isdecimal() and int(ranks) for ranks in options.ranks):
         raise UserError(f"--ranks {','.join(options.ranks)}: give numbers of processes, such as 1,2")
-    if not (options.comparisons and options.tasks and options.modes):
-        raise UserError("--comparisons, --tasks and --modes: name at least one of each")
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -727,6 +727,8 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
     def convert(text: str) -> Any:
         if typing.get_origin(kind) is tuple:
             items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+            if not items:
+                raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
             for item in items:
                 if item not in metadata.get("choices", items):
                     raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")

@@ -532,6 +532,13 @@ def test_bounds_are_inclusive(words: tuple[Any, ...], value: str) -> None:
     assert repr(found) == wanted
 
 
+@pytest.mark.parametrize("flag", ["--pair_features", "--lora_targets", "--pal_tasks", "--sst_extra"])
+def test_a_list_of_nothing_is_no_value(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    """As a variable that is not set would give it; it changed nothing, without a word."""
+    for value in ("", ", "):
+        assert f"{flag}: {value!r} names nothing" in exit_line(capsys, f"{flag}={value}")
+
+
 def test_what_is_no_number_is_not_called_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("nan", "inf", "-inf"):
         assert f"--lr: {value} is not a finite number" in exit_line(capsys, f"--lr={value}")
