@@ -640,6 +640,11 @@ class Config:
         return cls(tasks=tasks, **groups)
 
 
+def highest(kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """The upper bound of an option, inclusive; None where there is none."""
+    return metadata.get("high", MOST_NUMBER if kind is float else None)
+
+
 def check_values(options: Any) -> None:
     """Raise TypeError where a field of a dataclass of options holds what no command line can have put there."""
     hints = typing.get_type_hints(type(options))
@@ -654,7 +659,7 @@ def check_values(options: Any) -> None:
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
             right = right and isinstance(value, bool) == (kind is bool)
-        low, high, above = (metadata.get(key) for key in ("low", "high", "above"))
+        low, high, above = metadata.get("low"), highest(kind, metadata), metadata.get("above")
         if (
             not right
             or ("choices" in metadata and not set(items) <= set(metadata["choices"]))
@@ -746,7 +751,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
                 f"{text} is too small; give {'at least' if above is None else 'more than'} "
                 f"{low if above is None else above}"
             )
-        high = metadata.get("high", MOST_NUMBER if kind is float else None)
+        high = highest(kind, metadata)
         if high is not None and value > high:
             raise argparse.ArgumentTypeError(f"{text} is too large; give at most {high}")
         return value
