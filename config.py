@@ -56,6 +56,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
 MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
 MOST_WIDTH, MOST_THREADS = 1 << 16, 1024  # beyond any use; far beyond it, the machine stands still
+MOST_RANK = 1 << 44  # beyond any memory, which is a trial's row in a study; a tensor of it can still be asked for
 MOST_NUMBER, MOST_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
 
 
@@ -297,7 +298,7 @@ class LoraOptions:
         "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
         choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
     )
-    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_WIDTH)
+    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_RANK)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
     rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)

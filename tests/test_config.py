@@ -505,6 +505,7 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
         ("--sts_loss", "ce"), ("--quora_loss", "ce"),
         # what would end in an overflow, or in lists that fill the memory
         ("--sst_weight_decay", "1e300"), ("--sts_weight", "1e31"), ("--head_width", "9" * 23), ("--pal_size", "9" * 23),
+        ("--lora_rank", "9" * 23),
         ("--threads", "1000000000000"), ("--num_sst_trains", "1000000000"), ("--steps_per_epoch", "1000000000"),
     ],
 )  # fmt: skip
