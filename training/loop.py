@@ -237,7 +237,7 @@ class Trainer:
         self.model.train()
         named = {step.task for step in steps}
         self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
-        moves = sum(step.moves for step in steps)
+        moves = max(1, sum(step.moves for step in steps))
         batches = len(steps) // moves  # of an optimizer step
         unseen: list[Tensor] = []  # losses that nobody has looked at yet
         name = f"epoch {self.epoch + 1}/{self.config.train.epochs}"
