@@ -48,9 +48,14 @@ class Task:
         return int(self.label_range[1]) + 1 if self.kind == "classes" else 1
 
     @property
+    def metrics(self) -> tuple[str, str]:
+        """The figures that the task is scored by."""
+        return ("pearson", "spearman") if self.kind == "similarity" else ("accuracy", "f1")
+
+    @property
     def metric(self) -> str:
-        """The one figure that the task is compared by."""
-        return "pearson" if self.kind == "similarity" else "accuracy"
+        """The one of them that the task is compared by."""
+        return self.metrics[0]
 
 
 SENTENCE_PAIR = ("sentence1", "sentence2")

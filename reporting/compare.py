@@ -11,7 +11,7 @@ from config import ComputeOptions, DataOptions, TaskOptions, UserError
 from datasets import Examples, load_splits, tokenise
 from evaluation import confusion, correlation, decide, linear_fit, predict, probabilities
 from reporting.figures import confusion_figure, scatter_figure
-from reporting.measures import fitted, mcnemar, paired_bootstrap
+from reporting.measures import fitted, mcnemar, metric_of, paired_bootstrap
 from reporting.page import Piece, Report, Section
 from reporting.sources import command_of
 from reporting.tables import Column, Table, Value
@@ -110,11 +110,6 @@ def pair_of(examples: Examples, a: np.ndarray, b: np.ndarray) -> Pair:
 # Tables and figures
 
 
-def accuracy(decided: np.ndarray, labels: np.ndarray) -> float:
-    """The share of examples that are right."""
-    return float((decided == labels).mean())
-
-
 def scores_piece(pairs: list[Pair]) -> Piece:
     """Each task's metric for both, their difference with its interval, and the test of it."""
     columns = [Column("task"), Column("examples"), Column("metric"), Column("A", ".4f"), Column("B", ".4f")]
@@ -128,7 +123,7 @@ def scores_piece(pairs: list[Pair]) -> Piece:
     rows: list[list[Value]] = []
     for pair in pairs:
         similarity = pair.task.kind == "similarity"
-        metric = correlation if similarity else accuracy
+        metric = metric_of(pair.task)
         a, b = metric(pair.a, pair.labels), metric(pair.b, pair.labels)
         low, high, p = paired_bootstrap(metric, pair.a, pair.b, pair.labels)
         if not similarity:

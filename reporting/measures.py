@@ -5,13 +5,13 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluation import confusion, linear_fit
+from evaluation import confusion, correlation, linear_fit
 from tasks import Task
 
 RESAMPLES = 1000
 SEED = 0  # of the resampling, so that a report made twice is the same
 
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of values [N] and labels [N]
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of decided labels or similarities [N] and labels [N]
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -21,6 +21,16 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One model
+
+
+def accuracy(decided: np.ndarray, labels: np.ndarray) -> float:
+    """The share of examples that are right."""
+    return float((decided == labels).mean())
+
+
+def metric_of(task: Task) -> Metric:
+    """The task's own metric, a function of decided labels or similarities."""
+    return correlation if task.kind == "similarity" else accuracy
 
 
 def rates(task: Task, decided: np.ndarray, labels: np.ndarray) -> dict[str, float]:

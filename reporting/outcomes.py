@@ -8,15 +8,15 @@ import numpy as np
 
 from config import Config, DataOptions, TaskOptions, UserError
 from datasets import BadRows, Examples, load_split
-from evaluation import confusion, correlation, linear_fit
+from evaluation import confusion, correlation, linear_fit, prediction_file
 from files import first_line
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
 from reporting.labels import titles_of
-from reporting.measures import RESAMPLES, errors_and_deviations, fitted, rates
+from reporting.measures import RESAMPLES, errors_and_deviations, fitted, metric_of, rates
 from reporting.page import Piece, Section
 from reporting.sources import Run, trial_of_run
 from reporting.tables import Column, Table, Value
-from reporting.trials import shared_command, small_print
+from reporting.trials import commits_of, shared_command, small_print
 from tasks import TASKS, Task
 from training.telemetry import class_names
 
@@ -87,7 +87,7 @@ def outcome_of(run: Run, task: Task, dev_sets: DevSets) -> Outcome | str | None:
 
     None where the labels cannot be read, which `dev_sets` has said already.
     """
-    path = run.path / "predictions" / f"{task.name}-dev-output.csv"
+    path = prediction_file(run.path, task.name, "dev")
     if not path.exists():
         return f"{run.name}: no predictions of {task.title}, since {path.name} is missing"
     try:
@@ -112,9 +112,7 @@ def outcome_of(run: Run, task: Task, dev_sets: DevSets) -> Outcome | str | None:
 
 def score_of(outcome: Outcome) -> float:
     """The task's own metric."""
-    if outcome.task.kind == "similarity":
-        return correlation(outcome.decided, outcome.labels)
-    return float((outcome.decided == outcome.labels).mean())
+    return metric_of(outcome.task)(outcome.decided, outcome.labels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,11 +123,9 @@ def runs_piece(runs: Sequence[Run]) -> Piece:
     """A row for each finished run."""
     columns = [Column("run"), Column("configuration"), Column("epochs"), Column("epoch kept")]
     columns += [Column("dev score", ".4f"), Column("with r itself", ".4f")]
-    metrics: dict[tuple[str, str], Column] = {}
-    for name, task in TASKS.items():
-        for metric in ("pearson", "spearman") if task.kind == "similarity" else ("accuracy", "f1"):
-            metrics[name, metric] = Column(f"{name} {metric}", ".4f")
-    columns += [*metrics.values(), Column("training time (s per epoch)", ",.1f"), Column("peak memory (GB)", ".3f")]
+    metrics = [(name, metric) for name, task in TASKS.items() for metric in task.metrics]
+    columns += [Column(f"{name} {metric}", ".4f") for name, metric in metrics]
+    columns += [Column("training time (s per epoch)", ",.1f"), Column("peak memory (GB)", ".3f")]
     columns += [Column("trainable parameters", ",d")]
     rows: list[list[Value]] = []
     trials = [trial_of_run(run) for run in runs]
@@ -151,9 +147,8 @@ def note_of(runs: Sequence[Run]) -> str:
     trials = [trial for run in runs if (trial := trial_of_run(run)) is not None]
     if trials:
         return small_print(trials)
-    commits = dict.fromkeys(run.commit[:12] + run.commit[40:] for run in runs if run.commit)
     command = shared_command([run.command for run in runs if run.command])
-    return "; ".join([f"commit {', '.join(commits) or 'not recorded'}", *[command] * bool(command)])
+    return "; ".join([commits_of(runs), *[command] * bool(command)])
 
 
 def dev_scores(run: Run) -> dict[int, float]:

@@ -11,7 +11,7 @@ from reporting.figures import Lines, batches_figure, costs_figure, pairs_figure,
 from reporting.labels import differing, has_adapters, method_of, settings, title_of, titles_of
 from reporting.measures import mean_and_spread
 from reporting.page import Piece, Section
-from reporting.sources import Study, Trial
+from reporting.sources import Run, Study, Trial
 from reporting.tables import Column, Table, Value
 from tasks import TASKS
 
@@ -52,12 +52,17 @@ def shared_command(commands: Sequence[str]) -> str:
     return shlex.join(word for part in first if all(part in other for other in others) for word in part)
 
 
+def commits_of(made: Sequence[Trial] | Sequence[Run]) -> str:
+    """The commits that trials or runs were made by, shortened; what follows their 40 digits marks a changed tree."""
+    commits = dict.fromkeys(own.commit[:12] + own.commit[40:] for own in made if own.commit)
+    return f"commit {', '.join(commits) or 'not recorded'}"
+
+
 def small_print(trials: Sequence[Trial]) -> str:
     """Where figures come from: commit, device, and what the commands have in common."""
-    commits = dict.fromkeys(trial.commit[:12] + trial.commit[40:] for trial in trials if trial.commit)
     devices = dict.fromkeys(trial.device for trial in trials if trial.device)
-    about = [f"commit {', '.join(commits) or 'not recorded'}", *[", ".join(devices)] * bool(devices)]
-    return "; ".join([*about, shared_command([trial.command for trial in trials])])
+    command = shared_command([trial.command for trial in trials])
+    return "; ".join([commits_of(trials), *[", ".join(devices)] * bool(devices), command])
 
 
 def averaged(trials: Sequence[Trial], shown: Collection[str]) -> str:

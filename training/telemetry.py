@@ -74,16 +74,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _figure(scores: Scores, name: str) -> str:
-    return f"{scores[name]:.3f}" if name in scores else "-"
-
-
-def score_cells(task: Task, scores: Scores) -> list[str]:
-    """The two metrics of a task as text."""
-    names = ("pearson", "spearman") if task.kind == "similarity" else ("accuracy", "f1")
-    return [f"{names[0]} {_figure(scores, names[0])}", f"{names[1]} {_figure(scores, names[1])}"]
-
-
 def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     """The table printed after each epoch."""
     title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
@@ -91,7 +81,8 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     for name, task in tasks.items():
         done = epoch.tasks.get(name)
         train = f"{primary(task, done.train):.3f}" if done and done.train else "-"
-        dev = score_cells(task, epoch.dev[name]) if name in epoch.dev else ["-", "-"]
+        scores = epoch.dev.get(name)
+        dev = [f"{metric} {scores[metric]:.3f}" for metric in task.metrics] if scores else ["-", "-"]
         figures = [str(done.steps), f"{done.lr:.2e}", f"{done.loss:.4f}"] if done else ["0", "-", "-"]
         rows.append([task.title, *figures, train, *dev])
     table = format_table(["task", "steps", "last lr", "loss", "train", "dev", ""], rows)
