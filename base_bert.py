@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -94,25 +94,31 @@ def expected_shapes(config: BertConfig) -> dict[str, Shape]:
     return {ours: shape for ours, (_, shape) in _parameters(config).items()}
 
 
-def listing(kind: str, items: list[str]) -> str:
+def _listing(kind: str, items: list[str]) -> str:
     """How many `items` of a `kind` there are, and the first few of them."""
     more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return f"{len(items)} {kind}: {', '.join(items[:LISTED])}{more}"
 
 
-def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], extra: list[str], source: str) -> None:
-    """Raise UserError that lists the names which are missing, left over (`extra` too) or of another shape."""
+def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], extra: Sequence[str] = ()) -> str:
+    """Lists of the names that are missing, left over (`extra` too) or of another shape; empty where all is right."""
     problems = {
-        "missing": [name for name in wanted if name not in found],
-        "left over": [name for name in found if name not in wanted] + extra,
+        "missing": [name for name in wanted if name not in tensors],
+        "left over": [*(name for name in tensors if name not in wanted), *extra],
         "of the wrong shape": [
-            f"{name} is {list(found[name])}, not {list(shape)}"
+            f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
             for name, shape in wanted.items()
-            if found.get(name, shape) != shape
+            if name in tensors and tensors[name].shape != shape
         ],
     }
-    if any(problems.values()):
-        lists = "; ".join(listing(kind, names) for kind, names in problems.items() if names)
+    return "; ".join(_listing(kind, names) for kind, names in problems.items() if names)
+
+
+def _check_shapes(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], source: str, extra: Sequence[str] = ()
+) -> None:
+    """Raise UserError where there are `misfits`."""
+    if lists := misfits(tensors, wanted, extra):
         raise UserError(
             f"{source}: the tensors do not fit config.json ({lists}); use the weights and the config.json of one BERT"
         )
@@ -213,8 +219,7 @@ def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = 
     parameters = _parameters(config)
     if allow_missing_pooler and not any(name.startswith("pooler.dense.") for name in tensors):
         parameters = {ours: rest for ours, rest in parameters.items() if not ours.startswith("pooler_dense.")}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _check_shapes(found, dict(parameters.values()), twice, str(path))
+    _check_shapes(tensors, dict(parameters.values()), str(path), twice)
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
 
 
@@ -237,7 +242,7 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
     head = {name: own for name, own in named.items() if name.startswith(prefix) and ".decoder." not in name}
     if not head:
         return None
-    _check_shapes({name: tuple(own.shape) for name, own in head.items()}, dict(shapes.values()), [], str(path))
+    _check_shapes(head, dict(shapes.values()), str(path))
     return {ours: head[theirs].to(torch.float32) for ours, (theirs, _) in shapes.items()}
 
 
@@ -249,11 +254,10 @@ def save_pretrained(
     `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer` is written as
     its tokenizer.json. Raises UserError where `state` does not fit `config`, or a file cannot be written.
     """
-    parameters = _parameters(config)
-    shapes = {ours: shape for ours, (_, shape) in parameters.items()}
-    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes, [], "weights to save")
+    _check_shapes(state, expected_shapes(config), "weights to save")
     write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in parameters.items()}
+    names = {ours: theirs for ours, (theirs, _) in _parameters(config).items()}
+    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, theirs in names.items()}
     # Never in place: tensors from load_weights may still be mapped from the very file this replaces.
     save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILES[0], save)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from base_bert import listing, reason
+from base_bert import misfits, reason
 from config import LoraOptions, UserError
 from dropout import Dropout
 from files import read_json, write_atomically, write_text
@@ -491,17 +491,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     Raises UserError that lists the missing, left-over and misshapen tensors; the model is then as it was.
     """
     wanted = adapter_state(model)
-    problems = {
-        "missing": [name for name in wanted if name not in state],
-        "left over": [name for name in state if name not in wanted],
-        "of the wrong shape": [
-            f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    if any(problems.values()):
-        lists = "; ".join(listing(kind, names) for kind, names in problems.items() if names)
+    if lists := misfits(state, {name: tensor.shape for name, tensor in wanted.items()}):
         raise UserError(
             f"{source}: the tensors do not fit the model's adapters ({lists}); "
             "use the --lora_dict and the backbone that they were trained with"
