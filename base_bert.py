@@ -4,7 +4,6 @@ Nothing is taken on trust: every tensor's name and shape is compared with the co
 and the weights of all-MiniLM-L6-v2 have one known hash.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
-from files import cache_folder, read_json, refuse_inflating, write_atomically, write_text
+from files import cache_folder, read_json, refuse_inflating, sha256, write_atomically, write_text
 from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
@@ -157,8 +156,7 @@ def _weights_file(folder: Path) -> Path:
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 of the folder's weights file, in hexadecimal. Raises UserError where there is none."""
-    with _weights_file(folder).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(_weights_file(folder))
 
 
 def is_whole(value: object) -> bool:

@@ -60,14 +60,14 @@ from config import (
 )
 from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation import predict, progress
-from files import cache_folder
+from files import cache_folder, write_text
 from lora import TARGETS, LoRAConfig
 from multitask_bert import LABEL_SCALE, MultitaskBERT
 from optimizer import Adamax, AdamW
 from products import product
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
 from tokenizer import TokenArrays, Tokenizer, load_tokenizer
-from training.checkpoint import RunDirectory, git_commit, write_text
+from training.checkpoint import RunDirectory, git_commit
 from training.device import Device, choose_device
 from training.distributed import ONE, World, joined
 from training.loop import Trainer

@@ -35,7 +35,7 @@ from config import (
     say,
     task_options,
 )
-from files import refuse_inflating
+from files import refuse_inflating, sha256, write_atomically
 from tasks import TASKS
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -89,7 +89,7 @@ class Combined:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.checkpoint import load, sha256, trained_tasks
+    from training.checkpoint import load, trained_tasks
 
     for name in names:
         if not Path(name).is_file():
@@ -174,7 +174,7 @@ def member_outputs(
     """
     from datasets import tokenise
     from evaluation import predict
-    from training.checkpoint import load_model, write_atomically
+    from training.checkpoint import load_model
 
     splits = {
         split: {name: examples for name, examples in by_task.items() if name in member.tasks}

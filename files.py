@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -26,6 +27,12 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "minbert"
     except RuntimeError as error:
         raise UserError("this user has no home folder; name one for caches in the variable XDG_CACHE_HOME") from error
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:

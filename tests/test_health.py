@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import UserError
 from datasets import TaskData
+from files import sha256
 from tasks import TASKS
 from training import loop
-from training.checkpoint import load, sha256
+from training.checkpoint import load
 from training.device import Device
 from training.health import refuse_bad_losses
 from training.loop import LOG_EVERY, Trainer

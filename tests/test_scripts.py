@@ -21,9 +21,10 @@ from test_training import make_trainer
 import ensemble
 import multitask_classifier
 from config import UserError
+from files import write_atomically, write_text
 from tasks import DEFAULT_TASKS
 from training import loop
-from training.checkpoint import load_model, save, write_atomically, write_text
+from training.checkpoint import load_model, save
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., str]

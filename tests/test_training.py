@@ -22,22 +22,12 @@ import multitask_classifier
 from config import Config, UserError, parse
 from datasets import load_splits, tokenise
 from evaluation import predict
+from files import sha256, write_atomically, write_text
 from multitask_bert import BatchNorm, MultitaskBERT, freezing_command
 from optimizer import Schedule
 from tasks import DEFAULT_TASKS, SST, STS, TASKS, Task
 from training import loop
-from training.checkpoint import (
-    RunDirectory,
-    copy,
-    load,
-    load_model,
-    load_weights_into,
-    model_checkpoint,
-    save,
-    sha256,
-    write_atomically,
-    write_text,
-)
+from training.checkpoint import RunDirectory, copy, load, load_model, load_weights_into, model_checkpoint, save
 from training.device import Device
 from training.loop import Trainer
 from training.meters import TaskMeter

@@ -4,7 +4,6 @@ A checkpoint is a torch.save file of tensors and plain containers; it is read wi
 otherwise, so a foreign file cannot run code.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -78,12 +77,6 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 def copy(source: Path, target: Path) -> None:
     """Copy a file atomically."""
     write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit() -> str | None:
