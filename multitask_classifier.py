@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ModelOptions, UserError, expand_arguments, parse, run_script, said_once, say
+from config import Config, ModelOptions, UserError, expand_arguments, names_of, parse, run_script, said_once, say
 from tasks import TASKS, Task
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -258,8 +258,7 @@ def label_sentences(config: Config) -> None:
     from training.device import choose_device
 
     model, tokenizer, saved = trained_model(config)
-    names = {alias: task for task in TASKS.values() for alias in (task.name, *task.aliases)}
-    task = names[str(config.run.task)]
+    task = TASKS[names_of(TASKS)[str(config.run.task)]]
     if task.name not in model.tasks:
         raise UserError(
             f"--task {config.run.task}: {config.run.evaluate} was not trained on it; "
