@@ -335,10 +335,11 @@ class MultitaskBERT(nn.Module):
     def load_mlm_heads(self, folder: Path) -> bool:
         """Give every head of masked words the pretrained weights in `folder`; False where it has none."""
         weights = load_mlm_head(folder, self.bert_config)
+        if weights is None:
+            return False
         for head in self.mlm.values():
-            if weights is not None:
-                head.load_state_dict(weights)
-        return weights is not None
+            head.load_state_dict(weights)
+        return True
 
     def never_trained(self, fine_tune_mode: str) -> set[str]:
         """Names of the tensors that adapters leave as the pretrained weights had them, in the whole run."""
@@ -365,10 +366,13 @@ class MultitaskBERT(nn.Module):
             if self.lora is not None:
                 apply_adapter_policy(backbone, self.lora, adapters_always)
 
+    def command_for_epoch(self, options: TrainOptions, epoch: int) -> str:
+        """What `manage_freezing` is told in `epoch`, counted from 0."""
+        return freezing_command(options.fine_tune_mode, options.stage(epoch), self.bert_config.num_hidden_layers)
+
     def freeze_for_epoch(self, options: TrainOptions, epoch: int) -> str:
         """Freeze what does not train in `epoch`, counted from 0; returns the command for `manage_freezing`."""
-        depth = self.bert_config.num_hidden_layers
-        command = freezing_command(options.fine_tune_mode, options.stage(epoch), depth)
+        command = self.command_for_epoch(options, epoch)
         self.manage_freezing(command, adapters_always=options.fine_tune_mode == "last-layer")
         return command
 

@@ -17,7 +17,7 @@ from config import Config
 from datasets import TaskData
 from evaluation import progress
 from lora import merged
-from multitask_bert import MultitaskBERT, freezing_command, layers_left_frozen
+from multitask_bert import MultitaskBERT, layers_left_frozen
 from packing import Batch, EncodedBatch, PackedBatch, ragged_rows
 from training import signals
 from training.device import Device, free_memory
@@ -165,10 +165,8 @@ class FrozenCache:
         )
         self.all = [*self.train.values(), *self.dev.values()]
         self.say = say
-        mode, depth = config.train.fine_tune_mode, model.bert_config.num_hidden_layers
-        stages = {config.train.stage(epoch) for epoch in range(config.train.epochs)}
-        commands = [freezing_command(mode, stage, depth) for stage in stages]
-        self.stages = {layers_left_frozen(command, depth) for command in commands}
+        commands = {model.command_for_epoch(config.train, epoch) for epoch in range(config.train.epochs)}
+        self.stages = {layers_left_frozen(command, model.bert_config.num_hidden_layers) for command in commands}
         self.budget = int(SHARE * free_memory())
 
     def begin_epoch(self, steps: Sequence[Step]) -> None:

@@ -1,18 +1,18 @@
 """What a run will do, before it does it: parameters by part, steps per epoch, memory and disk."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import nn
 
 from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
-from multitask_bert import MultitaskBERT, freezing_command
+from multitask_bert import MultitaskBERT
 from training.averaging import averaged_tensors
 from training.device import Device, process_peak
 from training.frozen import FrozenCache
 from training.loop import describe_freezing
-from training.routines import ROUTINES, Plan, passes
+from training.routines import ROUTINES, Plan, Step, passes
 from training.telemetry import format_table, parameter_table
 
 OPTIMIZER_STATES = {"SGD": 1}  # tensors of a parameter's size; the others keep two
@@ -82,6 +82,38 @@ def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> lis
     return [f"passes over the training examples in {options.epochs} epoch{'s' * (options.epochs > 1)}:", *bars]
 
 
+def tasks_table(
+    config: Config, model: MultitaskBERT, data: Mapping[str, TaskData], plan: Plan, steps: Sequence[Step]
+) -> str:
+    """Sizes, rates and loss of each task, and how many of an epoch's `steps` are its own."""
+    rows = [
+        [
+            model.tasks[name].title,
+            f"{len(own):,}",
+            str(plan.rounds[name]),
+            f"{sum(step.task == name for step in steps):,}",
+            f"{own.lengths.mean():.1f}",
+            f"{config.train.scaled_lr() * config.tasks[name].lr_multiplier:.2e}",
+            f"{config.tasks[name].weight_decay:g}",
+            "masked words" if config.train.mlm else config.tasks[name].loss,
+        ]
+        for name, own in data.items()
+    ]
+    return format_table(["task", "examples", "rounds", "steps", "tokens", "lr", "decay", "loss"], rows)
+
+
+def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
+    """What trains from which epoch on, in words."""
+    told: list[str] = []
+    before = ""
+    for epoch in range(options.epochs):
+        command = model.command_for_epoch(options, epoch)
+        if command != before:
+            told.append(f"from epoch {epoch + 1} {describe_freezing(model, command, options.fine_tune_mode)}")
+        before = command
+    return "; ".join(told)
+
+
 def smart_cost(config: Config, model: MultitaskBERT) -> list[str]:
     """What SMART costs, a line for each of its tasks."""
     return [
@@ -113,42 +145,20 @@ def describe(
 ) -> str:
     """The text of --dry_run; `splits` are the examples of each task by split."""
     options, data = config.train, splits["train"]
-    sizes = {name: len(own) for name, own in data.items()}
     cached, lines = described_cache(config, model, splits, device)
     # The program and its libraries; a GPU's memory is counted without them, as `peak_memory` does.
     program = 0 if device.device.type == "cuda" else max(0, process_peak() - weight_bytes(model.parameters()))
-    plan = Plan.of(options, config.tasks, sizes)
+    plan = Plan.of(options, config.tasks, {name: len(own) for name, own in data.items()})
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
-    rows = []
-    for name, own in data.items():
-        count = sum(step.task == name for step in steps)
-        rate = options.scaled_lr() * config.tasks[name].lr_multiplier
-        rows.append(
-            [
-                model.tasks[name].title,
-                f"{sizes[name]:,}",
-                str(plan.rounds[name]),
-                f"{count:,}",
-                f"{own.lengths.mean():.1f}",
-            ]
-            + [f"{rate:.2e}", f"{config.tasks[name].weight_decay:g}"]
-            + ["masked words" if options.mlm else config.tasks[name].loss]
-        )
-    header = ["task", "examples", "rounds", "steps", "tokens", "lr", "decay", "loss"]
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
-    depth = model.bert_config.num_hidden_layers
-    stages = [options.stage(epoch) for epoch in range(options.epochs)]
-    commands = [freezing_command(options.fine_tune_mode, stage, depth) for stage in stages]
-    changes = [i for i, command in enumerate(commands) if i == 0 or command != commands[i - 1]]
-    told = [describe_freezing(model, command, options.fine_tune_mode) for command in commands]
-    freezing = "; ".join(f"from epoch {i + 1} {told[i]}" for i in changes)
+    freezing = freezing_course(model, options)
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
             "",
-            format_table(header, rows),
+            tasks_table(config, model, data, plan, steps),
             "steps are those of an epoch, tokens those of an example on average",
             f"{options.epochs} epoch{'s' * (options.epochs > 1)} of {sum(step.moves for step in steps):,} steps{late}, "
             f"routine {options.routine}, batch size {options.batch_size}, {options.optim}, schedule "
