@@ -19,6 +19,7 @@ from files import cause
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
 from packing import Batch
+from tasks import Task
 from tokenizer import Tokenizer
 from training import signals
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
@@ -73,6 +74,20 @@ def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str
     return optimizer_of, {name: kind(own, lr=base, **decoupled) for name, own in groups.items()}
 
 
+def make_schedule(config: Config, task: Task) -> Schedule:
+    """The course of a task's learning rate."""
+    options = config.train
+    return Schedule(
+        options.lr_schedule,
+        options.scaled_lr() * config.tasks[task.name].lr_multiplier,
+        options.epochs,
+        gamma=options.lr_lambda,
+        floor=task.lr_floor,
+        warmup=options.warmup,
+        restart=options.lr_cycle == "restart",
+    )
+
+
 class Trainer:
     """Trains a model as a configuration says and keeps its run directory up to date."""
 
@@ -105,18 +120,7 @@ class Trainer:
         self.optimizer_of, self.optimizers = make_optimizers(config, model)
         everything = list(dict.fromkeys(p for name in self.tasks for p in model.task_parameters(name)))
         self.surgery = PCGrad(everything, options.seed) if options.pcgrad else NoSurgery()
-        self.schedules = {
-            name: Schedule(
-                options.lr_schedule,
-                options.scaled_lr() * config.tasks[name].lr_multiplier,
-                options.epochs,
-                gamma=options.lr_lambda,
-                floor=task.lr_floor,
-                warmup=options.warmup,
-                restart=options.lr_cycle == "restart",
-            )
-            for name, task in self.tasks.items()
-        }
+        self.schedules = {name: make_schedule(config, task) for name, task in self.tasks.items()}
         self.terms = {name: terms_of(config, name) for name in self.tasks}
         self.feed = Feed(self.train_data, device.device, options.cuda_graphs, world)
         self.passes = passes_of(config, self.model, device, self.terms, self.forward_backward, say)
