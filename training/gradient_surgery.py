@@ -92,7 +92,8 @@ class PCGrad(NoSurgery):
         self.parameters, self.seed = parameters, seed
         self.gradients: list[Gradient] = []
         self.steps = 0
-        self.counts: list[tuple[Tensor, int]] = []
+        self.found: Tensor | float = 0.0  # pairs in conflict, not fetched from the device before somebody asks
+        self.pairs = 0
 
     def take(self) -> None:
         """Take the gradient of one task off the parameters."""
@@ -109,27 +110,24 @@ class PCGrad(NoSurgery):
             return
         products = inner_products(self.gradients)
         order = np.random.default_rng([self.seed, self.steps])
-        self.counts.append(conflicts(products))
-        for parameter, own in zip(
-            self.parameters, combine(self.gradients, projected_shares(products, order)), strict=True
-        ):
+        found, pairs = conflicts(products)
+        self.found, self.pairs = self.found + found, self.pairs + pairs
+        combined = combine(self.gradients, projected_shares(products, order))
+        for parameter, own in zip(self.parameters, combined, strict=True):
             parameter.grad = own
         self.gradients = []
         self.steps += 1
 
     def conflicting(self) -> float | None:
         """The share of conflicting pairs since it was last asked for; None where there was no pair."""
-        pairs = sum(own for _, own in self.counts)
-        found = sum(float(own) for own, _ in self.counts)
-        self.counts = []
-        return found / pairs if pairs else None
+        share = float(self.found) / self.pairs if self.pairs else None
+        self.found, self.pairs = 0.0, 0
+        return share
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps, which addresses the next one's order, and the pairs counted so far."""
-        found = sum(float(own) for own, _ in self.counts)
-        return {"steps": self.steps, "found": found, "pairs": sum(own for _, own in self.counts)}
+        return {"steps": self.steps, "found": float(self.found), "pairs": self.pairs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
-        self.steps = state["steps"]
-        self.counts = [(torch.tensor(state["found"], dtype=torch.float64), state["pairs"])]
+        self.steps, self.found, self.pairs = state["steps"], state["found"], state["pairs"]
