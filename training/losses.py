@@ -88,15 +88,20 @@ def contrastive(first: Tensor, second: Tensor, labels: Tensor, margin: float = 1
     return 0.5 * (y * squared + (1 - y) * (margin - distance).clamp_min(0).square()).mean()
 
 
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine of each of the embeddings [B, H] with each of the others [B, H]: [B, B], in fp32."""
+    with torch.autocast(first.device.type, enabled=False):  # it would round them
+        return F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T
+
+
 def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
     """In-batch cross-entropy in nats of two dropout views [B, H] and [B, H] of the same sentences, in fp32.
 
     Each first view has to find its own second view among all B by cosine / temperature (Gao et al. 2021, equation 4;
     R0, section 4.5).
     """
-    with torch.autocast(first.device.type, enabled=False):  # it would round the cosines
-        cosines = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T  # [B, B]
-    return F.cross_entropy(cosines / temperature, torch.arange(len(cosines), device=cosines.device))
+    similarities = cosines(first, second)
+    return F.cross_entropy(similarities / temperature, torch.arange(len(first), device=first.device))
 
 
 def multiple_negatives_ranking(
@@ -108,11 +113,9 @@ def multiple_negatives_ranking(
     et al. 2017; R4, section 4.3, whose scale of 1 has a floor of over 2 nats at 64 pairs). `same` [B, B] bool marks the
     pairs that are no negatives of each other, as they have a text in common. 0 where nothing is positive.
     """
-    with torch.autocast(first.device.type, enabled=False):  # it would round the cosines
-        cosines = F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T  # [B, B]
-    own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    own = torch.eye(len(first), dtype=torch.bool, device=first.device)
     allowed = own | (positive[None, :] & ~same)
-    rows = -(scale * cosines).masked_fill(~allowed, -torch.inf).log_softmax(dim=1).diagonal()  # [B]
+    rows = -(scale * cosines(first, second)).masked_fill(~allowed, -torch.inf).log_softmax(dim=1).diagonal()  # [B]
     return (rows * positive).sum() / positive.sum().clamp_min(1)
 
 
