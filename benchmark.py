@@ -130,6 +130,14 @@ class Options:
     block: int = option(1, "training steps between two looks at the clock, which wait for a GPU", low=1)
     loader_workers: int = option(0, "processes that make the peer's batches", low=0)
 
+    def device(self, say: Callable[[str], None]) -> Device:
+        """What --use_gpu, --amp and --threads ask for."""
+        return choose_device(self.compute(), say)
+
+    def compute(self) -> ComputeOptions:
+        """The options of the machine."""
+        return ComputeOptions(self.use_gpu, self.amp, self.threads)
+
 
 def say(line: str) -> None:
     """Print a line above the progress bars."""
@@ -238,7 +246,7 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
 
     Raises UserError for data that is missing or holds less than one batch.
     """
-    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), say)
+    device = options.device(say)
     folder = weights_folder(options.pretrained)
     bert_config = read_config(folder)
     count = options.block * (options.warmup + options.steps)
@@ -460,11 +468,6 @@ class Transformers:
         """Texts on the device."""
         return [tuple(own.to(self.device, non_blocking=True) for own in text) for text in texts]
 
-    def autocast(self) -> torch.autocast:
-        """Mixed precision where --amp asks for it."""
-        amp = self.work.device.amp
-        return torch.autocast(self.device.type, amp or torch.bfloat16, enabled=amp is not None)
-
     def forward(self, indices: np.ndarray) -> Tensor:
         return self.model(self.there(self.batches.collate(indices.tolist())))
 
@@ -479,7 +482,7 @@ class Transformers:
 
     def train_step(self, texts: Sequence[tuple[Tensor, ...]], labels: Tensor) -> None:
         """One optimizer step."""
-        with self.autocast():
+        with self.work.device.autocast():
             outputs = self.model(texts)
         self.scaler.scale(self.loss(outputs.float(), labels)).backward()
         self.scaler.step(self.optimizer)
@@ -489,7 +492,7 @@ class Transformers:
     def evaluate(self) -> object:
         self.model.eval()
         blocks = torch.arange(len(self.work.dev)).split(self.work.config.train.batch_size)  # in the file's order
-        with torch.inference_mode(), self.autocast():
+        with torch.inference_mode(), self.work.device.autocast():
             outputs = [self.model(self.there(self.dev.collate(block.tolist()))).float() for block in blocks]
         self.model.train()
         return torch.cat(outputs).cpu().numpy()
@@ -580,7 +583,6 @@ def matmul_peaks(shape: BertConfig, tokens: int, device: Device) -> dict[str, fl
     sizes = [(width, width)] * 4 + [(width, inner), (inner, width)]
     inputs = {n: torch.randn(tokens, n, device=device.device, dtype=device.amp) for n in (width, inner)}
     weights = [torch.randn(size, device=device.device, dtype=device.amp) for size in sizes]
-
     repeats = 1 if device.device.type == "cpu" else 50  # of what is too short to be timed by itself
 
     def layers(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -611,6 +613,7 @@ def measure_speed(options: Options, comparison: str, task: str) -> list[dict[str
     sides = {name: build(work) for name, build in COMPARISONS[comparison].items()}
     difference = check_same(sides, work)
     say(f"{comparison} {task}: outputs differ by at most {difference:.1e}")
+    tokens = int(np.mean([work.train.lengths[step].sum() for step in work.batches]))
     rounds = [tuple(work.batches[i : i + options.block]) for i in range(0, len(work.batches), options.block)]
     steps = [np.concatenate(own) for own in rounds[options.warmup :]]
     passes = min(options.steps, EVAL_PASSES)
@@ -618,9 +621,7 @@ def measure_speed(options: Options, comparison: str, task: str) -> list[dict[str
         "comparison": comparison,
         "task": task,
         "max_difference": difference,
-        **matmul_peaks(
-            work.bert_config, int(np.mean([work.train.lengths[step].sum() for step in work.batches])), work.device
-        ),
+        **matmul_peaks(work.bert_config, tokens, work.device),
         "square_peak": square_peak(work.device),
     }
     records = []
@@ -707,7 +708,7 @@ def measure_tokenising(options: Options) -> dict[str, Any]:
 
 def measure_optimizers(options: Options) -> list[dict[str, Any]]:
     """Seconds of every step of torch's fastest optimizers and ours, in turn, on parameters of BERT-base's shapes."""
-    device = choose_device(ComputeOptions(options.use_gpu, False, options.threads), lambda line: None)
+    device = replace(options, amp=False).device(lambda line: None)
     with torch.device("meta"):
         shapes = [parameter.shape for parameter in BertModel(BertConfig()).parameters()]
     contenders: dict[str, dict[str, Callable[..., Optimizer]]] = {
@@ -733,7 +734,7 @@ def time_rank(options: Options, task: str, rank: int, size: int, port: int) -> l
     """Seconds of every training step in one of `size` processes that share each batch."""
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}})
-    with joined(ComputeOptions(options.use_gpu, options.amp, options.threads)) as world:
+    with joined(options.compute()) as world:
         work = make_workload(options, task, lambda line: None)
         step = {"step": Minbert(work, world=world).train_on}
         label = f"scaling {task} {size}"
@@ -766,7 +767,7 @@ def measure_recipe(options: Options) -> dict[str, Any]:
     flags += ["--cuda_graphs"] if options.cuda_graphs else []
     config = parse(flags, TASKS, "benchmark.py", "")
     tasks = {name: TASKS[name] for name in ROWS}
-    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), say)
+    device = options.device(say)
     folder = weights_folder(options.pretrained)
     bert_config = read_config(folder)
     tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
@@ -779,16 +780,14 @@ def measure_recipe(options: Options) -> dict[str, Any]:
     run = RunDirectory(Path(os.devnull))
     trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, lines.append)
     epochs, stages = config.train.epochs, {}
+    seconds = dict.fromkeys(tasks, 0.0)
     for epoch in progress(range(epochs), "recipe", "epoch"):
         command = model.freeze_for_epoch(config.train, epoch)
         model.train()
         if command not in stages:
             stages[command] = {name: recipe_step(trainer, name) for name in tasks}
-    seconds = dict.fromkeys(tasks, 0.0)
-    for epoch in range(epochs):
-        own = stages[model.freeze_for_epoch(config.train, epoch)]
         for name in tasks:
-            seconds[name] += own[name] * math.ceil(ROWS[name][0] / config.train.batch_size)
+            seconds[name] += stages[command][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
     started = time.perf_counter()
     trainer.evaluate(list(tasks))
     per_row = (time.perf_counter() - started) / sum(len(own) for own in data["dev"].values())
@@ -933,7 +932,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.strftime("%Y%m%d-%H%M%S")
     with with_data(options, BATCH * (RECIPE_WARMUP + RECIPE_STEPS) if "recipe" in options.modes else 0) as given:
         records, alone = measure(given)
-    device = choose_device(ComputeOptions(options.use_gpu, options.amp, options.threads), lambda line: None)
+    device = options.device(lambda line: None)
     packages = {"torch": torch, "numpy": np, "tokenizers": tokenizers}
     if records:
         packages["transformers"] = import_transformers()
