@@ -683,7 +683,7 @@ GROUPS: dict[str, type] = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, since the usage of some eighty flags would bury them."""
+    """An ArgumentParser whose errors are one line, since the usage of all flags would bury them."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -900,8 +900,22 @@ def names_of(tasks: Mapping[str, Task]) -> dict[str, str]:
 
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with a combination of options, a sentence each."""
-    problems = []
-    run, train, lora = config.run, config.train, config.lora
+    return [
+        *check_adapters(config),
+        *check_run(config, tasks),
+        *check_training(config),
+        *check_embedding_losses(config, tasks),
+        *check_cache_frozen(config),
+        *check_pals(config, tasks),
+        *check_mlm(config),
+        *check_fsdp(config),
+        *check_tasks(config),
+    ]
+
+
+def check_adapters(config: Config) -> list[str]:
+    """What is wrong with the options of LoRA and DoRA."""
+    problems, lora = [], config.lora
     adapters = [name for name, value in vars(lora).items() if value != getattr(LoraOptions(), name)]
     for whole in ("lora_dict", "init_peft"):
         others = ", ".join(f"--{name}" for name in adapters if name != whole)
@@ -909,19 +923,25 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             problems.append(f"--{whole} says all that {others} says; give one or the other")
     if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
         problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
-    if train.init_from is not None and adapters:
+    if config.train.init_from is not None and adapters:
         problems.append(
             f"--init_from trains on from weights that no --pretrained holds, and --{adapters[0]} would save adapters "
             "without them; drop one of the two"
         )
     if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
         problems.append("--dora_norm belongs to --dora; add that or drop it")
+    return problems
+
+
+def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
+    """What is wrong with what is asked for: with its files, or with what is to be done with a trained model."""
+    problems, run = [], config.run
     for name in ("predict", "export", "export_peft"):
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
         problems.append("--profile slows the steps that --benchmark measures; give one of the two")
-    if run.benchmark is not None and train.cuda_graphs:
+    if run.benchmark is not None and config.train.cuda_graphs:
         problems.append("--cuda_graphs hides memory from the figures of --benchmark; give one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
@@ -938,6 +958,12 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--name is that of a folder in runs, but --run_dir gives the folder; give one of the two")
     if not re.fullmatch(SAVE_EVERY, run.save_every):
         problems.append(f"--save_every {run.save_every}: give steps, such as 500, or minutes, such as 30m")
+    return problems
+
+
+def check_training(config: Config) -> list[str]:
+    """What is wrong with how the run trains, and with the processes that it has."""
+    problems, run, train = [], config.run, config.train
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     problems += check_belongs(train)
@@ -966,8 +992,12 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
     if train.cuda_graphs and processes() > 1:
         problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
-    problems += check_embedding_losses(config, tasks) + check_cache_frozen(config) + check_pals(config, tasks)
-    problems += check_mlm(config) + check_fsdp(config)
+    return problems
+
+
+def check_tasks(config: Config) -> list[str]:
+    """What is wrong with when the tasks train and are averaged, and with the weights of their losses."""
+    problems, train = [], config.train
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
     problems += [
