@@ -3,9 +3,13 @@
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +105,16 @@ def tiny_flags(tiny_bert: Path, small_data: Path) -> list[str]:
     """Flags of a training run of a second: tiny model, small data, two epochs of three steps a task."""
     flags = ["--pretrained", tiny_bert, "--data_dir", small_data, "--max_length", 64, "--threads", 1]
     return [str(flag) for flag in [*flags, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3]]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> "Trainer":
+    """A finished run of one epoch; tests must not change it."""
+    from test_training import make_trainer
+
+    trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
+    trainer.fit()
+    return trainer
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,6 @@ def tokenizer(tiny_bert: Path) -> Tokenizer:
     return load_tokenizer(tiny_bert, 64)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Path:
-    """The checkpoint of a finished run of one epoch."""
-    trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
-    trainer.fit()
-    return trainer.run.best
-
-
 def config_of(data: Path, *more: object) -> Config:
     return parse(["--data_dir", str(data), "--max_bad_rows", "1000", *map(str, more)], TASKS, "test", "Test.")
 
@@ -114,7 +106,11 @@ texts = st.lists(fields, max_size=5).map(b"\t".join)
     | st.binary(max_size=60),
 )
 def test_any_file_to_predict_is_labelled_or_a_reason(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], trained: Path, task: str, body: bytes
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    trained: Trainer,
+    task: str,
+    body: bytes,
 ) -> None:
     """The whole of --predict, checkpoint and model included: a label for each line that is not empty, or one line."""
     path = tmp_path_factory.getbasetemp() / "lines.txt"
@@ -122,7 +118,7 @@ def test_any_file_to_predict_is_labelled_or_a_reason(
     capsys.readouterr()
     try:
         multitask_classifier.main(
-            ["--evaluate", str(trained), "--predict", str(path), "--task", task, "--threads", "1"]
+            ["--evaluate", str(trained.run.best), "--predict", str(path), "--task", task, "--threads", "1"]
         )
     except UserError as error:
         assert str(error).isprintable() and str(path) in str(error)
@@ -132,21 +128,21 @@ def test_any_file_to_predict_is_labelled_or_a_reason(
     assert capsys.readouterr().out.count("\n") == sum(bool(line.strip()) for line in text.split("\n"))
 
 
-def test_a_terminal_whose_bytes_are_no_text(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_whose_bytes_are_no_text(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python hands them on as lone surrogates under some locales."""
     import io
     import sys
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("a film \udcff\n"))
     with pytest.raises(UserError, match="^--predict -: cannot be read .*UTF-8"):
-        multitask_classifier.main(["--evaluate", str(trained), "--predict", "-", "--task", "sst"])
+        multitask_classifier.main(["--evaluate", str(trained.run.best), "--predict", "-", "--task", "sst"])
 
 
-def test_long_lines_to_predict_are_cut_and_counted(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_long_lines_to_predict_are_cut_and_counted(trained: Trainer, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("A film .\n" + "film " * 10_000 + "\n", encoding="utf-8")
     capsys.readouterr()
-    multitask_classifier.main(["--evaluate", str(trained), "--predict", str(path), "--task", "sst"])
+    multitask_classifier.main(["--evaluate", str(trained.run.best), "--predict", str(path), "--task", "sst"])
     shown = capsys.readouterr()
     assert shown.out.count("\n") == 2 and "truncated 1 sequences to 64 tokens (--max_length)" in shown.err
 

@@ -73,7 +73,7 @@ def test_frozen_layers_save_nothing_for_a_gradient(pooling: str, adapters: LoRAC
 # ----------------------------------------------------------------------------------------------- how much is frozen
 
 
-@pytest.mark.parametrize("depth", [2, 4, 6, 12])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 24])
 @pytest.mark.parametrize("mode", ["last-layer", "iterative", "full-model"])
 def test_the_number_of_frozen_layers(depth: int, mode: str) -> None:
     """What a command says is what the parameters say; all layers count as frozen only together with the pooler."""

@@ -39,14 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Trainer:
-    """A finished run of one epoch; tests must not change it."""
-    trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
-    trainer.fit()
-    return trainer
-
-
-@pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Path:
     """A folder with a finished run of adapters, and these as peft has them in its folder `peft/sentiment`."""
     folder = tmp_path_factory.mktemp("adapters")

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_training import make_trainer, metrics
+from test_training import assert_resumes, make_trainer, metrics
 
 import ensemble
 import multitask_classifier
@@ -193,19 +193,7 @@ def test_adapters_are_exported_only_where_nothing_else_trained(tiny_flags: list[
 
 
 def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--lora_mode", "all-lin", "--dora", *ADAPTERS, "--epochs", "4", "--no_tensorboard"]
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
-    whole.fit()
-    part = make_trainer(tiny_flags, tmp_path / "part", *flags)
-    part.out_of_patience = lambda: part.epoch >= 2  # type: ignore[method-assign]
-    part.fit()
-    rest = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
-    rest.fit()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(rest.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
-    )
-    assert (tmp_path / "part" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert_resumes(tiny_flags, tmp_path, "--lora_mode", "all-lin", "--dora", *ADAPTERS, "--epochs", "4", after=2)
 
 
 def test_a_state_leaves_out_the_weights_that_only_the_start_weights_decide(

@@ -14,7 +14,7 @@ from test_config import refusal
 from test_memory import limit
 from test_multitask_bert import make_model, options
 from test_scripts import refusal as refusal_of
-from test_training import changed, copied, make_trainer, metrics
+from test_training import assert_resumes, changed, copied, make_trainer, metrics
 from torch import Tensor
 
 import ensemble
@@ -311,15 +311,7 @@ def test_each_epoch_masks_anew(tiny_flags: list[str], tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("more", [[], ["--routine", "joint", "--pcgrad", "--average", "ema"]])
 def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path, more: list[str]) -> None:
-    whole = make_pretrainer(tiny_flags, tmp_path / "whole", "--epochs", 3, *more)
-    whole.fit()
-    part = make_pretrainer(tiny_flags, tmp_path / "part", "--epochs", 3, *more)
-    part.out_of_patience = lambda: part.epoch >= 1  # type: ignore[method-assign]
-    part.fit()
-    rest = make_pretrainer(tiny_flags, tmp_path / "part", "--epochs", 3, *more, "--resume")
-    rest.fit()
-    assert changed(copied(whole.model), copied(rest.model)) == set()
-    assert (tmp_path / "part" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert_resumes(tiny_flags, tmp_path, "--epochs", 3, *more, after=1, make=make_pretrainer)
 
 
 def test_fine_tuning_starts_from_it(tiny_flags: list[str], tmp_path: Path) -> None:

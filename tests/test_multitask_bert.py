@@ -25,7 +25,7 @@ from multitask_bert import (
     set_trainable,
 )
 from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
-from tasks import DEFAULT_TASKS, PARA, SST, STS
+from tasks import DEFAULT_TASKS, SST, STS
 
 H, BATCH = 16, 6
 TINY = BertConfig(
@@ -768,10 +768,3 @@ def test_iterative_schedule(depth: int, wanted: list[str]) -> None:
 def test_other_fine_tune_modes_never_change() -> None:
     assert {freezing_command("last-layer", epoch, 12) for epoch in range(8)} == {"freezeall"}
     assert {freezing_command("full-model", epoch, 12) for epoch in range(8)} == {"unfreezeall"}
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 6, 12, 24])
-def test_every_scheduled_command_is_valid(depth: int) -> None:
-    model = MultitaskBERT(options(), replace(TINY, num_hidden_layers=depth), {"para": PARA})
-    for epoch in range(6):
-        model.manage_freezing(freezing_command("iterative", epoch, depth))

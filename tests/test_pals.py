@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_config import configure, refusal
 from test_multitask_bert import TINY, make_batch, make_model, make_texts, options
-from test_training import State, changed, copied, make_trainer, states_by_epoch
+from test_training import State, assert_resumes, changed, copied, make_trainer, states_by_epoch
 from torch import Tensor, nn
 
 import multitask_classifier
@@ -415,16 +415,7 @@ def test_with_smart_joint_steps_pcgrad_and_running_averages(tiny_flags: list[str
 
 
 def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--pal", "shared-v", *SMALL, "--epochs", "4"]
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
-    whole.fit()
-    part = make_trainer(tiny_flags, tmp_path / "part", *flags)
-    part.out_of_patience = lambda: part.epoch >= 2  # type: ignore[method-assign]
-    part.fit()
-    rest = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
-    rest.fit()
-    assert changed(copied(whole.model), copied(rest.model)) == set()
-    assert (tmp_path / "part" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert_resumes(tiny_flags, tmp_path, "--pal", "shared-v", *SMALL, "--epochs", "4", after=2)
 
 
 def test_the_plan_counts_them(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

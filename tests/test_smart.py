@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import changed, copied, interrupted, make_trainer
+from test_training import assert_resumes, changed, copied, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
@@ -200,12 +200,7 @@ def test_the_gradient_is_that_of_both_passes(tiny_flags: list[str], tmp_path: Pa
 @pytest.mark.parametrize("more", [["--smart_steps", 2], ["--sts_bregman", 0.5], ["--lora_mode", "attn"]])
 def test_a_run_with_smart_trains_and_resumes(tiny_flags: list[str], tmp_path: Path, more: list[object]) -> None:
     flags = ["--sst_smart", 1, "--quora_smart", 0.5, "--routine", "interleave", "--epochs", 3, *more]
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
-    whole.fit()
-    interrupted(make_trainer(tiny_flags, tmp_path / "part", *flags), 2)
-    resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
-    resumed.fit()
-    assert changed(copied(whole.model), copied(resumed.model)) == set()
+    whole = assert_resumes(tiny_flags, tmp_path, *flags, after=2)
     others = [] if "--smart_steps" in more else more
     plain = make_trainer(tiny_flags, tmp_path / "plain", "--routine", "interleave", "--epochs", 3, *others)
     plain.fit()

@@ -538,14 +538,6 @@ def test_a_rate_beyond_float32_ends_in_one_line(tiny_flags: list[str], tmp_path:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Trainer:
-    """A finished run of one epoch; tests must not change it."""
-    trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
-    trainer.fit()
-    return trainer
-
-
 def plain(value: Any) -> Iterator[type]:
     """The types inside nested containers."""
     if isinstance(value, dict):
@@ -1060,15 +1052,23 @@ def interrupted(trainer: Trainer, epochs: int) -> None:
         trainer.fit()
 
 
-def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--routine", "joint", "--pcgrad", "--epochs", 3, "--fine_tune_mode", "full-model"]
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
+def assert_resumes(
+    flags: list[str], folder: Path, *more: object, after: int, make: Callable[..., Trainer] = make_trainer
+) -> Trainer:
+    """A run that is killed after so many epochs ends bit for bit as one that nothing stops, which is returned."""
+    whole = make(flags, folder / "whole", *more)
     whole.fit()
-    interrupted(make_trainer(tiny_flags, tmp_path / "part", *flags), 1)
-    resumed = make_trainer(tiny_flags, tmp_path / "part", *flags, "--resume")
+    interrupted(make(flags, folder / "part", *more), after)
+    resumed = make(flags, folder / "part", *more, "--resume")
     resumed.fit()
     assert changed(copied(whole.model), copied(resumed.model)) == set()
-    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
+    assert (folder / "whole" / "metrics.jsonl").read_bytes() == (folder / "part" / "metrics.jsonl").read_bytes()
+    return whole
+
+
+def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--routine", "joint", "--pcgrad", "--epochs", 3, "--fine_tune_mode", "full-model"]
+    assert_resumes(tiny_flags, tmp_path, *flags, after=1)
 
 
 @pytest.mark.parametrize(
