@@ -193,12 +193,10 @@ def _canonical(name: str) -> str:
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
-def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = False) -> dict[str, Tensor]:
+def load_weights(folder: Path, config: BertConfig) -> dict[str, Tensor]:
     """The backbone's weights from a Hugging Face folder, in our names and float32.
 
-    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored. With `allow_missing_pooler` a
-    checkpoint without any `pooler.dense.*` is accepted (masked-language-model checkpoints lack it); the result then
-    lacks both of its names.
+    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored.
 
     Raises UserError where the file is damaged, or where a tensor is missing, left over or of another shape than
     `expected_shapes` says.
@@ -215,8 +213,6 @@ def load_weights(folder: Path, config: BertConfig, allow_missing_pooler: bool = 
         tensors[name] = tensor
 
     parameters = _parameters(config)
-    if allow_missing_pooler and not any(name.startswith("pooler.dense.") for name in tensors):
-        parameters = {ours: rest for ours, rest in parameters.items() if not ours.startswith("pooler_dense.")}
     _check_shapes(tensors, dict(parameters.values()), str(path), twice)
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
 

@@ -183,19 +183,10 @@ def test_load_weights_prefers_safetensors(tmp_path: Path) -> None:
     assert_same(load_weights(tmp_path, CONFIG), reference_state(reference))
 
 
-def test_a_missing_pooler_must_be_allowed(tmp_path: Path) -> None:
-    reference = hf_model("BertForMaskedLM")
-    folder = write_weights(tmp_path, hf_state(reference))
+def test_a_missing_pooler_is_refused(tmp_path: Path) -> None:
+    folder = write_weights(tmp_path, hf_state(hf_model("BertForMaskedLM")))
     with pytest.raises(UserError, match="2 missing: pooler.dense.weight, pooler.dense.bias"):
         load_weights(folder, CONFIG)
-    assert_same(load_weights(folder, CONFIG, allow_missing_pooler=True), reference_state(reference.bert))
-
-
-def test_half_a_pooler_is_never_allowed(tmp_path: Path) -> None:
-    state = hf_state(hf_model())
-    del state["pooler.dense.bias"]
-    with pytest.raises(UserError, match=r"1 missing: pooler\.dense\.bias"):
-        load_weights(write_weights(tmp_path, state), CONFIG, allow_missing_pooler=True)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
