@@ -61,13 +61,8 @@ class Tokenizer:
         self.mask_id = ids["[MASK]"]
         self.special_ids = tuple(ids.values())
         self.max_length = max_length
-        self._sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()  # of all but `max_length`
         self._backend = backend
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of vocabulary and settings, in hexadecimal; `max_length` is none of them."""
-        return self._sha256
 
     def to_json(self) -> str:
         """The tokenizer as text, so that a checkpoint can carry it."""
