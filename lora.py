@@ -624,16 +624,7 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
             raise UserError(
                 f"{path}: {key} is {reprlib.repr(values[key])}, which is not supported; train with {key} {plain[0]!r}"
             )
-    tensors = {}
-    for name, tensor in saved.items():
-        ours = _our_name(name)
-        if ours is None:
-            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is no adapter of {','.join(TARGETS)} in a BERT layer")
-        if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
-            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
-        if ours.endswith("lora_A") and len(tensor) != rank:
-            raise UserError(f"{folder}: {name} has rank {len(tensor)}, but {PEFT_FILES[0]} says r {reprlib.repr(rank)}")
-        tensors[ours] = tensor[:, None] if ours.endswith("magnitude") else tensor
+    tensors = _our_tensors(saved, rank, folder)
     used = {name.split(".")[-2] for name in tensors}
     linears = tuple(name for name in TARGETS if name in used)
     mode = next((mode for mode in MODES if mode.endswith("-only") and MODES[mode] == linears), None)
@@ -650,6 +641,21 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config, tensors
+
+
+def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
+    """peft's tensors in our names and shapes. Raises UserError for one that is none of adapters of this rank."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in saved.items():
+        ours = _our_name(name)
+        if ours is None:
+            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is no adapter of {','.join(TARGETS)} in a BERT layer")
+        if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
+            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
+        if ours.endswith("lora_A") and len(tensor) != rank:
+            raise UserError(f"{folder}: {name} has rank {len(tensor)}, but {PEFT_FILES[0]} says r {reprlib.repr(rank)}")
+        tensors[ours] = tensor[:, None] if ours.endswith("magnitude") else tensor
+    return tensors
 
 
 def _our_name(name: str) -> str | None:

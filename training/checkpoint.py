@@ -259,6 +259,17 @@ def sketch(config: Config, shape: BertConfig, tasks: Mapping[str, Task], lora: L
     return model
 
 
+def base_folder(base: str, path: Path) -> Path:
+    """The folder of the base weights of a checkpoint with adapters. Raises UserError where there is none."""
+    try:
+        return resolve_pretrained(base)
+    except UserError as error:
+        raise UserError(
+            f"{path}: its adapters need the base weights that they were trained on; put them, or a link to them, "
+            f"there again (--evaluate takes another place too, by --pretrained): {error}"
+        ) from error
+
+
 def load_model(
     path: Path, content: Mapping[str, Any] | None = None, base: str | None = None
 ) -> tuple[MultitaskBERT, Tokenizer, Config]:
@@ -291,14 +302,8 @@ def load_model(
             raise UserError(f"--pretrained {base}: {path} has no adapters, and holds all of its weights; drop it")
     else:
         base = base or config.model.pretrained
-        try:
-            folder = resolve_pretrained(base)
-        except UserError as error:
-            raise UserError(
-                f"{path}: its adapters need the base weights that they were trained on; put them, or a link to them, "
-                f"there again (--evaluate takes another place too, by --pretrained): {error}"
-            ) from error
-        pretrained = load_weights(folder, shape)
+        folder = base_folder(base, path)
+        pretrained = load_weights(folder, shape)  # first: `shape` may ask for a model of any size
         model = MultitaskBERT(config.model, shape, tasks)
         model.load_backbones(pretrained)
         model.add_adapters(lora)
@@ -348,12 +353,12 @@ class RunDirectory:
 
     @classmethod
     def named(cls, run_dir: str | None, name: str) -> "RunDirectory":
-        """--run_dir, or runs/NAME; a name that is not given is made from the arch and the time and never collides."""
+        """--run_dir, or runs/NAME."""
         return cls(Path(run_dir) if run_dir else Path("runs") / name)
 
-    @classmethod
-    def fresh_name(cls, arch: str) -> str:
-        """A name under runs/ that no run has."""
+    @staticmethod
+    def fresh_name(arch: str) -> str:
+        """A name under runs/, of the arch and the time, that no run has."""
         stem = f"{arch}-{time.strftime('%Y%m%d-%H%M%S')}"
         name, number = stem, 1
         while (Path("runs") / name).exists():
