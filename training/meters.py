@@ -50,18 +50,22 @@ class TaskMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, of a meter that has seen a step."""
-        tensors = {name: torch.cat(getattr(self, name)) for name in ("outputs", "labels")}
-        lists = {"losses": torch.stack(self.losses), "sizes": [len(own) for own in self.labels]}
-        lists["numbers"] = self.numbers
-        return {**tensors, **lists, **{name: getattr(self, name) for name in self.figures}}
+        return {
+            "outputs": torch.cat(self.outputs),
+            "labels": torch.cat(self.labels),
+            "losses": torch.stack(self.losses),
+            "sizes": [len(own) for own in self.labels],
+            "numbers": self.numbers,
+            **{name: getattr(self, name) for name in self.figures},
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "TaskMeter":
         """The inverse of `state_dict`."""
         meter = cls()
         meter.losses, meter.numbers = list(state["losses"].to(device)), state["numbers"]
-        for name in ("outputs", "labels"):
-            setattr(meter, name, list(state[name].to(device).split(state["sizes"])))
+        meter.outputs = list(state["outputs"].to(device).split(state["sizes"]))
+        meter.labels = list(state["labels"].to(device).split(state["sizes"]))
         for name in cls.figures:
             setattr(meter, name, state[name])
         return meter
