@@ -355,7 +355,8 @@ class Study:
             RunDirectory(folder).clear()
         # measured as --benchmark does it; the row is written here
         words = [*trial.words, "--no_test_predictions", "--benchmark=", "--run_dir", str(folder)]
-        words += ["--resume"] * resumes
+        if resumes:
+            words.append("--resume")
         if trial.config.compute.threads is None and self.options.jobs > 1:
             words += ["--threads", str(max(1, (os.cpu_count() or 1) // self.options.jobs))]
         script = [sys.executable, str(Path(__file__).with_name(SCRIPT)), *words]

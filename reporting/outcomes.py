@@ -148,7 +148,7 @@ def note_of(runs: Sequence[Run]) -> str:
     if trials:
         return small_print(trials)
     command = shared_command([run.command for run in runs if run.command])
-    return "; ".join([commits_of(runs), *[command] * bool(command)])
+    return "; ".join([commits_of(runs), command] if command else [commits_of(runs)])
 
 
 def dev_scores(run: Run) -> dict[int, float]:

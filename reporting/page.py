@@ -141,14 +141,19 @@ def as_markdown(report: Report) -> str:
     """The report with links to its figures' files."""
     lines = [f"# {report.title}", "", report.about]
     for section in report.sections:
-        lines += ["", f"## {section.title}"] * bool(section.pieces)
+        if section.pieces:
+            lines += ["", f"## {section.title}"]
         for piece in section.pieces:
             lines += ["", f"### {piece.title}"]
-            lines += ["", piece.text] * bool(piece.text)
-            lines += ["", f"![{piece.title}]({piece.name}.png)"] * (piece.figure is not None)
-            lines += ["", piece.table.markdown()] if piece.table is not None else []
+            if piece.text:
+                lines += ["", piece.text]
+            if piece.figure is not None:
+                lines += ["", f"![{piece.title}]({piece.name}.png)"]
+            if piece.table is not None:
+                lines += ["", piece.table.markdown()]
     for ending in endings(report):
-        lines += ["", f"## {ending.title}", "", *(f"- {line}" for line in ending.left_out)] * bool(ending.left_out)
+        if ending.left_out:
+            lines += ["", f"## {ending.title}", "", *(f"- {line}" for line in ending.left_out)]
     return "\n".join(lines) + "\n"
 
 
