@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_multitask_bert import make_model
-from test_training import Stopped, changed, copied, make_trainer, metrics, rising
+from test_training import Stopped, changed, copied, make_trainer, metrics, rising, whole_and_resumed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -484,36 +484,11 @@ def test_resuming_ends_as_if_nothing_had_happened(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, method: str
 ) -> None:
     """The second of three epochs is interrupted, with the average in the model too."""
-    flags = [*EVERY[method], "--epochs", 3, "--fine_tune_mode", "full-model"]
-    flags += ["--ema_decay", 0.9, "--ema_warmup"] if method == "step" else ["--swa_from_epoch", 2]
-    overall = loop.overall
-    monkeypatch.setattr(loop, "overall", rising(overall))  # so that each epoch writes a best.pt
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
-    scores = whole.fit()
-
-    monkeypatch.setattr(loop, "overall", rising(overall))
-    broken = make_trainer(tiny_flags, tmp_path / "broken", *flags)
-    original: Callable[..., Any] = getattr(broken, moment)
-
-    def stop(*arguments: Any) -> Any:
-        if broken.epoch == (1 if moment == "train_step" else 2):
-            raise Stopped
-        return original(*arguments)
-
-    monkeypatch.setattr(broken, moment, stop)
-    with pytest.raises(Stopped):
-        broken.fit()
-
-    monkeypatch.setattr(loop, "overall", rising(overall, done=1))
-    torch.manual_seed(77)  # another process
-    resumed = make_trainer(tiny_flags, tmp_path / "broken", *flags, "--resume")
-    assert resumed.fit() == scores
-    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    more = ["--ema_decay", 0.9, "--ema_warmup"] if method == "step" else ["--swa_from_epoch", 2]
+    whole, resumed = whole_and_resumed(tiny_flags, tmp_path, monkeypatch, moment, *EVERY[method], *more)
     assert changed(everything(whole), everything(resumed)) == set()
     assert average_of(resumed).updates == average_of(whole).updates == {"step": 27, "swa": 2}[method]
     assert changed(averaged_state(average_of(whole)), averaged_state(average_of(resumed))) == set()
-    best = [load(tmp_path / name / "best.pt")["weights"] for name in ("whole", "broken")]
-    assert changed(*best) == set()
 
 
 def test_patience_looks_at_the_averaged_weights(tiny_flags: list[str], tmp_path: Path) -> None:

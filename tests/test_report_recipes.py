@@ -1,5 +1,6 @@
 """The recipes of R1 to R4: their values are the reports', and all of them run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def few(tiny_flags: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-stage")])
 def test_every_recipe_trains(name: str, few: list[str], small_data: Path, tmp_path: Path) -> None:
-    assert (run(name, few, small_data, tmp_path) / "scores.json").is_file()
+    folder = run(name, few, small_data, tmp_path)
+    dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
+    assert dev.keys() == {*recipe(name).tasks, "score", "score_raw_r"} and 0 <= dev["score"] <= 1
 
 
 def test_the_final_model_of_r4_starts_from_what_its_stage_exports(

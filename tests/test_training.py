@@ -352,25 +352,21 @@ class Stopped(Exception):
     """The process ends here, as if it had been killed."""
 
 
-@pytest.mark.parametrize(
-    ("routine", "moment"),
-    [
-        ("sequential", "train_step"), ("interleave", "train_step"), ("sequential", "evaluate"),
-        ("sequential", "save_best"), ("interleave", "save_resume"),
-    ],
-)  # fmt: skip
-def test_resuming_ends_as_if_nothing_had_happened(
-    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, routine: str, moment: str
-) -> None:
-    """The second of three epochs is interrupted, at the latest after best.pt and metrics.jsonl; dropout is on."""
-    flags = ["--routine", routine, "--epochs", 3, "--fine_tune_mode", "full-model"]
+def whole_and_resumed(
+    flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str, *more: object
+) -> tuple[Trainer, Trainer]:
+    """A run of three epochs, and one that is interrupted in its second, at a `moment`, and then resumed.
+
+    Each epoch writes a best.pt. Both end with the same scores, records and best.pt.
+    """
+    more = (*more, "--epochs", 3, "--fine_tune_mode", "full-model")
     overall = loop.overall
-    monkeypatch.setattr(loop, "overall", rising(overall))  # so that each epoch writes a best.pt
-    whole = make_trainer(tiny_flags, tmp_path / "whole", *flags)
+    monkeypatch.setattr(loop, "overall", rising(overall))
+    whole = make_trainer(flags, folder / "whole", *more)
     scores = whole.fit()
 
     monkeypatch.setattr(loop, "overall", rising(overall))
-    broken = make_trainer(tiny_flags, tmp_path / "broken", *flags)
+    broken = make_trainer(flags, folder / "broken", *more)
     original = getattr(broken, moment)
 
     def stop(*arguments: Any) -> Any:
@@ -383,21 +379,36 @@ def test_resuming_ends_as_if_nothing_had_happened(
     monkeypatch.setattr(broken, moment, stop)
     with pytest.raises(Stopped):
         broken.fit()
-    assert len(metrics(tmp_path / "broken")) == (2 if moment == "save_resume" else 1)
+    assert len(metrics(folder / "broken")) == (2 if moment == "save_resume" else 1)
 
     monkeypatch.setattr(loop, "overall", rising(overall, done=1))
     torch.manual_seed(77)  # another process
-    resumed = make_trainer(tiny_flags, tmp_path / "broken", *flags, "--resume")
+    resumed = make_trainer(flags, folder / "broken", *more, "--resume")
     assert resumed.fit() == scores and scores["score"] == 0.02
-    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert len((tmp_path / "broken" / "timing.jsonl").read_text().splitlines()) == 3
+    assert (folder / "broken" / "metrics.jsonl").read_bytes() == (folder / "whole" / "metrics.jsonl").read_bytes()
+    assert len((folder / "broken" / "timing.jsonl").read_text().splitlines()) == 3
+    best = [load(folder / name / "best.pt") for name in ("whole", "broken")]
+    assert changed(best[0]["weights"], best[1]["weights"]) == set()
+    assert best[0]["epoch"] == best[1]["epoch"] == 3 and best[0]["scores"] == best[1]["scores"]
+    return whole, resumed
+
+
+@pytest.mark.parametrize(
+    ("routine", "moment"),
+    [
+        ("sequential", "train_step"), ("interleave", "train_step"), ("sequential", "evaluate"),
+        ("sequential", "save_best"), ("interleave", "save_resume"),
+    ],
+)  # fmt: skip
+def test_resuming_ends_as_if_nothing_had_happened(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, routine: str, moment: str
+) -> None:
+    """The second of three epochs is interrupted, at the latest after best.pt and metrics.jsonl; dropout is on."""
+    whole, resumed = whole_and_resumed(tiny_flags, tmp_path, monkeypatch, moment, "--routine", routine)
     assert changed(copied(whole.model), copied(resumed.model)) == set()
     for task in DEFAULT_TASKS:
         pairs = zip(tensors_of(whole.optimizers[task]), tensors_of(resumed.optimizers[task]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    best = [load(tmp_path / name / "best.pt") for name in ("whole", "broken")]
-    assert changed(best[0]["weights"], best[1]["weights"]) == set()
-    assert best[0]["epoch"] == best[1]["epoch"] == 3 and best[0]["scores"] == best[1]["scores"]
 
 
 def rising(overall: Callable[..., Any], done: int = 0) -> Callable[..., Any]:
