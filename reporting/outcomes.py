@@ -177,7 +177,7 @@ def scores_piece(runs: Sequence[Run]) -> Piece | str:
     )
 
 
-def errors_piece(outcomes: Mapping[str, Outcome]) -> Piece:
+def errors_piece(task: Task, outcomes: Mapping[str, Outcome]) -> Piece:
     """Errors of similarities with bootstrap deviations (R1, appendix H)."""
     columns = [Column("run"), Column("predictions"), Column("examples"), Column("pearson", ".4f")]
     for name in ("MSE", "RMSE", "MAE", "R2"):
@@ -192,13 +192,11 @@ def errors_piece(outcomes: Mapping[str, Outcome]) -> Piece:
         f"Deviations are over {RESAMPLES:,} bootstrap samples of the dev set. A head trained with the Pearson loss has "
         "no scale: of its errors only those after the best line from predictions to labels mean something."
     )
-    task = next(iter(outcomes.values())).task
     return Piece(f"{task.name}-errors", f"{task.title}: errors", text, Table(columns, rows))
 
 
-def rates_piece(outcomes: Mapping[str, Outcome]) -> Piece:
+def rates_piece(task: Task, outcomes: Mapping[str, Outcome]) -> Piece:
     """True and false positives and negatives of a binary task (R4, figure 9)."""
-    task = next(iter(outcomes.values())).task
     found = {run: rates(task, own.decided, own.labels) for run, own in outcomes.items()}
     columns = [Column("run"), Column("examples"), *(Column(name, ".3f") for name in next(iter(found.values())))]
     rows: list[list[Value]] = [[run, len(outcomes[run].labels), *own.values()] for run, own in found.items()]
@@ -313,8 +311,9 @@ def run_sections(runs: Sequence[Run], dev_sets: DevSets) -> tuple[Section, list[
                 outcomes[name][run.name] = outcome
                 section.pieces += [piece(run, outcome) for piece in PIECES[task.kind]]
         sections.append(section)
-    for own in (own for own in outcomes.values() if own):
-        kind = next(iter(own.values())).task.kind
-        if kind != "classes":
-            together.add((rates_piece if kind == "binary" else errors_piece)(own))
+    for name, task in TASKS.items():
+        if outcomes[name] and task.kind == "binary":
+            together.add(rates_piece(task, outcomes[name]))
+        elif outcomes[name] and task.kind == "similarity":
+            together.add(errors_piece(task, outcomes[name]))
     return together, sections

@@ -369,7 +369,7 @@ def test_names_of_runs_stay_apart_and_are_no_formulas() -> None:
 
 def test_rates_have_a_row_for_each_run(runs: Path) -> None:
     own = {name: outcome(run_of(runs / name), PARA) for name in ("yin", "cross")}
-    rows = cells(rates_piece(own))
+    rows = cells(rates_piece(PARA, own))
     assert [row[0] for row in rows] == ["run", "yin", "cross"]
     (tn, fp), (fn, tp) = confusion_matrix(own["yin"].labels, own["yin"].decided, labels=[0, 1])
     assert rows[1][2:] == [f"{x / y:.3f}" for x, y in ((tp, tp + fn), (fp, fp + tn), (tn, fp + tn), (fn, tp + fn))]

@@ -223,7 +223,7 @@ def passes_of(
     compute: Compute,
     say: Callable[[str], None],
 ) -> Passes:
-    """What --cuda_graphs asks for. Raises UserError where the device is no CUDA device."""
+    """What --cuda_graphs asks for. Raises UserError as `check_device` does."""
     check_device(config, device)
     if not config.train.cuda_graphs:
         return Passes(compute)
