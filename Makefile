@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
 
-.PHONY: help demo test test-odd test-even test-all gpu-check lint clean
+.PHONY: help demo test test-odd test-even test-all gpu-check gpu-rehearsal lint clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -78,5 +78,11 @@ gpu-check: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/dev.done)
 	$(GPU_BENCHMARK) --modes recipe || status=1; \
 	exit $$status
 
+# make gpu-rehearsal   the same tests where there is no GPU, on one that the CPU simulates; needs g++
+REHEARSAL := .rehearsal
+gpu-rehearsal: $(VENV)/dev.done
+	$(BIN)/python tests/simulated_gpu.py $(REHEARSAL)
+	SIMULATED_GPU=$(REHEARSAL) PYTHONPATH=tests $(BIN)/python -m pytest -p simulated_gpu -q -m gpu -k "not measured and not profile"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(REHEARSAL) runs
