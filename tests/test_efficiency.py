@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import multitask_classifier
 from config import UserError
 from packing import PackedBatch
 from training.device import Device
-from training.efficiency import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table
+from training.efficiency import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table, figures
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,16 @@ def test_figures_are_means_over_epochs(benchmark: Path) -> None:
         assert float(row[f"{task}_seconds_per_epoch"]) == pytest.approx(sum(seconds) / 2, abs=1e-3)
         assert float(row[f"{task}_peak_memory_bytes"]) == pytest.approx(sum(peaks) / 2, abs=1)
         assert min(peaks) > 50e6 and max(peaks) <= int(row["peak_memory_bytes"])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_line_that_a_kill_cut_short_is_left_out(benchmark: Path, tmp_path: Path, name: str) -> None:
+    run = shutil.copytree(benchmark / "plain", tmp_path / "run")
+    whole = figures(run)
+    line = (run / name).read_text().splitlines()[-1]
+    with (run / name).open("a") as file:
+        file.write(line[:100])
+    assert len(whole) > 10 and figures(run) == whole
 
 
 def test_only_benchmark_measures_memory_by_task(benchmark: Path) -> None:

@@ -76,8 +76,14 @@ class StepGauge(StepClock):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of a jsonl file, up to one that a kill may have cut short; none where there is no file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
 
 
 def total(timing: Sequence[Mapping[str, Any]], key: str) -> float:
