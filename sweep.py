@@ -30,7 +30,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import re
 import shlex
 import signal
@@ -335,6 +334,7 @@ class Study:
     def take(self, trial: Trial) -> Job | None:
         """Claim a trial and start it; None where another has it, a job of ours included, or where it has its row."""
         from training.checkpoint import RunDirectory, git_commit
+        from training.distributed import cores
 
         assert trial.config is not None
         folder = self.folder(trial)
@@ -358,7 +358,7 @@ class Study:
         if resumes:
             words.append("--resume")
         if trial.config.compute.threads is None and self.options.jobs > 1:
-            words += ["--threads", str(max(1, (os.cpu_count() or 1) // self.options.jobs))]
+            words += ["--threads", str(max(1, cores() // self.options.jobs))]
         script = [sys.executable, str(Path(__file__).with_name(SCRIPT)), *words]
         process = subprocess.Popen(script, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         return Job(trial, log, git_commit(), process)

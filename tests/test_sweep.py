@@ -22,6 +22,7 @@ import sweep
 from config import UserError, expand_arguments, run_script
 from sweep import make_trials, verdict
 from tasks import TASKS
+from training import distributed
 from training.loop import Trainer
 
 HUGE = "10000000000000"  # a rank whose matrices no machine can hold
@@ -119,6 +120,16 @@ def test_a_row_holds_what_the_run_wrote(study: Path) -> None:
     assert row["device"].startswith("cpu (") and row["device"].endswith(", 1 threads)")
     assert row["seed"] == "11711" and re.fullmatch(r"([0-9a-f]{40}\+?)?", row["commit"])
     assert not list(folder.glob("predictions/*test*")) and list(folder.glob("predictions/*dev*"))
+
+
+def test_jobs_share_the_cores_that_the_process_may_use(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler may give a process a part of the machine's."""
+    monkeypatch.setattr(distributed, "cores", lambda: 6)
+    own = flags.index("--threads")
+    sweep.main(["--out", str(tmp_path), "--jobs", "2", *flags[:own], *flags[own + 2 :], "--grid", "epochs=1"])
+    assert read_table(tmp_path)[0]["device"].endswith(", 3 threads)")
 
 
 def test_the_grids_flags_are_columns(study: Path) -> None:
