@@ -63,6 +63,42 @@ def test_outputs_and_gradients_are_the_cpus(tiny_flags: list[str], tmp_path: Pat
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5, msg=task)
 
 
+@pytest.mark.parametrize("arch", ["v1", "v2"])
+def test_padded_tensors_on_the_gpu(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
+    """The course's interface, for pairs that are compared and pairs that are joined."""
+    model = make_trainer(tiny_flags, tmp_path / "run", "--arch", arch).model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 40, (4, 9), generator=generator)
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [7], [2]])).long()
+    text, other = (ids, mask), (ids.flip(0), mask.flip(0))
+    found = []
+    for device in (torch.device("cpu"), GPU):
+        model.to(device)
+        first, second = ([own.to(device) for own in part] for part in (text, other))
+        with torch.no_grad():
+            outs = [model.predict_sentiment(*first), model.predict_paraphrase(*first, *second)]
+        assert all(own.device.type == device.type for own in outs)
+        found.append(torch.cat([own.flatten().cpu() for own in outs]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["yin-yang", "v2"])
+def test_a_batch_in_parts_has_the_whole_ones_gradient(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
+    still = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--fine_tune_mode", "full-model"]
+    still += ["--output_dropout_prob", 0] if arch == "v2" else []
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", arch, *still, device=Device(GPU))
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    trainer.model.train()
+    step, found = Step("para", np.arange(8)), []
+    for most in (None, 3):
+        trainer.memory.clear_gradients()
+        trainer.memory.sizes = {} if most is None else {"para": most}
+        loss = trainer.memory.run(step, lambda: trainer.passed(step))[0]
+        grads = [own.grad.flatten() for own in trainer.model.parameters() if own.grad is not None]
+        found.append(torch.cat([loss.detach()[None], *grads]))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SparseAdam"])
 def test_optimizers_move_as_on_the_cpu(name: str) -> None:
     weights = {}
