@@ -357,9 +357,8 @@ class TrainOptions:
     lr_schedule: str = option(
         "lambda",
         "course of the learning rate: --lr_lambda times as much each epoch (lambda); half a cosine down to 1/5 or 1/4 "
-        "(cosine); "
-        "up for --warmup and straight down to 0 (linear); to twice as much and back (triangular) or 8 times down "
-        "(cyclic) in every 2 epochs",
+        "(cosine); up for --warmup and straight down to 0 (linear); to twice as much and back (triangular) or 8 times "
+        "down (cyclic) in every 2 epochs",
         choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
     lr_lambda: float = option(

@@ -66,13 +66,13 @@ def load_device(folder: Path) -> Any:
     return module
 
 
-def install(device: Any) -> None:
+def install(gpu: Any) -> None:
     """Put the device behind torch.cuda."""
     import torch
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel():
-            device.pin(tensor)
+            gpu.pin(tensor)
         return tensor
 
     plain_empty = torch.empty
@@ -102,14 +102,13 @@ def install(device: Any) -> None:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "empty_cache": lambda: None,
-        "synchronize": lambda device=None: device_waits("synchronize()"),
-        "set_sync_debug_mode": lambda mode: device.waits_are_errors(mode == "error"),
-        "memory_allocated": lambda device=None: device_taken(),
-        "max_memory_allocated": lambda device=None: device_peak(),
-        "reset_peak_memory_stats": lambda device=None: reset_peak(),
+        "synchronize": lambda device=None: gpu.wait("synchronize()"),
+        "set_sync_debug_mode": lambda mode: gpu.waits_are_errors(mode == "error"),
+        "memory_allocated": lambda device=None: gpu.taken(),
+        "max_memory_allocated": lambda device=None: gpu.peak(),
+        "reset_peak_memory_stats": lambda device=None: gpu.reset_peak(),
     }
-    device_waits, device_taken, device_peak, reset_peak = device.wait, device.taken, device.peak, device.reset_peak
-    for name, value in {**offered, **streams_and_graphs(device)}.items():
+    for name, value in {**offered, **streams_and_graphs(gpu)}.items():
         setattr(torch.cuda, name, value)
 
 
@@ -176,7 +175,7 @@ def streams_and_graphs(device: Any) -> dict[str, Any]:
     }
 
 
-def install_flash_attention(device: Any) -> list[Any]:
+def install_flash_attention() -> list[Any]:
     """torch's operator by the formula; what the kernel refuses is refused. Returns what must be kept."""
     import torch
 
@@ -256,4 +255,4 @@ if __name__ == "__main__":
 else:
     simulated = load_device(Path(os.environ["SIMULATED_GPU"]))
     install(simulated)
-    kept = install_flash_attention(simulated)
+    kept = install_flash_attention()
