@@ -109,13 +109,17 @@ class PairLayer(nn.Module):
 
 
 class Convolution(nn.Conv1d):
-    """nn.Conv1d of one channel as a product with sliding windows, which on a CPU takes a fifth of the time."""
+    """nn.Conv1d of one channel as products with sliding windows, which on a CPU take a tenth of the time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 1, L] to [N, C, L - width + 1]."""
         assert self.bias is not None
-        windows = x.squeeze(1).unfold(1, self.weight.shape[2], 1)  # [N, L - width + 1, width]
-        return torch.einsum("nlw,cw->ncl", windows, self.weight.squeeze(1)) + self.bias[:, None]
+        width = self.weight.shape[2]
+        length = x.shape[2] - width + 1
+        windows = torch.cat([x[:, :, at : at + length] for at in range(width)], 1)  # [N, width, length]
+        # One product for each example: torch would make one of all by copying everything into another order.
+        weight = self.weight.squeeze(1).expand(len(x), -1, -1)  # [N, C, width]
+        return torch.baddbmm(self.bias[:, None], weight, windows)
 
 
 class CosineHead(nn.Module):
