@@ -2,14 +2,15 @@
 
     python benchmark.py
     python benchmark.py --tasks sst,sts --modes train --steps 40 --data_dir data
-    python benchmark.py --modes tokenise
+    python benchmark.py --modes tokenise,frozen,start
     python benchmark.py --modes scaling --ranks 1,2,4,8 --use_gpu --amp
     python benchmark.py --use_gpu --amp --cuda_graphs --block 10 --pretrained random-bert-base --data_dir made
 
 The peer is what one writes with transformers: batches padded to their longest text, SDPA, torch's fused AdamW.
 random-bert-base has BERT-base's shape; made data have the lengths of the real ones. Neither needs a network.
-The mode tokenise has no peer: it reads and tokenises a generated file of Quora's size, at first and from the cache.
-Neither has scaling: it trains in so many processes, each with its share of the batch, and with --threads each.
+These modes have no peer: tokenise reads and tokenises a generated file of Quora's size, at first and from the cache;
+frozen trains the heads of a frozen backbone with --cache_frozen and without, in turn; start waits for --help and for a
+short run; scaling trains in so many processes, each with its share of the batch, and with --threads each.
 """
 
 import itertools
@@ -20,6 +21,7 @@ import os
 import platform
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -76,7 +78,7 @@ from training.routines import Plan, Step, task_batches
 from training.telemetry import format_table
 
 LR = 1e-5
-ALONE = ("tokenise", "optimizer", "recipe", "scaling")  # modes without a peer
+ALONE = ("tokenise", "frozen", "start", "optimizer", "recipe", "scaling")  # modes without a peer
 MAX_LENGTH = 512
 LOSS = {"classes": "ce", "binary": "bce", "similarity": "mse"}
 TOLERANCE = 1e-4  # largest difference between two sides' outputs that still counts as the same numbers
@@ -84,6 +86,8 @@ EVAL_BATCHES, EVAL_PASSES = 16, 5  # evaluation goes over this many batches at m
 MEMORY_STEPS = 5
 BATCH = 64  # examples of the recipe's steps
 RECIPE_WARMUP, RECIPE_STEPS = 30, 60  # steps of each task and stage
+FROZEN_STEPS, FROZEN_EPOCHS = 60, 5  # an epoch has so many steps at most
+STARTS = 3
 ROOT = Path(__file__).resolve().parent
 LEGEND = """ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens
 need; torch's: a layer's matrix products alone, by torch's operator; peak: by the faster of that and products.py.
@@ -105,7 +109,8 @@ class Options:
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
         ("train", "eval"),
-        "comma-separated: train, eval; tokenise a large file; recipe; the optimizer alone; scaling over --ranks",
+        "comma-separated: train, eval; tokenise a large file; frozen, with its cache and without; start of a run; "
+        "recipe; the optimizer alone; scaling over --ranks",
         choices=("train", "eval", *ALONE),
     )
     batch_size: int = option(64, "examples per step", low=1)
@@ -665,6 +670,8 @@ def all_memory(options: Options) -> dict[tuple[str, str, str], dict[str, int]]:
     Linux counts the size that a parent had at the start as its child's: this comes first, while we are small.
     """
     cases = [(row, name, task) for row in options.comparisons for name in COMPARISONS[row] for task in options.tasks]
+    if not cases:
+        return {}
     return {
         case: in_own_process(" ".join(case), measure_memory, options, *case)
         for case in progress(cases, "memory", "process")
@@ -758,27 +765,78 @@ def measure_scaling(options: Options, task: str) -> dict[str, Any]:
     return {"mode": "scaling", "task": task, "batch_size": options.batch_size, "seconds": seconds}
 
 
+def make_trainer(
+    options: Options, flags: Sequence[str], tasks: Mapping[str, Task], say: Callable[[str], None] = say
+) -> Trainer:
+    """What trains `tasks` as these flags of the training script say, with the options' data, weights and device."""
+    config = parse([*flags, "--data_dir", options.data_dir], TASKS, "benchmark.py", "")
+    device = options.device(say)
+    folder = weights_folder(options.pretrained)
+    bert_config = read_config(folder)
+    tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
+    splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], say)
+    data = tokenise(splits, tokenizer, "siamese", False, say)
+    model = MultitaskBERT(config.model, bert_config, tasks)
+    model.load_backbones(load_weights(folder, bert_config))
+    run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
+    return Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, lambda line: None)
+
+
+def measure_frozen(options: Options, task: str) -> dict[str, Any]:
+    """Seconds of epochs of the heads alone, R0's and its Adamax, after the first, with --cache_frozen and without."""
+    flags = [f"--train_{task}", "--fine_tune_mode", "last-layer", "--batch_size", str(options.batch_size)]
+    flags += ["--max_train_examples", str(FROZEN_STEPS * options.batch_size)]
+    epochs: dict[str, Callable[..., object]] = {}
+    for label, more in {"computed anew": [], "--cache_frozen": ["--cache_frozen"]}.items():
+        trainer = make_trainer(options, [*flags, *more], {task: TASKS[task]}, (lambda line: None) if more else say)
+        trainer.model.freeze_for_epoch(trainer.config.train, 0)
+        trainer.model.train()
+        steps = task_batches(trainer.plan, 0, task)
+        epochs[label] = partial(frozen_epoch, trainer, steps)
+    device = options.device(lambda line: None)
+    seconds = time_in_turn(epochs, [()] * (1 + FROZEN_EPOCHS), 1, device, f"frozen {task}")
+    return {"mode": "frozen", "task": task, "steps": len(steps), "batch_size": options.batch_size, "seconds": seconds}
+
+
+def frozen_epoch(trainer: Trainer, steps: Sequence[Step]) -> None:
+    """An epoch's steps."""
+    if trainer.frozen is not None:
+        trainer.frozen.begin_epoch(steps)
+    run_steps(trainer, steps)
+
+
+def measure_start(options: Options) -> dict[str, Any]:
+    """Seconds of the training script's --help, and of a whole run of a step of each task on data/sample."""
+    script = [sys.executable, str(ROOT / "multitask_classifier.py")]
+    weights = weights_folder(options.pretrained)
+    length = min(MAX_LENGTH, read_config(weights).max_position_embeddings)
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["--data_dir", str(ROOT / "data" / "sample"), "--pretrained", str(weights), "--max_length", str(length)]
+        short += ["--epochs", "1", "--max_train_examples", "64", "--threads", str(options.threads)]
+        short += ["--run_dir", folder, "--overwrite"]
+        commands = {"help": [*script, "--help"], "run": [*script, *short]}
+        runs = {name: partial(run_command, command) for name, command in commands.items()}
+        seconds = time_in_turn(runs, [()] * (1 + STARTS), 1, Device(torch.device("cpu")), "start")
+    return {"mode": "start", "seconds": seconds}
+
+
+def run_command(command: Sequence[str]) -> None:
+    """Run a command to its end. Raises UserError with what it says where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+
+
 def measure_recipe(options: Options) -> dict[str, Any]:
     """Seconds that R0's Yin Yang recipe would take, from those of its steps in each stage of unfreezing.
 
     On made data of the real files' lengths; their numbers of rows say how often each step is taken.
     """
-    flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--data_dir", options.data_dir, "--use_gpu", "--amp"]
+    flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--use_gpu", "--amp"]
     flags += ["--cuda_graphs"] if options.cuda_graphs else []
-    config = parse(flags, TASKS, "benchmark.py", "")
     tasks = {name: TASKS[name] for name in ROWS}
-    device = options.device(say)
-    folder = weights_folder(options.pretrained)
-    bert_config = read_config(folder)
-    tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
-    data = tokenise(
-        load_splits(config.data, config.tasks, tasks, ["train", "dev"], say), tokenizer, "siamese", False, say
-    )
-    model = MultitaskBERT(config.model, bert_config, tasks)
-    model.load_backbones(load_weights(folder, bert_config))
-    lines: list[str] = []
-    run = RunDirectory(Path(os.devnull))
-    trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, lines.append)
+    trainer = make_trainer(options, flags, tasks)
+    config, model = trainer.config, trainer.model
     epochs, stages = config.train.epochs, {}
     seconds = dict.fromkeys(tasks, 0.0)
     for epoch in progress(range(epochs), "recipe", "epoch"):
@@ -790,7 +848,7 @@ def measure_recipe(options: Options) -> dict[str, Any]:
             seconds[name] += stages[command][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
     started = time.perf_counter()
     trainer.evaluate(list(tasks))
-    per_row = (time.perf_counter() - started) / sum(len(own) for own in data["dev"].values())
+    per_row = (time.perf_counter() - started) / sum(len(own) for own in trainer.dev_data.values())
     evaluation = epochs * per_row * sum(rows for _, rows in ROWS.values())
     report = trainer.passes.report()
     return {"mode": "recipe", "stages": stages, "train": seconds, "evaluation": evaluation, "graphs": report}
@@ -883,6 +941,20 @@ def optimizer_line(record: Mapping[str, Any]) -> str:
     return f"{what}; theirs over ours {np.median(peer / own):.2f}"
 
 
+def frozen_line(record: Mapping[str, Any]) -> str:
+    """What measure_frozen measured of one task."""
+    plain, cached = (np.array(seconds) for seconds in record["seconds"].values())
+    epoch = f"frozen {record['task']}, an epoch of {record['steps']} steps of {record['batch_size']} examples"
+    sides = f"{np.median(plain):.2f} s, with --cache_frozen {np.median(cached):.3f} s"
+    return f"{epoch}: {sides}; {np.median(plain / cached):.1f} times as fast"
+
+
+def start_line(record: Mapping[str, Any]) -> str:
+    """What measure_start measured."""
+    text, run = (np.median(record["seconds"][name]) for name in ("help", "run"))
+    return f"start: --help {text:.2f} s; a whole run of a step of each task on data/sample {run:.1f} s"
+
+
 def scaling_lines(record: Mapping[str, Any]) -> str:
     """What measure_scaling measured: rates, and their ratio to the first one's by median seconds."""
     first, *_ = (float(np.median(own)) * int(ranks) for ranks, own in record["seconds"].items())
@@ -897,7 +969,14 @@ def scaling_lines(record: Mapping[str, Any]) -> str:
 
 
 # Of what has no peer.
-LINES = {"tokenise": tokenise_line, "optimizer": optimizer_line, "recipe": recipe_line, "scaling": scaling_lines}
+LINES = {
+    "tokenise": tokenise_line,
+    "frozen": frozen_line,
+    "start": start_line,
+    "optimizer": optimizer_line,
+    "recipe": recipe_line,
+    "scaling": scaling_lines,
+}
 
 
 def measure(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -905,6 +984,7 @@ def measure(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     modes = tuple(mode for mode in options.modes if mode not in ALONE)
     compared = replace(options, modes=modes, comparisons=options.comparisons if modes else ())
     alone = [measure_tokenising(options)] if "tokenise" in options.modes else []
+    alone += [measure_start(options)] if "start" in options.modes else []
     alone += [measure_scaling(options, task) for task in options.tasks] if "scaling" in options.modes else []
     memory = all_memory(compared)
     records = [
@@ -913,6 +993,7 @@ def measure(options: Options) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         for task in options.tasks
         for record in measure_speed(compared, row, task)
     ]
+    alone += [measure_frozen(options, task) for task in options.tasks] if "frozen" in options.modes else []
     alone += measure_optimizers(options) if "optimizer" in options.modes else []
     alone += [measure_recipe(options)] if "recipe" in options.modes else []
     return records, alone
@@ -930,7 +1011,9 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
     started = time.strftime("%Y%m%d-%H%M%S")
-    with with_data(options, BATCH * (RECIPE_WARMUP + RECIPE_STEPS) if "recipe" in options.modes else 0) as given:
+    least = BATCH * (RECIPE_WARMUP + RECIPE_STEPS) if "recipe" in options.modes else 0
+    least = max(least, options.batch_size * FROZEN_STEPS) if "frozen" in options.modes else least
+    with with_data(options, least) as given:
         records, alone = measure(given)
     device = options.device(lambda line: None)
     packages = {"torch": torch, "numpy": np, "tokenizers": tokenizers}

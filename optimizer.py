@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from config import UserError
 
-# 256 Ki float32 elements of a parameter, its gradient, two states and a temporary are 5 MiB of cache. An eighth of that
-# costs half as much time again, because threads start and meet once per operation.
+# 256 Ki float32 elements of a parameter, its gradient, two states and a temporary are 5 MiB of cache. Half of that
+# costs a tenth more time, an eighth half as much again, because threads start and meet once per operation; twice as
+# much makes some allocators hand the temporary back to the system and fault it in again.
 ELEMENTS_PER_THREAD = 256 * 1024
 
 Tensors = list[Tensor]

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from benchmark import (
 )
 from bert import BertModel
 from config import BertConfig, UserError
+from packing import PackedBatch
 from tasks import DEFAULT_TASKS
 from training.routines import Step
 
@@ -282,6 +285,44 @@ def test_steps_of_the_optimizers(
         assert record["parameters"] == count
         assert all(len(own) == 3 and min(own) > 0 for own in record["seconds"].values())
         assert f"{record['optimizer']}, a step of {count:,} parameters: torch, " in said
+
+
+def test_epochs_with_the_cache_of_frozen_layers(tiny_bert: Path, small_data: Path) -> None:
+    record = benchmark.measure_frozen(options(tiny_bert, small_data), "para")
+    assert (record["task"], record["steps"], record["batch_size"]) == ("para", 3, 8)  # of 20 examples
+    assert list(record["seconds"]) == ["computed anew", "--cache_frozen"]
+    plain, cached = (np.array(own) for own in record["seconds"].values())
+    assert len(plain) == len(cached) == benchmark.FROZEN_EPOCHS and plain.min() > 0 and cached.min() > 0
+    line = benchmark.frozen_line(record)
+    assert line.startswith("frozen para, an epoch of 3 steps of 8 examples: ")
+    assert line.endswith(f"; {np.median(plain / cached):.1f} times as fast")
+
+
+def test_only_one_side_computes_frozen_layers_again(
+    tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_dropout: list[bool] = []
+    embed = BertModel.embed
+
+    def counted(self: BertModel, batch: PackedBatch) -> torch.Tensor:
+        with_dropout.append(self.training)
+        return embed(self, batch)
+
+    monkeypatch.setattr(BertModel, "embed", counted)
+    monkeypatch.setattr(benchmark, "FROZEN_EPOCHS", 4)
+    benchmark.measure_frozen(options(tiny_bert, small_data), "sst")
+    assert with_dropout.count(True) == 5 * 3  # an epoch more than is timed
+    assert with_dropout.count(False) == 1  # all examples at once
+
+
+def test_the_start_of_a_run(tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "STARTS", 1)
+    record = benchmark.measure_start(options(tiny_bert, small_data))
+    assert 0 < record["seconds"]["help"][0] < record["seconds"]["run"][0]
+    assert benchmark.start_line(record).startswith("start: --help 0.")
+    with pytest.raises(UserError, match=r"multitask_classifier.py .* failed: (.*\n)*error: --run_dir"):
+        monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: nullcontext(__file__))
+        benchmark.measure_start(options(tiny_bert, small_data))
 
 
 # What a GPU is held to
