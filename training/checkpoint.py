@@ -203,17 +203,17 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
     weights = {key: own for key, own in source.state_dict().items() if not key.startswith(untrained)}
     for name, backbone in source.backbones.items():
         weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
-    own = model.state_dict()
     new = [name for name in model.tasks if name not in source.tasks]
     found = {*source.backbones, *(model.backbone_of[name] for name in model.tasks if name not in new)}
     backbones = [name for name in model.backbones if name not in found]
-    parts = [f"heads.{name}." for name in new] + [f"pals.{name}." for name in model.pals if name not in source.pals]
-    parts += [f"backbones.{name}." for name in backbones]
     new_pair_layer = model.pair_layer is not None and not any(task.is_pair for task in source.tasks.values())
+    parts = ["mlm.", *untrained, *(f"heads.{name}." for name in new), *(f"backbones.{name}." for name in backbones)]
+    parts += [f"pals.{name}." for name in model.pals if name not in source.pals]
     parts += ["pair_layer."] if new_pair_layer else []
-    fresh = {key for key in own if key.startswith(tuple(parts))}
-    fresh |= {key for key in own if any(key.endswith((f"_mean_{name}", f"_var_{name}")) for name in new)}
-    fresh |= {key for key in own if key.startswith(("mlm.", *untrained))}
+    # Of batch normalisation in a layer that tasks share, which keeps them for each.
+    statistics = tuple(f"_{moment}_{name}" for moment in ("mean", "var") for name in new)
+    own = model.state_dict()
+    fresh = {key for key in own if key.startswith(tuple(parts)) or key.endswith(statistics)}
     known = tuple(f"{part}.{name}." for part in ("heads", "pals") for name in model.tasks)
     taken = {key: tensor for key, tensor in weights.items() if key in own or key.startswith(known)}
     load_weights_into(model, taken, Path(f"--init_from {path}"), fresh)
