@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,28 @@ def test_flipped_bits_are_found(trained: Path, tmp_path: Path, name: str) -> Non
             found += 1
     assert found >= 10
     print(f"{name}: {found} of 20 flipped bits found")
+
+
+def test_the_bit_that_makes_a_folder_of_a_tensor_is_found(tmp_path: Path) -> None:
+    """torch's reader takes such an entry of the archive's directory for empty, and leaves the tensor as memory was."""
+    path = tmp_path / "x.pt"
+    save(path, {"format": 1, "w": torch.ones(5)})
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        at, entries = file.start_dir, file.infolist()
+    for _ in entries:
+        path.write_bytes(flipped(content, at + 38, 4))  # the external attributes
+        with pytest.raises(UserError, match=r"x\.pt: not a readable checkpoint, damaged .*has changed since"):
+            load(path)
+        at += 46 + sum(int.from_bytes(content[at + where : at + where + 2], "little") for where in (28, 30, 32))
+
+
+def test_a_damaged_state_is_not_kept_in_place_of_a_whole_one(two_states: RunDirectory) -> None:
+    before = number_of(load(two_states.previous))
+    content = two_states.resume.read_bytes()
+    two_states.resume.write_bytes(flipped(content, in_a_tensor(two_states.resume), 3))
+    save_state(two_states, state(9))
+    assert [number_of(load(path)) for path in two_states.states()] == [9, before]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "resume.pt"])

@@ -24,7 +24,7 @@ from config import UserError
 from files import write_atomically, write_text
 from tasks import DEFAULT_TASKS
 from training import loop
-from training.checkpoint import load_model, save
+from training.checkpoint import load, load_model, save
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., str]
@@ -1046,6 +1046,19 @@ def test_a_reader_that_goes_away_is_no_error(tiny_flags: list[str]) -> None:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 1
+
+
+def test_a_reader_that_goes_away_leaves_a_run_to_go_on_with(tiny_flags: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "multitask_classifier.py"), *tiny_flags, "--run_dir", str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("From epoch 1"):
+                break
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1 and "cannot be written" not in errors and "Traceback" not in errors
+    assert load(tmp_path / "run" / "resume.pt")["epoch"] == 1
 
 
 # ------------------------------------------------------------------------------------------- starting from a checkpoint

@@ -44,11 +44,22 @@ def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> No
 def verify(path: Path) -> None:
     """Raise BadZipFile where a checkpoint's bytes are not those that were written, by the CRC-32 beside each tensor.
 
-    torch.load looks at none of them: a flipped bit in a tensor makes another weight of it.
+    torch.load looks at none of them: a flipped bit in a tensor makes another weight of it. Of an entry's attributes,
+    which are 0, one makes a folder of a tensor, whose numbers torch then leaves as memory was.
     """
     with zipfile.ZipFile(path) as file:
-        if (name := file.testzip()) is not None:
+        odd = next((entry.filename for entry in file.infolist() if entry.external_attr), None)
+        if (name := odd or file.testzip()) is not None:
             raise zipfile.BadZipFile(f"{name} has changed since it was written")
+
+
+def is_whole_file(path: Path) -> bool:
+    """Whether a checkpoint's bytes are those that were written."""
+    try:
+        verify(path)
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -167,12 +167,15 @@ class Trainer:
                     self.save_resume()
                     self.pause()
             except signals.Stopped as stopped:
-                if not self.gradient_waits and self.saves.step != self.step:
-                    self.save_resume()
+                self.save_if_new()
                 self.say(f"\nstopped by {stopped.name}; {self.how_to_go_on()}")
                 raise SystemExit(stopped.code) from None
             except KeyboardInterrupt:
                 self.say(f"\nstopped at once; {self.how_to_go_on()}")
+                raise
+            except BrokenPipeError:  # who read our output has gone; the run's folder is well
+                if self.world.size == 1:  # others would not know of it
+                    self.save_if_new()
                 raise
             except OSError as error:
                 raise UserError(f"{self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
@@ -414,6 +417,11 @@ class Trainer:
     def examples(self) -> dict[str, int]:
         """How many training examples each task has."""
         return {name: len(data) for name, data in self.train_data.items()}
+
+    def save_if_new(self) -> None:
+        """Write resume.pt where steps were made since the last one, and none of a joint step waits."""
+        if not self.gradient_waits and self.saves.step != self.step:
+            self.save_resume()
 
     def save_resume(self) -> None:
         """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import SAVE_EVERY, UserError
 from files import cause
-from training.checkpoint import RunDirectory, load, save
+from training.checkpoint import RunDirectory, is_whole_file, load, save
 
 # What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.
 STATE = (
@@ -39,9 +39,9 @@ class SaveEvery:
 
 
 def save_state(run: RunDirectory, content: Mapping[str, Any]) -> None:
-    """Write resume.pt; the one before it is kept as resume-previous.pt."""
+    """Write resume.pt; the one before it is kept as resume-previous.pt, unless it is damaged and that may be whole."""
     assert set(content) == {"format", *STATE}
-    save(run.resume, content, keep=run.previous)
+    save(run.resume, content, keep=run.previous if is_whole_file(run.resume) else None)
 
 
 def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any]:
