@@ -292,6 +292,20 @@ def fit_and_fail(flags: list[str], run_dir: Path, how: str, rank: int, epoch: in
         trainer.fit()
 
 
+def fit_and_stop_in_evaluation(flags: list[str], run_dir: Path) -> None:
+    """Train; the last rank gets SIGTERM with its first batch of the second epoch's evaluation."""
+    distributed.ROUND = 1
+    with joined_ranks(flags) as world:
+        trainer = make_trainer(world, flags, run_dir)
+
+        def before_batch(module: Any, batch: Any) -> None:
+            if world.rank == world.size - 1 and trainer.evaluating and trainer.epoch == 2:
+                fail("SIGTERM")
+
+        trainer.model.register_forward_pre_hook(before_batch)
+        trainer.fit()
+
+
 def fail(how: str) -> None:
     """Fail in one of the ways that a process can."""
     if how == "exception":

@@ -425,6 +425,19 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_flags: list[str], tmp_path
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--epochs", "2", "--eval_batch_size", "2"]
+    ended = launch(2, tmp_path / "log", ranks.fit_and_stop_in_evaluation, flags, tmp_path / "run")
+    assert ended.codes == [143, 143] and "Traceback" not in ended.text()
+    state = load(tmp_path / "run" / "resume.pt")
+    assert (state["epoch"], state["evaluating"]) == (2, True)
+    assert load(tmp_path / "run" / "best.pt")["epoch"] == 1
+    same = launch(2, tmp_path / "log-same", ranks.fit, flags, tmp_path / "run", "--resume").result(1)
+    whole = launch(2, tmp_path / "log-whole", ranks.fit, flags, tmp_path / "whole").result(1)
+    assert all(torch.equal(own, same[name]) for name, own in whole.items())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------- the script
 
 

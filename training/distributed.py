@@ -29,10 +29,12 @@ from evaluation import predict
 from files import first_line
 from multitask_bert import BatchNorm, MultitaskBERT
 from packing import Batch, to_device
+from training import signals
 from training.checkpoint import RunDirectory, load_weights_into
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
 GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another
+ROUND = 32  # batches of an evaluation, over all ranks, from one look for signals to the next
 POLL = 1.0  # seconds between looks whether another rank has failed
 
 
@@ -255,11 +257,14 @@ class Ranks(World):
     def predict(
         self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
     ) -> np.ndarray:
-        own = shard(data.lengths, self.rank, self.size)
         task = data.examples.task
         outputs = torch.zeros(len(data), task.num_outputs) if task.kind == "classes" else torch.zeros(len(data))
-        if len(own):
-            outputs[torch.from_numpy(own)] = torch.from_numpy(predict(model, Part(data, own), device, batch_size, amp))
+        for rows in np.split(np.arange(len(data)), range(ROUND * batch_size, len(data), ROUND * batch_size)):
+            own = rows[shard(data.lengths[rows], self.rank, self.size)]
+            if len(own):
+                found = predict(model, Part(data, own), device, batch_size, amp)
+                outputs[torch.from_numpy(own)] = torch.from_numpy(found)
+            signals.stop(*self.largest(signals.received()))  # on all ranks at one place, or none would be left to save
         dist.all_reduce(outputs)  # sums with zeros
         return outputs.numpy()
 

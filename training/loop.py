@@ -292,7 +292,7 @@ class Trainer:
                 self.save_resume()
 
     def stoppable(self) -> AbstractContextManager[None]:
-        """Inside, a signal ends an evaluation between two batches; of several processes, all evaluate to the end."""
+        """Inside, a signal ends an evaluation between two batches; several processes end it in `Ranks.predict`."""
         return signals.checked_before_batches(self.model) if self.world.size == 1 else nullcontext()
 
     def refuse_bad_losses(self, steps: Sequence[Step]) -> None:
