@@ -64,7 +64,7 @@ from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation import predict, progress
 from files import cache_folder, write_text
 from lora import TARGETS, LoRAConfig
-from multitask_bert import LABEL_SCALE, MultitaskBERT
+from multitask_bert import MultitaskBERT
 from optimizer import Adamax, AdamW
 from products import product
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
@@ -383,7 +383,7 @@ class PeerModel(nn.Module):
 
     def __init__(self, work: Workload) -> None:
         super().__init__()
-        self.kind = work.task.kind
+        self.kind, self.highest = work.task.kind, work.task.label_range[1]
         self.bert = import_transformers().BertModel.from_pretrained(work.folder, attn_implementation="sdpa").float()
         self.dropout = nn.Dropout(work.bert_config.hidden_dropout_prob)
         self.head = None if self.kind == "similarity" else work.head()
@@ -392,7 +392,7 @@ class PeerModel(nn.Module):
         """Token ids and mask [B, L] of each text to [B, classes] or [B]."""
         pooled = [self.dropout(self.bert(input_ids=ids, attention_mask=mask).pooler_output) for ids, mask in texts]
         if self.head is None:
-            return LABEL_SCALE * F.cosine_similarity(*pooled)
+            return self.highest * F.cosine_similarity(*pooled)
         logits = self.head(torch.cat(pooled, dim=1))
         return logits if self.kind == "classes" else logits.squeeze(1)
 

@@ -181,7 +181,9 @@ class DataOptions(FileOptions):
     """Data."""
 
     max_train_examples: int | None = option(
-        None, "use at most this many training examples of each task, drawn by --seed (default: all)", low=1
+        None,
+        "use at most this many training examples of each task, the same ones whatever --seed is (default: all)",
+        low=1,
     )
     max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
     extra_clean: bool = option(
@@ -411,7 +413,8 @@ class TrainOptions:
     )
     steps_per_epoch: int | None = option(
         None,
-        "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks)",
+        "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks, or of the "
+        "one that random-epoch has drawn)",
         low=1,
         high=1_000_000,
         belongs=("routine", DRAWING_ROUTINES),
@@ -565,7 +568,8 @@ class TaskOptions:
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     extra: tuple[str, ...] | None = option(
         None,
-        "comma-separated further training files of {title}; if all labels of one are 0 or 1, 1 counts as the highest",
+        "comma-separated further training files of {title}; where labels are classes and all of one file are 0 or 1, "
+        "1 counts as the highest",
         template="{task}_extra",
         metavar="FILES",
     )

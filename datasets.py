@@ -468,6 +468,16 @@ class TaskData:
         """Tokens of each example [N], both texts of a pair together."""
         return np.sum([np.diff(tokens.offsets) for tokens in self.tokens], axis=0)
 
+    def sha256(self) -> str:
+        """Names the tokens and labels in their order."""
+        digest = hashlib.sha256()
+        for tokens in self.tokens:
+            for own in (tokens.input_ids, tokens.offsets, tokens.second_start):
+                digest.update(own.tobytes())
+        if self.examples.labels is not None:
+            digest.update(self.examples.labels.tobytes())
+        return digest.hexdigest()
+
     def batch(self, indices: np.ndarray) -> PackedBatch:
         """The examples [B] as one packed batch: B sequences, or 2B for siamese pairs, first texts before second."""
         ids, lengths, second = [], [], []

@@ -33,7 +33,6 @@ from tasks import Task
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 CONV_CHANNELS, CONV_WIDTH = 4, 3
-LABEL_SCALE = 5.0  # a cosine of 1 is the highest similarity label
 
 
 class SharedBatch(Protocol):
@@ -123,17 +122,21 @@ class Convolution(nn.Conv1d):
 
 
 class CosineHead(nn.Module):
-    """Similarity as the scaled cosine of two embeddings, after an optional linear layer and activation (R3, R4)."""
+    """Similarity as the scaled cosine of two embeddings, after an optional linear layer and activation (R3, R4).
 
-    def __init__(self, width: int, options: ModelOptions) -> None:
+    A cosine of 1 is the `highest` label.
+    """
+
+    def __init__(self, width: int, options: ModelOptions, highest: float) -> None:
         super().__init__()
+        self.highest = highest
         self.projection = nn.Sequential(Dropout(options.hidden_dropout_prob))
         if options.sts_projection:
             self.projection.extend([Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Two [B, H] to [B, 1], between -5 and 5."""
-        return LABEL_SCALE * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
+        """Two [B, H] to [B, 1], between -highest and highest."""
+        return self.highest * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
 
 
 def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -209,7 +212,7 @@ class MultitaskBERT(nn.Module):
         self.heads = nn.ModuleDict()
         for name, task in tasks.items():
             if self._has_cosine_head(task):
-                self.heads[name] = CosineHead(hidden, options)
+                self.heads[name] = CosineHead(hidden, options, task.label_range[1])
             else:
                 width = feature_width if task.is_pair else hidden
                 self.heads[name] = build_head(options, width, hidden, task.num_outputs)
@@ -222,7 +225,7 @@ class MultitaskBERT(nn.Module):
         ]
 
     def _has_cosine_head(self, task: Task) -> bool:
-        return task.kind == "similarity" and self.options.sts_head == "cosine"
+        return task.is_pair and task.kind == "similarity" and self.options.sts_head == "cosine"
 
     def backbone(self, task: str) -> BertModel:
         """The backbone that serves a task."""

@@ -25,7 +25,7 @@ from multitask_bert import (
     set_trainable,
 )
 from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
-from tasks import DEFAULT_TASKS, SST, STS
+from tasks import DEFAULT_TASKS, SST, STS, Task
 
 H, BATCH = 16, 6
 TINY = BertConfig(
@@ -46,10 +46,12 @@ def options(**given: Any) -> ModelOptions:
     return ModelOptions(**given).resolved()
 
 
-def make_model(seed: int = 0, config: BertConfig = TINY, **given: Any) -> MultitaskBERT:
+def make_model(
+    seed: int = 0, config: BertConfig = TINY, tasks: dict[str, Task] = DEFAULT_TASKS, **given: Any
+) -> MultitaskBERT:
     """A model without dropout whose every parameter is random, so that no bias is zero and no norm the identity."""
     torch.manual_seed(seed)
-    model = MultitaskBERT(options(**{"hidden_dropout_prob": 0.0, **given}), config, DEFAULT_TASKS)
+    model = MultitaskBERT(options(**{"hidden_dropout_prob": 0.0, **given}), config, tasks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2)
@@ -67,7 +69,7 @@ def make_texts(seed: int, size: int = BATCH, longest: int = 11) -> Padded:
 def make_batch(model: MultitaskBERT, task: str, size: int = BATCH, seed: int = 0) -> PackedBatch:
     """A packed batch of `size` examples of a task, joined as the model wants them."""
     first, second = make_texts(seed, size), make_texts(seed + 1000, size, 14)
-    if not DEFAULT_TASKS[task].is_pair:
+    if not model.tasks[task].is_pair:
         return pack_padded(*first)
     return (stack_padded_pairs if model.is_siamese(task) else join_padded_pairs)(*first, *second)
 
@@ -548,7 +550,9 @@ def test_super_concat_matches_numpy() -> None:
 @pytest.mark.parametrize("projected", [False, True])
 def test_cosine_head_matches_numpy(activation: str, projected: bool) -> None:
     torch.manual_seed(0)
-    head = CosineHead(H, options(arch="cosine", head_activation=activation, sts_projection=projected)).double().eval()
+    head = (
+        CosineHead(H, options(arch="cosine", head_activation=activation, sts_projection=projected), 5.0).double().eval()
+    )
     u, v = (torch.randn(9, H, dtype=torch.float64) for _ in range(2))
     a, b = u, v
     if projected:
@@ -571,6 +575,18 @@ def test_cosine_head_serves_similarity_only() -> None:
             "para": False,
             "sts": True,
         }
+
+
+@pytest.mark.parametrize("arch", ["v1", "cosine", "r4"])
+def test_a_similarity_of_its_own_range_or_of_one_text(arch: str) -> None:
+    """As a fourth task may be: a cosine of 1 is its highest label, and one text has no cosine."""
+    far = replace(DEFAULT_TASKS["sts"], name="far", label_range=(0.0, 100.0))
+    model = make_model(arch=arch, tasks={"far": far}).eval()
+    u = torch.randn(3, model.bert_config.hidden_size)
+    assert difference(model.heads["far"](u, u), torch.full((3, 1), 100.0)) <= 1e-4
+    grade = replace(DEFAULT_TASKS["sts"], name="grade", text_columns=("text",))
+    model = make_model(arch=arch, tasks={"grade": grade})
+    assert model("grade", make_batch(model, "grade")).shape == (BATCH,)
 
 
 def test_cosine_sts_does_not_pass_the_pair_layer() -> None:

@@ -23,7 +23,7 @@ import multitask_classifier
 from config import UserError, parse, run_script
 from tasks import TASKS
 from training import frozen, loop
-from training.checkpoint import RunDirectory, load
+from training.checkpoint import RunDirectory, load, save
 from training.health import Scaler
 from training.loop import Trainer
 from training.resume import SaveEvery, newest_state
@@ -293,6 +293,43 @@ def test_other_data_is_no_data_to_resume_with(tiny_flags: list[str], tmp_path: P
     lines = (data / "ids-sst-train.csv").read_text().splitlines(keepends=True)
     (data / "ids-sst-train.csv").write_text("".join(lines[:-2]))
     with pytest.raises(UserError, match=r"\{'sst': 20\} training examples.*\{'sst': 18\}"):
+        make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume").fit()
+
+
+@pytest.mark.parametrize("what", ["order", "label", "vocabulary"])
+def test_as_many_other_data_are_no_data_to_resume_with(
+    tiny_flags: list[str], tiny_bert: Path, tmp_path: Path, what: str
+) -> None:
+    data, bert = tmp_path / "data", tmp_path / "bert"
+    shutil.copytree(tiny_flags[tiny_flags.index("--data_dir") + 1], data)
+    shutil.copytree(tiny_bert, bert)
+    flags = ["--train_sst", "--save_every", 1, "--data_dir", data, "--pretrained", bert]
+    assert run_child(tiny_flags, tmp_path / "run", *flags, sabotage=at_step(2)) == -signal.SIGKILL
+    file = bert / "vocab.txt" if what == "vocabulary" else data / "ids-sst-train.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    if what == "label":
+        cells = lines[1].rstrip("\n").split("\t")
+        lines[1] = "\t".join([*cells[:-1], str((float(cells[-1]) + 1) % 5)]) + "\n"
+    else:
+        first = 5 if what == "vocabulary" else 1  # after the special tokens, or the header
+        lines[first:] = reversed(lines[first:])
+    file.write_text("".join(lines))
+    with pytest.raises(
+        UserError, match="--resume .*: the training examples of SST sentiment are not those, in that order"
+    ):
+        make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume").fit()
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("optimizers", {}), ("average", {}), ("generators", {}), ("meters", [1]), ("weights", 3)],
+)
+def test_a_state_whose_parts_are_odd_is_named(tiny_flags: list[str], tmp_path: Path, part: str, value: object) -> None:
+    flags = ["--train_sst", "--average", "ema"]
+    make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
+    path = tmp_path / "run" / "resume.pt"
+    save(path, {**load(path), part: value})
+    with pytest.raises(UserError, match=r"/run(/resume\.pt)?: "):
         make_trainer(tiny_flags, tmp_path / "run", *flags, "--resume").fit()
 
 

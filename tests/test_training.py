@@ -526,6 +526,15 @@ def test_a_loss_that_is_not_a_number_names_its_task(tiny_flags: list[str], tmp_p
     assert all(tensor.isfinite().all() for tensor in load(tmp_path / "run" / "best.pt")["weights"].values())
 
 
+def test_a_run_in_which_nothing_trains_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--train_sts", "--arch", "v1", "--fine_tune_mode", "last-layer"]
+    with pytest.raises(
+        UserError, match="--fine_tune_mode last-layer freezes the backbones, and a bare cosine has no weights"
+    ):
+        make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
+    make_trainer(tiny_flags, tmp_path / "run", *flags, "--sts_projection", "--overwrite", "--epochs", 1).fit()
+
+
 def test_a_huge_learning_rate_ends_in_one_line(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--lr", 1e30, "--fine_tune_mode", "full-model")
     with pytest.raises(UserError, match="is not finite any more"):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config import Config, UserError
+from config import Config, UserError, is_out_of_memory
 from datasets import Batches, TaskData
 from evaluation import Scores, overall, probabilities, progress, score_task
-from files import cause
+from files import cause, first_line
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
 from packing import Batch
@@ -106,6 +107,7 @@ class Trainer:
         world: World = ONE,
     ) -> None:
         self.config, self.model, self.tokenizer = config, model.to(device.device), tokenizer
+        self.given: Mapping[str, TaskData] = train
         self.train_data: Mapping[str, Batches] = train
         self.dev_data: Mapping[str, Batches] = dev
         self.device, self.run, self.say, self.world = device, run, say, world
@@ -152,6 +154,11 @@ class Trainer:
 
         Where a signal ends the run, the state is saved; raises SystemExit.
         """
+        if not self.model.trained(self.config.train):
+            raise UserError(
+                f"--fine_tune_mode {self.config.train.fine_tune_mode} freezes the backbones, and a bare cosine has no "
+                "weights, so nothing would be learned; choose another mode, or --sts_projection"
+            )
         torch.manual_seed(self.world.seed(self.config.train.seed))
         if self.config.run.resume:
             self.restore()
@@ -418,6 +425,11 @@ class Trainer:
         """How many training examples each task has."""
         return {name: len(data) for name, data in self.train_data.items()}
 
+    @cached_property
+    def data_sha256(self) -> dict[str, str]:
+        """Names the training examples of each task in their order."""
+        return {name: data.sha256() for name, data in self.given.items()}
+
     def save_if_new(self) -> None:
         """Write resume.pt where steps were made since the last one, and none of a joint step waits."""
         if not self.gradient_waits and self.saves.step != self.step:
@@ -443,6 +455,7 @@ class Trainer:
             "stale": self.stale,
             "seconds": time.perf_counter() - self.began if self.meters else 0.0,
             "examples": self.examples(),
+            "data": self.data_sha256,
             "weights": {name: own for name, own in weights.items() if name not in self.left_out},
             "base_sha256": self.model.base_sha256,
             "optimizers": states,
@@ -459,13 +472,31 @@ class Trainer:
         self.saves.saved(self.step)
 
     def restore(self) -> None:
-        """Go back to the newest state that `save_resume` wrote."""
+        """Go back to the newest state that `save_resume` wrote. Raises UserError where it does not fit this run."""
         with self.world.one_first():  # it may rename the files
             content = newest_state(self.run, self.say)
+        try:
+            self.take(content)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{self.run.resume}: is no state that this run can go on from ({first_line(error):.99}); --overwrite it"
+            ) from error
+        self.saves.saved(self.step)
+        self.say(f"going on after step {self.step}")
+
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Be what the `content` of a state says. Raises UserError where it is of other data or other base weights."""
         if content["examples"] != self.examples():
             raise UserError(
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
                 f"{self.examples()}; put its data back, or --overwrite it"
+            )
+        if other := [name for name, own in self.data_sha256.items() if content.get("data", {}).get(name, own) != own]:
+            raise UserError(
+                f"--resume {self.run.path}: the training examples of {self.tasks[other[0]].title} are not those, in "
+                "that order, that the run began with, or the tokenizer is another one; put them back, or --overwrite it"
             )
         refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
@@ -486,8 +517,6 @@ class Trainer:
             cut_back(self.run, content["lengths"])
             if self.config.run.filepath and self.run.best.exists():  # the run may have begun without that flag
                 copy(self.run.best, Path(self.config.run.filepath))
-        self.saves.saved(self.step)
-        self.say(f"going on after step {self.step}")
 
     def generators(self) -> dict[str, Tensor]:
         """The states of the generators that training draws from."""

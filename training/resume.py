@@ -12,7 +12,7 @@ from training.checkpoint import RunDirectory, is_whole_file, load, save
 
 # What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.
 STATE = (
-    "epoch", "done", "evaluating", "step", "best", "stale", "seconds", "examples", "weights", "base_sha256",
+    "epoch", "done", "evaluating", "step", "best", "stale", "seconds", "examples", "data", "weights", "base_sha256",
     "optimizers", "scaler", "average", "teacher", "surgery", "part_sizes", "generators", "meters", "lengths",
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any
     for path in run.states():
         try:
             content = load(path)
-            if missing := [name for name in STATE if name not in content]:
+            if missing := [name for name in STATE if name not in content and name != "data"]:  # nor had it older ones
                 raise UserError(f"{path}: is no state that this version can go on from, it lacks {missing[0]}")
         except UserError as error:
             problems.append(str(error))
