@@ -1,7 +1,8 @@
 """WordPiece: texts and pairs of texts to token ids, by the `tokenizers` library."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora
 MOST_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million
 MOST_GAPS = 10_000  # ids without a word
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# What may happen to a text before its words are looked up: none of it takes for ever, or makes the text endless.
+STEPS = {
+    "normalizer": ("BertNormalizer", "Lowercase", "NFD", "NFC", "NFKC", "NFKD", "StripAccents", "Strip"),
+    "pre_tokenizer": ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Tokenizer:
         # A stored tokenizer may pad and truncate to a length of its own (all-MiniLM-L6-v2: both, to 128).
         backend.no_padding()
         backend.no_truncation()
+        text = backend.to_str()
+        refuse_steps(json.loads(text), source)
         try:
             backend.encode_batch_fast(["A probe: \u8bd5"], add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception; a normaliser or an unknown token may be amiss
@@ -61,7 +69,7 @@ class Tokenizer:
         self.mask_id = ids["[MASK]"]
         self.special_ids = tuple(ids.values())
         self.max_length = max_length
-        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()  # of all but `max_length`
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # of all but `max_length`
         self._backend = backend
 
     def to_json(self) -> str:
@@ -111,6 +119,31 @@ class Tokenizer:
     def _word_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole texts, without special tokens."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
+    """Raise UserError, naming `source`, where the `settings` of a tokenizer have steps other than `STEPS`.
+
+    A replacement can make a text a billion times as long, and a regular expression search it for ever.
+    """
+    for part, known in STEPS.items():
+        for kind in step_kinds(settings[part]):
+            if kind not in known:
+                raise UserError(
+                    f"{source}: its {part} has {kind}, and may only have {', '.join(known)}; "
+                    "use the tokenizer of a BERT"
+                )
+
+
+def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:
+    """The type of a normalizer or pre-tokenizer; of a sequence, those of its members."""
+    if step is None:
+        return
+    if step["type"] != "Sequence":
+        yield step["type"]
+        return
+    for inner in step.get("normalizers", step.get("pretokenizers")):
+        yield from step_kinds(inner)
 
 
 def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:

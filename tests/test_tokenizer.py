@@ -212,6 +212,56 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, 8)
 
 
+def with_steps(folder: Path, **steps: Any) -> tuple[Path, str]:
+    """A folder whose tokenizer.json has other steps before its words are cut, and that file's text."""
+    content = json.loads((write_full(folder) / "tokenizer.json").read_text()) | steps
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder, json.dumps(content)
+
+
+GROWING = {"type": "Replace", "pattern": {"String": "p"}, "content": "p" * 1000}
+ENDLESS = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+LOWER, WORDS_ALONE = {"type": "Lowercase"}, {"type": "Whitespace"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"normalizer": GROWING}, "its normalizer has Replace"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [LOWER, GROWING, GROWING]}}, "its normalizer has Replace"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a"}}, "its normalizer has Prepend"),
+        ({"pre_tokenizer": ENDLESS}, "its pre_tokenizer has Split"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [WORDS_ALONE, ENDLESS]}}, "pre_tokenizer has Split"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+         "its pre_tokenizer has ByteLevel"),
+    ],
+)  # fmt: skip
+def test_steps_that_no_bert_has_are_refused_before_any_text(tmp_path: Path, steps: dict[str, Any], words: str) -> None:
+    """They could make a text a billion times as long, or search it for ever."""
+    folder, text = with_steps(tmp_path, **steps)
+    for source, read in (
+        (str(folder / "tokenizer.json"), lambda: load_tokenizer(folder, 8)),
+        ("best.pt", lambda: Tokenizer.from_json(text, 8, "best.pt")),
+    ):
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value).startswith(f"{source}: ") and words in str(error.value)
+        assert str(error.value).endswith("use the tokenizer of a BERT")
+
+
+def test_harmless_steps_are_kept(tmp_path: Path) -> None:
+    plain = [{"type": name} for name in ("Lowercase", "NFD", "NFC", "NFKC", "NFKD", "StripAccents")]
+    plain += [{"type": "Strip", "strip_left": True, "strip_right": True}]
+    cuts = [{"type": name} for name in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")]
+    cuts += [{"type": "Punctuation", "behavior": "Isolated"}]
+    nested = {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": cuts}]}
+    folder, _ = with_steps(tmp_path, normalizer={"type": "Sequence", "normalizers": plain}, pre_tokenizer=nested)
+    film, cafe = VOCABULARY.index("film"), VOCABULARY.index("cafe")
+    assert load_tokenizer(folder, 8).encode([" FILM café"]).input_ids.tolist() == [2, film, cafe, 3]
+    folder, _ = with_steps(tmp_path, normalizer=None, pre_tokenizer=None)
+    assert load_tokenizer(folder, 8).encode(["film"]).input_ids.tolist() == [2, film, 3]
+
+
 def test_minilm_equals_transformers(minilm: Path) -> None:
     """The stored padding and truncation to 128 must be gone, and any text must agree."""
     reference, ours = oracle(minilm), load_tokenizer(minilm, 200)
