@@ -26,7 +26,7 @@ import ensemble
 import multitask_classifier
 from config import UserError, run_script
 from files import lock, write_atomically
-from training.checkpoint import RunDirectory, load, save
+from training.checkpoint import RunDirectory, load, probe_folder, save
 from training.resume import STATE, newest_state, save_state
 
 # ------------------------------------------------------------------------------------------------------- while it saves
@@ -144,6 +144,18 @@ def test_a_folder_that_may_not_be_written(two_states: RunDirectory, tmp_path: Pa
         assert "resume.pt: cannot be written (" in line and "Permission denied" in line
     finally:
         two_states.path.chmod(0o755)
+
+
+def test_a_probe_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """On a full disk the file can be made, but nothing can be written into it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"^--out {tmp_path}/new: cannot be written .*File too large"):
+            probe_folder(tmp_path / "new", "--out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path / "new") == []
 
 
 def test_what_cannot_be_serialised(two_states: RunDirectory, tmp_path: Path) -> None:

@@ -338,8 +338,10 @@ def probe_folder(folder: Path, flag: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        probe.write_text("x", encoding="utf-8")
-        probe.unlink()
+        try:
+            probe.write_text("x", encoding="utf-8")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another") from error
 
