@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_bert
 from test_training import make_trainer
 from torch import Tensor
 
-from training.device import process_peak
-from training.plan import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes
+from training.device import Device, process_peak
+from training.plan import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes, smart_cost
 
 MODES = {
     "everything": ["--fine_tune_mode", "full-model"],
@@ -69,6 +70,23 @@ def test_what_is_kept_of_frozen_layers_is_counted(tiny_flags: list[str], tmp_pat
     weights = 4 * sum(own.numel() for own in trainer.model.parameters())
     whole = process_peak() - weights + without + estimate  # the program and its libraries too
     assert float(text.split("estimated memory ")[1].split(" GB")[0]) == pytest.approx(whole / 1e9, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_the_passes_of_smart_are_those_of_a_step(
+    tiny_flags: list[str], tmp_path: Path, amp: torch.dtype | None, steps: int
+) -> None:
+    """Of its own: the loss needs one pass in any case."""
+    flags = ["--train_sst", "--sst_smart", 1, "--smart_steps", steps]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, device=Device(torch.device("cpu"), amp))
+    calls: list[None] = []
+    trainer.model.backbone("sst").bert_layers[0].register_forward_hook(lambda *given: calls.append(None))
+    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    trainer.model.train()
+    trainer.train_step(trainer.steps_of(0)[0], False)
+    [line] = smart_cost(trainer.config, trainer.model, trainer.device)
+    assert f": {len(calls) - 1} more passes forward and back a batch" in line
 
 
 def test_processes_share_a_batch_and_shards_all_of_it(tiny_flags: list[str], tmp_path: Path) -> None:

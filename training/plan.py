@@ -114,10 +114,12 @@ def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
     return "; ".join(told)
 
 
-def smart_cost(config: Config, model: MultitaskBERT) -> list[str]:
+def smart_cost(config: Config, model: MultitaskBERT, device: Device) -> list[str]:
     """What SMART costs, a line for each of its tasks."""
+    # After its ascent steps comes the perturbed pass; in half precision the clean one is repeated in fp32.
+    more = config.train.smart_steps + 1 + (device.amp is not None)
     return [
-        f"SMART on {model.tasks[name].title}: {config.train.smart_steps + 1} more passes forward and back a batch"
+        f"SMART on {model.tasks[name].title}: {more} more passes forward and back a batch"
         for name, own in config.tasks.items()
         if own.smart > 0.0
     ]
@@ -165,7 +167,7 @@ def describe(
             f"{options.lr_schedule}",
             "",
             *passes_chart(model, plan, options),
-            *smart_cost(config, model),
+            *smart_cost(config, model, device),
             "",
             f"{options.fine_tune_mode}: {freezing}. In the last epoch:",
             parameter_table(model),
