@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
-from files import cache_folder, read_json, refuse_inflating, sha256, write_atomically, write_text
+from files import cache_folder, read_json, refuse_inflating, sha256, shown, write_atomically, write_text
 from tokenizer import Tokenizer
 
 logger = logging.getLogger("minbert")
@@ -103,7 +103,7 @@ def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], extra: S
     """Lists of the names that are missing, left over (`extra` too) or of another shape; empty where all is right."""
     problems = {
         "missing": [name for name in wanted if name not in tensors],
-        "left over": [*(name for name in tensors if name not in wanted), *extra],
+        "left over": [shown(name) for name in (*(name for name in tensors if name not in wanted), *extra)],
         "of the wrong shape": [
             f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
             for name, shape in wanted.items()

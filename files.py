@@ -108,6 +108,11 @@ def write_text(path: Path, text: str) -> None:
 MOST_JSON = 4 << 20  # bytes; parsed, they can take some thirty times as much memory
 
 
+def shown(name: str) -> str:
+    """A name out of such a file as a message may print it: one that moves a terminal's cursor is spelled out."""
+    return name if name.isprintable() else repr(name)
+
+
 def read_json(path: Path) -> Any:
     """What a json file holds.
 

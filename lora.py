@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from base_bert import misfits, reason
 from config import LoraOptions, UserError
 from dropout import Dropout
-from files import read_json, write_atomically, write_text
+from files import read_json, shown, write_atomically, write_text
 from products import linear, product
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
@@ -649,7 +649,9 @@ def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[s
     for name, tensor in saved.items():
         ours = _our_name(name)
         if ours is None:
-            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is no adapter of {','.join(TARGETS)} in a BERT layer")
+            raise UserError(
+                f"{folder / PEFT_FILES[1]}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT layer"
+            )
         if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
             raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
         if ours.endswith("lora_A") and len(tensor) != rank:

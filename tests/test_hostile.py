@@ -498,6 +498,27 @@ def hostile_contents(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
+def test_names_that_a_terminal_would_obey_are_spelled_out(
+    trained: Trainer, adapters: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """A screen that is cleared, and a line that looks like one of ours."""
+    name = "\x1b[2Jx\nerror: all is well"
+    content, bert, peft = load(trained.run.best), tmp_path / "bert", tmp_path / "peft"
+    message = refused(
+        lambda: load_model(Path("odd.pt"), {**content, "weights": {**content["weights"], name: torch.zeros(3)}}),
+        "odd.pt", f"unknown {name!r}",
+    )  # fmt: skip
+    shutil.copytree(tiny_bert, bert)
+    tensors = safetensors.torch.load_file(bert / "model.safetensors")
+    safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, bert / "model.safetensors")
+    message += refused(lambda: load_weights(bert, read_config(bert)), str(bert), f"1 left over: {name!r}")
+    shutil.copytree(adapters / "peft" / "sentiment", peft)
+    tensors = safetensors.torch.load_file(peft / "adapter_model.safetensors")
+    safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, peft / "adapter_model.safetensors")
+    message += refused(lambda: import_peft(peft), str(peft), f"{name!r} is no adapter")
+    assert message.isprintable()
+
+
 def deeply_nested(depth: int) -> list[Any]:
     out: list[Any] = []
     for _ in range(depth):

@@ -22,7 +22,7 @@ import torch
 from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config, UserError, flag_of
 from evaluation import remove_predictions
-from files import cause, first_line, lock, read_json, refuse_inflating, write_atomically, write_text
+from files import cause, first_line, lock, read_json, refuse_inflating, shown, write_atomically, write_text
 from lora import LoRAConfig, inject, merged_state
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
@@ -148,15 +148,15 @@ def refuse_misfits(
     if odd:
         raise UserError(f"{source}: {reprlib.repr(odd[0])} is not a plain tensor with all its numbers; save it anew")
     problems = [f"missing {name}" for name in own if name not in weights and name not in left_out]
-    problems += [f"unknown {name}" for name in weights if name not in own]
+    problems += [f"unknown {shown(name)}" for name in weights if name not in own]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
     if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {shown}")
+        listed = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {listed}")
 
 
 def refuse_other_base(model: MultitaskBERT, saved: str, pretrained: str, source: Path) -> None:
