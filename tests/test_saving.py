@@ -43,6 +43,18 @@ def number_of(content: dict[str, Any]) -> int:
     return int(content["step"])
 
 
+@pytest.mark.parametrize("more", [["--resume"], []])
+def test_a_run_killed_before_its_first_state_can_only_be_overwritten(
+    tiny_flags: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    """Neither line sends its reader to the other."""
+    make_trainer(tiny_flags, tmp_path / "run")  # it has written its config.json, and nothing else
+    with pytest.raises(UserError) as error:
+        make_trainer(tiny_flags, tmp_path / "run", *more)
+    assert "no state" in str(error.value) and "--overwrite" in str(error.value)
+    assert "leave --resume out" not in str(error.value) and "--resume goes on" not in str(error.value)
+
+
 def kill_while_saving(folder: Path, seed: int) -> bool:
     """Kill a process that saves one state after the other, at a random moment; returns whether it left half a file."""
     run, told = RunDirectory(folder), folder / "told"

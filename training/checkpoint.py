@@ -418,7 +418,8 @@ class RunDirectory:
             self.claim()
         finished, started = (self.path / "scores.json").exists(), (self.path / "config.json").exists()
         if started and not overwrite and not resume:
-            state = "a finished run" if finished else "an unfinished run (--resume goes on with it)"
+            unfinished = "--resume goes on with it" if self.states() else "of which no state was saved"
+            state = "a finished run" if finished else f"an unfinished run ({unfinished})"
             raise UserError(f"--run_dir {self.path}: holds {state}; choose another folder or --overwrite it")
         probe_folder(self.path, "--run_dir")
         self.claim()
@@ -438,9 +439,11 @@ class RunDirectory:
         """
         if (self.path / "scores.json").exists():
             raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
-        if not self.states():
-            raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
         path = self.path / "config.json"
+        if not self.states():
+            if path.exists():  # without --resume it would be in the way
+                raise UserError(f"--run_dir {self.path}: no state of this run was saved; --overwrite starts it again")
+            raise UserError(f"--run_dir {self.path}: there is no resume.pt to go on from; leave --resume out")
         try:
             saved = Config.from_dict(read_json(path))
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # or another kind of json
