@@ -182,7 +182,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parsers raise a dozen kinds for a bad file, and all of them mean just that
         raise UserError(f"{path}: cannot be read as weights ({reason(error)}); fetch the file again") from error
-    if not isinstance(tensors, dict) or not all(is_whole(value) for value in tensors.values()):
+    whole = isinstance(tensors, dict) and all(isinstance(name, str) and is_whole(own) for name, own in tensors.items())
+    if not whole:
         raise UserError(f"{path}: is not a mapping from names to tensors; use a checkpoint saved from a state_dict")
     return tensors
 

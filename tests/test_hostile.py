@@ -379,6 +379,8 @@ def oversized(folder: Path, checkpoint: Path, bert: Path) -> Iterator[tuple[str,
     yield "one number as a terabyte", path, lambda: load_weights(copy, config)
     torch.save({"x": torch.zeros(1 << 40, device="meta")}, path)
     yield "a tensor without memory", path, lambda: load_weights(copy, config)
+    torch.save({5: torch.zeros(3)}, path)
+    yield "a number for a name", path, lambda: load_weights(copy, config)
     path.unlink()
     shutil.copyfile(bert / "model.safetensors", copy / "model.safetensors")
 
