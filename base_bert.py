@@ -247,7 +247,8 @@ def save_pretrained(
     """Write a backbone as a Hugging Face folder, which transformers' `BertModel.from_pretrained` reads.
 
     `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer` is written as
-    its tokenizer.json. Raises UserError where `state` does not fit `config`, or a file cannot be written.
+    its tokenizer.json and tokenizer_config.json. Raises UserError where `state` does not fit `config`, or a file cannot
+    be written.
     """
     _check_shapes(state, expected_shapes(config), "weights to save")
     write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
@@ -258,6 +259,7 @@ def save_pretrained(
     write_atomically(folder / WEIGHTS_FILES[0], save)
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_json())
+        write_text(folder / "tokenizer_config.json", json.dumps(tokenizer.to_config(), indent=2) + "\n")
 
 
 # From a name to a folder

@@ -76,6 +76,22 @@ class Tokenizer:
         """The tokenizer as text, so that a checkpoint can carry it."""
         return self._backend.to_str()
 
+    def to_config(self) -> dict[str, Any]:
+        """The tokenizer_config.json with which transformers makes the same tokens.
+
+        It builds a BertTokenizer's normaliser from these settings and does not look at that of tokenizer.json.
+        """
+        config = {"tokenizer_class": "BertTokenizer", "model_max_length": self.max_length}
+        normalizer = json.loads(self.to_json())["normalizer"] or {}
+        if normalizer.get("type") != "BertNormalizer":  # its settings are unknown
+            return config
+        return {
+            **config,
+            "do_lower_case": normalizer["lowercase"],
+            "strip_accents": normalizer["strip_accents"],
+            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        }
+
     @classmethod
     def from_json(cls, text: Any, max_length: int, source: str) -> "Tokenizer":
         """The inverse of `to_json`. Raises UserError, naming `source`, where `text` is no BERT tokenizer."""

@@ -315,6 +315,7 @@ def test_save_pretrained_is_read_by_transformers(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     bert: Any = transformers.BertModel
     loaded, info = bert.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -328,6 +329,46 @@ def test_save_pretrained_is_read_by_transformers(tmp_path: Path) -> None:
         wanted, found = hf_model()(ids), loaded.eval()(ids)
     assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
     assert torch.equal(found.pooler_output, wanted.pooler_output)
+
+
+def cased_model(folder: Path, top: int) -> Path:
+    """A folder whose tokenizer keeps case and accents, and cuts at `top` tokens."""
+    write_model(folder)
+    words = [*VOCABULARY, "Film", "\u00e9", "e", "f", "F", "\u7535"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    settings = {"do_lower_case": False, "strip_accents": False, "tokenize_chinese_chars": True}
+    settings |= {"tokenizer_class": "BertTokenizer", "model_max_length": top}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_cased_tokenizer_is_read_by_transformers_as_it_was(tmp_path: Path) -> None:
+    """Ids, token types and truncation, of texts and of pairs."""
+    base = cased_model(tmp_path / "base", 16)
+    ours = load_tokenizer(base, 16)
+    save_pretrained(tmp_path / "out", CONFIG, load_weights(base, CONFIG), ours)
+    auto: Any = transformers.AutoTokenizer
+    exported, wanted = auto.from_pretrained(tmp_path / "out"), auto.from_pretrained(base)
+    assert exported.model_max_length == 16
+    texts, others = ["Film \u00e9 film \u7535a", "F e", "film " * 40], ["film", "\u00e9 " * 40, "e " * 9]
+    for pairs in (None, others):
+        found = exported(texts, pairs, truncation=True)
+        assert found == wanted(texts, pairs, truncation=True)
+        arrays = ours.encode(texts, pairs)
+        for i, (ids, types) in enumerate(zip(found["input_ids"], found["token_type_ids"], strict=True)):
+            own = arrays.input_ids[arrays.offsets[i] : arrays.offsets[i + 1]].tolist()
+            assert ids == own
+            assert types == [int(place >= arrays.second_start[i]) for place in range(len(own))]
+
+
+def test_a_tokenizer_of_another_normalizer_says_only_what_is_known(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    content = json.loads(load_tokenizer(source, 64).to_json())
+    for normalizer in (None, {"type": "Lowercase"}):
+        (source / "tokenizer.json").write_text(json.dumps({**content, "normalizer": normalizer}))
+        save_pretrained(tmp_path / "out", CONFIG, load_weights(source, CONFIG), load_tokenizer(source, 64))
+        settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+        assert settings == {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
 
 
 def test_save_pretrained_over_its_own_source(tmp_path: Path) -> None:
