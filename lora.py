@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from base_bert import misfits, reason
-from config import LoraOptions, UserError
+from config import LoraOptions, UserError, highest
 from dropout import Dropout
 from files import read_json, shown, write_atomically, write_text
 from products import linear, product
@@ -79,12 +79,14 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise _refuse("mode", self.mode, f"choose one of {', '.join(MODES)}, or none")
-        if not _is_number(self.rank, int) or self.rank < 1:
-            raise _refuse("r", self.rank, "give a whole number of at least 1")
-        if self.alpha is not None and not (_is_number(self.alpha, int, float) and 0 < self.alpha < math.inf):
-            raise _refuse("alpha", self.alpha, "give a number above 0, or leave it out for alpha = r")
-        if not _is_number(self.dropout, int, float) or not 0 <= self.dropout < 1:
-            raise _refuse("dropout", self.dropout, "give a number from 0 to below 1")
+        rank, alpha, dropout = map(_most, ("lora_rank", "lora_alpha", "lora_dropout"))
+        if not _is_number(self.rank, int) or not 1 <= self.rank <= rank:
+            raise _refuse("r", self.rank, f"give a whole number of at least 1 and at most {rank}")
+        if self.alpha is not None and not (_is_number(self.alpha, int, float) and 0 < self.alpha <= alpha):
+            remedy = f"give a number above 0 and at most {alpha}, or leave it out for alpha = r"
+            raise _refuse("alpha", self.alpha, remedy)
+        if not _is_number(self.dropout, int, float) or not 0 <= self.dropout <= dropout:
+            raise _refuse("dropout", self.dropout, f"give a number from 0 to {dropout}")
         if self.dora_norm not in DORA_NORMS:
             raise _refuse("dora_norm", self.dora_norm, f"choose one of {', '.join(DORA_NORMS)}")
         if self.dora_norm != "row" and not self.dora:
@@ -169,6 +171,11 @@ class LoRAConfig:
     def freezes_rest(self) -> bool:
         """Whether all of the backbone but the adapters is frozen."""
         return self.mode.endswith("-only")
+
+
+def _most(name: str) -> Any:
+    """The upper bound of one of LoraOptions' numbers: a checkpoint keeps what a LoRAConfig asks for as those."""
+    return highest(float, LoraOptions.__dataclass_fields__[name].metadata)
 
 
 def _is_number(value: Any, *kinds: type) -> bool:

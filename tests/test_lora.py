@@ -16,7 +16,7 @@ import lora
 import products
 from base_bert import load_weights, read_config, save_pretrained
 from bert import BertModel
-from config import BertConfig, UserError
+from config import BertConfig, UserError, check_values
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
 from multitask_bert import set_trainable
 
@@ -245,6 +245,29 @@ def peft_folder(folder: Path, **changes: Any) -> Path:
 def test_unsupported_adapters_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{next(iter(changes))} is .* not supported"):
         lora.import_peft(peft_folder(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 1e300}, r"alpha is 1e\+300; give .* at most 1e\+30"),
+        ({"lora_dropout": 0.995}, "dropout is 0.995; give a number from 0 to 0.99"),
+    ],
+    ids=str,
+)
+def test_adapters_beyond_the_bounds_of_the_flags_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """A checkpoint keeps them as flags, and could not be loaded."""
+    with pytest.raises(UserError, match=rf"adapter_config\.json: .*{message}") as caught:
+        lora.import_peft(peft_folder(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_at_the_bounds_of_the_flags_are_saved_as_flags() -> None:
+    config = LoRAConfig.from_lora_dict('{"r": 17592186044416, "alpha": 1e30, "dropout": 0.99}')
+    assert config is not None
+    check_values(config.to_options())
 
 
 def test_unreadable_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
@@ -644,8 +667,15 @@ def test_the_reports_flag_is_read() -> None:
         ('{"r": 0}', "r is 0; give a whole number of at least 1"),
         ('{"r": 1.5}', "r is 1.5; give"),
         ('{"r": true}', "r is True; give"),
+        ('{"r": 99999999999999999999999}', "r is 99999999999999999999999; give .* at most 17592186044416"),
         ('{"alpha": -1}', "alpha is -1; give a number above 0"),
-        ('{"dropout": 1}', "dropout is 1; give a number from 0 to below 1"),
+        ('{"r": 2, "alpha": 1e300}', r"alpha is 1e\+300; give .* at most 1e\+30"),
+        ('{"r": 2, "alpha": 1' + "0" * 400 + "}", r"alpha is 10+; give .* at most 1e\+30"),
+        ('{"alpha": Infinity}', "alpha is inf; give"),
+        ('{"alpha": NaN}', "alpha is nan; give"),
+        ('{"dropout": 1}', "dropout is 1; give a number from 0 to 0.99"),
+        ('{"dropout": 0.995}', "dropout is 0.995; give a number from 0 to 0.99"),
+        ('{"dropout": NaN}', "dropout is nan; give"),
         ('{"dora": "yes"}', "dora is 'yes'; give 0 or 1"),
         ('{"rslora": 2}', "rslora is 2; give 0 or 1"),
         ('{"dora": 1, "dora_norm": "both"}', "dora_norm is 'both'; choose one of row, column"),
