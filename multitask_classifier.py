@@ -288,10 +288,11 @@ def label_sentences(config: Config) -> None:
 def read_lines(name: str, task: Task) -> list[list[str]]:
     """The texts of a file, or of standard input for "-", one example per line."""
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-        content.encode("utf-8")  # a terminal's bytes that are no UTF-8 arrive as lone surrogates
+        # Bytes: what Python makes of standard input depends on the locale.
+        content = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
     lines = [[text.strip() for text in line.split("\t")] for line in content.split("\n")]
     rows = {number: row for number, row in enumerate(lines, start=1) if any(row)}
     wanted = len(task.text_columns)

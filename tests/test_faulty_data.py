@@ -129,11 +129,12 @@ def test_any_file_to_predict_is_labelled_or_a_reason(
 
 
 def test_a_terminal_whose_bytes_are_no_text(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python hands them on as lone surrogates under some locales."""
+    """Python's own decoding hands them on as lone surrogates under some locales."""
     import io
     import sys
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a film \udcff\n"))
+    terminal = io.TextIOWrapper(io.BytesIO(b"a film \xff\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", terminal)
     with pytest.raises(UserError, match="^--predict -: cannot be read .*UTF-8"):
         multitask_classifier.main(["--evaluate", str(trained.run.best), "--predict", "-", "--task", "sst"])
 

@@ -416,12 +416,29 @@ def test_predict_pairs_from_standard_input(runs: Path) -> None:
     assert all(row[1] == ("different", "paraphrase")[int(row[0])] and float(row[2]) >= 0.5 for row in rows)
 
 
+def standard_input(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
 def test_predict_similarities(script: Run, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PAIRS))
+    standard_input(monkeypatch, PAIRS.encode())
     out = script("--evaluate", runs / "yin" / "best.pt", "--predict", "-", "--task", "sts")
     rows = [line.split("\t") for line in out.splitlines()]
     assert [row[1:] for row in rows] == [line.split("\t") for line in PAIRS.splitlines()]
     assert all(re.fullmatch(r"-?\d+\.\d{3}", row[0]) for row in rows)
+
+
+def test_a_file_and_standard_input_are_split_alike(
+    script: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the mark that some editors begin a file with nor any end of line is a part of a text."""
+    content = "\ufeffA goat .\rA caf\u00e9 .\r\nA server .\n".encode()
+    (tmp_path / "x.txt").write_bytes(content)
+    standard_input(monkeypatch, content)
+    words = ["--evaluate", runs / "yin" / "best.pt", "--task", "sst", "--predict"]
+    out = [script(*words, name) for name in ("x.txt", "-")]
+    assert [line.split("\t")[-1] for line in out[0].splitlines()] == ["A goat .", "A caf\u00e9 .", "A server ."]
+    assert out[1] == out[0]
 
 
 @pytest.mark.parametrize(
