@@ -29,6 +29,11 @@ class UserError(Exception):
     """A mistake that its maker can mend: scripts print it as one line and exit with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|\bMemoryError|can(no|')t allocate memory|not enough memory|Unable to allocate"
     r"|bad_alloc|ALLOC_FAILED|could not create a (primitive(?! desc)|memory object)",
@@ -1239,28 +1244,42 @@ def bar_style() -> dict[str, Any]:
     return {"file": LogLines(), "bar_format": numbers, "mininterval": 30.0}
 
 
+def drop_output() -> None:
+    """Let go of output that cannot be written, since else the interpreter complains at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
+    """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if speaks() else logging.WARNING)
     try:
-        main(sys.argv[1:] if argv is None else list(argv))
+        try:
+            main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)  # here, where an error of it is seen; there may be no standard output
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(
-            f"error: out of memory ({reason:.200}); lower --eval_batch_size, --batch_size or --max_length, or choose a "
-            "smaller model or an --optim with less state",
+            f"error: out of memory ({first_line(error):.200}); lower --eval_batch_size, --batch_size or --max_length, "
+            "or choose a smaller model or an --optim with less state",
             file=sys.stderr,
         )
         sys.exit(2)
     except BrokenPipeError:  # who read our output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        drop_output()
         sys.exit(1)
+    except OSError as error:  # such as a full disk, which may be that of standard output
+        drop_output()
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, first_line
 
 
 def cache_folder() -> Path:
@@ -86,11 +86,6 @@ def cause(error: Exception, folder: Path) -> str:
     if full or (not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20):
         return "no space left on the disk; free some, or choose another folder"
     return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path: Path, text: str) -> None:

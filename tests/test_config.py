@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -482,6 +483,53 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
     """A new option is a decision: put its line into tests/options.txt together with it."""
     found = script_options("multitask_classifier.py") + "\n" + script_options("ensemble.py")
     assert found == OPTIONS.read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------- how scripts end
+
+
+def ended(work: str, stdout: Any) -> tuple[int, str]:
+    """Exit code and standard error of a script whose main is `work`."""
+    code = f"import sys; from config import UserError, run_script, say; run_script(lambda words: ({work}))"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # what waits to be written is half of the matter
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "work",
+    ["say('x')", "print('x')", "print('x' * 100_000)", "(print('x'), sys.exit())", "[say('x') for _ in range(9)]"],
+)
+def test_standard_output_on_a_full_disk_is_one_line(work: str) -> None:
+    with open("/dev/full", "w") as full:
+        assert ended(work, full) == (2, "error: [Errno 28] No space left on device\n")
+
+
+def test_a_mistake_told_beside_a_full_disk_is_one_line() -> None:
+    """The interpreter has nothing to complain about at its end."""
+    with open("/dev/full", "w") as full:
+        code, told = ended("print('x'), (_ for _ in ()).throw(UserError('a mistake'))", full)
+        assert code == 2 and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("work", ["say('x')", "print('x')", "print('x' * 100_000)"])
+def test_a_reader_who_has_gone_is_told_nothing(work: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert ended(work, writer) == (1, "")
+    finally:
+        os.close(writer)
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    """What was printed before stands."""
+    with (tmp_path / "out").open("w") as out:
+        code, told = ended("print('x'), open('/nowhere/\\n')", out)
+    assert (code, told) == (2, "error: [Errno 2] No such file or directory: '/nowhere/\\n'\n")
+    assert (tmp_path / "out").read_text() == "x\n"
 
 
 # ------------------------------------------------------------------------------------------------ bounds and choices
