@@ -54,6 +54,7 @@ from config import (
     UserError,
     assemble,
     build_parser,
+    check_processes,
     expand_arguments,
     groups_of,
     option,
@@ -271,6 +272,7 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
         "compute.amp": options.amp,
     }
     config = assemble(given, TASKS)
+    check_processes(config)
     splits = load_splits(config.data, config.tasks, {name: TASKS[name]}, ["train", "dev"], say)
     splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * options.batch_size, config.train.seed)
     tokenizer = load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))

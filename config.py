@@ -970,8 +970,8 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
 
 
 def check_training(config: Config) -> list[str]:
-    """What is wrong with how the run trains, and with the processes that it has."""
-    problems, run, train = [], config.run, config.train
+    """What is wrong with how the run trains."""
+    problems, train = [], config.train
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
     problems += check_belongs(train)
@@ -981,11 +981,6 @@ def check_training(config: Config) -> list[str]:
             for name, own in config.tasks.items()
             if own.num_trains > 1
         ]
-    problems += [
-        f"--{name} works in one process; start it without torchrun"
-        for name in ("predict", "export", "export_peft")
-        if getattr(run, name) is not None and processes() > 1
-    ]
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, own in config.tasks.items() if own.smart > 0.0]
@@ -998,8 +993,6 @@ def check_training(config: Config) -> list[str]:
         )
     if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
         problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
-    if train.cuda_graphs and processes() > 1:
-        problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
     return problems
 
 
@@ -1083,8 +1076,6 @@ def check_mlm(config: Config) -> list[str]:
     if not config.train.mlm:
         return []
     problems = []
-    if processes() > 1:
-        problems.append("--mlm works in one process; start it without torchrun")
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
@@ -1106,8 +1097,6 @@ def check_fsdp(config: Config) -> list[str]:
     if not config.run.fsdp:
         return []
     problems = []
-    if processes() == 1:
-        problems.append("--fsdp shards the backbones over processes, and this is the only one; use torchrun or drop it")
     if config.train.average != "none":
         problems.append(
             f"--average {config.train.average} keeps a second set of weights, which --fsdp does not shard; drop one of "
@@ -1131,8 +1120,6 @@ def check_cache_frozen(config: Config) -> list[str]:
         return []
     problems = []
     mode, lora = config.train.fine_tune_mode, config.lora
-    if processes() > 1:
-        problems.append("--cache_frozen keeps the examples in the memory of one process; drop it or torchrun")
     if config.train.cuda_graphs:
         problems.append(
             "--cuda_graphs replays whole passes, of which --cache_frozen leaves out a part; drop one of them"
@@ -1181,13 +1168,37 @@ def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     return problems
 
 
+def check_processes(config: Config) -> None:
+    """Raise UserError for what does not go with the processes that torchrun started, or with none of them.
+
+    Apart from `assemble`, since a configuration may also be read of a run that others started elsewhere.
+    """
+    run, train = config.run, config.train
+    if processes() == 1:
+        if run.fsdp:
+            raise UserError(
+                "--fsdp shards the backbones over processes, and this is the only one; use torchrun or drop it"
+            )
+        return
+    alone = [name for name in ("predict", "export", "export_peft") if getattr(run, name) is not None]
+    problems = [f"--{name} works in one process; start it without torchrun" for name in alone + ["mlm"] * train.mlm]
+    if train.cuda_graphs:
+        problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")
+    if train.cache_frozen:
+        problems.append("--cache_frozen keeps the examples in the memory of one process; drop it or torchrun")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
 def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
     """The configuration that a command line asks for.
 
     Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
     """
     namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
-    return assemble(vars(namespace), tasks)
+    config = assemble(vars(namespace), tasks)
+    check_processes(config)
+    return config
 
 
 GRACE = 5.0  # seconds that the process which says what went wrong has before the others end

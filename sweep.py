@@ -52,6 +52,7 @@ from config import (
     assemble,
     bar_style,
     build_parser,
+    check_processes,
     expand_arguments,
     groups_of,
     option,
@@ -149,7 +150,9 @@ def make_trial(parser: ArgumentParser, base: Sequence[str], flags: Mapping[str, 
         if group == "run" and name not in ("tensorboard", "save_every"):
             raise UserError(f"--{name}: a sweep gives each trial its own; leave it out")
     try:
-        return Trial(flags, words, assemble(given, TASKS))
+        config = assemble(given, TASKS)
+        check_processes(config)
+        return Trial(flags, words, config)
     except UserError as error:
         return Trial(flags, words, None, str(error))
 

@@ -493,6 +493,15 @@ def test_the_command_made_of_a_configuration_asks_for_it(recipe: Path) -> None:
     assert Config.from_dict(wanted.to_dict()).to_dict() == wanted.to_dict()
 
 
+@pytest.mark.parametrize(("size", "words"), [("1", "--fsdp"), ("2", "--cache_frozen"), ("2", "--mlm")])
+def test_a_command_is_read_whatever_the_processes_of_the_reader(
+    monkeypatch: pytest.MonkeyPatch, size: str, words: str
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, size)
+    assert config_of(f"python multitask_classifier.py --train_sst {words}").tasks.keys() == {"sst"}
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 

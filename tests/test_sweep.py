@@ -350,6 +350,13 @@ def test_switches_are_given_and_taken_back() -> None:
     assert on.config is not None and on.config.lora.dora
 
 
+def test_a_trial_that_the_processes_of_the_sweep_rule_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    off, on = make_trials([{"cache_frozen": ["0", "1"]}], [])
+    assert off.refusal == "" and "drop it or torchrun" in on.refusal and on.config is None
+
+
 def test_lists_within_a_grid_are_written_with_spaces() -> None:
     grid = sweep.read_grid(["lora_targets=query value,key"])
     two, one = make_trials([grid], ["--lora_mode=attn"])
