@@ -194,6 +194,7 @@ def costs_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     if not plain:
         return "no memory and time over rank, which need LoRA"
     lowest = min(plain)
+    names = {SCORE: "score", SECONDS: "time", MEMORY: "memory"}
     panels = {}
     for metric in METRICS:
         lines = lines_over(own, rank_of, metric)
@@ -206,12 +207,25 @@ def costs_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
         if relative:
             panels[metric] = relative
     if not any(has_lines(panels.get(metric, {})) for metric in (MEMORY, SECONDS)):
-        return "no memory and time over rank, which need figures of one mode at two ranks"
+        needs = f"figures of one mode at two ranks, with its LoRA of rank {lowest} among them"
+        return f"no memory and time over rank, which need {needs}"
     text = f"Each mode relative to its own LoRA of rank {lowest}." + averaged(own, SHOWN_RANKS)
+    text += left_out(own, {names[metric]: lines for metric, lines in panels.items()}, lowest)
     table = lines_table("rank", {Column(f"{metric.name}, relative", ".4f"): own for metric, own in panels.items()})
-    names = {SCORE: "score", SECONDS: "time", MEMORY: "memory"}
     figure = costs_figure({f"{names[metric]} (relative)": own for metric, own in panels.items()}, small_print(trials))
     return Piece(f"{name}-costs", "Memory, time and score over rank", text, table, figure)
+
+
+def left_out(trials: Sequence[Trial], panels: Mapping[str, Lines], lowest: int) -> str:
+    """Sentences on the modes that panels lack, since they have no LoRA of the lowest rank, or not its figures."""
+    modes: dict[str, list[str]] = defaultdict(list)
+    for mode in dict.fromkeys(trial.config.lora.lora_mode for trial in trials):
+        lacking = [name for name, lines in panels.items() if (mode, False) not in lines]
+        if len(lacking) == len(panels):
+            modes[f"Left out, without LoRA of rank {lowest}"].append(mode)
+        elif lacking:
+            modes[f"Left out of {' and '.join(lacking)}, of which LoRA of rank {lowest} has none"].append(mode)
+    return "".join(f" {cause}: {', '.join(own)}." for cause, own in modes.items())
 
 
 def batches_piece(name: str, trials: Sequence[Trial]) -> Piece | str:

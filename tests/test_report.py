@@ -184,7 +184,9 @@ def test_costs_over_rank_are_relative_to_the_mode_s_own_lora_of_the_lowest_rank(
         row(0.4, more=cost(20, 4), lora_mode="all-lin", lora_rank=2, dora=0),
         row(0.4, more=cost(20, 4), lora_mode="attn-only", lora_rank=2, dora=0),  # has no LoRA of rank 1
     ]
-    figure = drawn(costs_piece("study", study(tmp_path, rows).trials))
+    piece = costs_piece("study", study(tmp_path, rows).trials)
+    figure = drawn(piece)
+    assert isinstance(piece, Piece) and piece.text.endswith(" Left out, without LoRA of rank 1: attn-only.")
     wanted = {
         "memory": ([1, 1.5], [2.5], [1, 0.5]),
         "time": ([1, 1.5], [3.0], [1, 0.5]),
@@ -420,6 +422,24 @@ def test_costs_that_were_not_recorded_are_not_drawn(tmp_path: Path) -> None:
     said = costs_piece("study", trials)
     assert isinstance(said, str) and "need figures" in said
     assert isinstance(batches_piece("study", trials), str)
+
+
+def test_a_mode_that_lacks_some_costs_at_the_lowest_rank_is_left_out_of_those_alone(tmp_path: Path) -> None:
+    untimed = {"sst_seconds_per_epoch": "", "sts_seconds_per_epoch": ""}
+    rows = [row(0.5, lora_mode=mode, lora_rank=rank, dora=0) for mode in ("attn", "all-lin") for rank in (1, 2)]
+    piece = costs_piece("study", study(tmp_path, rows).trials)
+    assert isinstance(piece, Piece) and "Left out" not in piece.text
+    rows[2] = row(0.5, more=untimed, lora_mode="all-lin", lora_rank=1, dora=0)
+    piece = costs_piece("study", study(tmp_path, rows).trials)
+    assert isinstance(piece, Piece) and piece.text.endswith(
+        " Left out of time, of which LoRA of rank 1 has none: all-lin."
+    )
+
+
+def test_costs_without_any_at_the_lowest_rank_say_that_it_is_needed(tmp_path: Path) -> None:
+    rows = [row(0.5, **{**LORA, "lora_rank": 1}), *(row(0.5, lora_mode="all-lin", lora_rank=n, dora=0) for n in (2, 4))]
+    said = costs_piece("study", study(tmp_path, rows).trials)
+    assert isinstance(said, str) and said.endswith("one mode at two ranks, with its LoRA of rank 1 among them")
 
 
 # ----------------------------------------------------------------------------------------------------------- looks
