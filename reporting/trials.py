@@ -117,13 +117,28 @@ def study_piece(study: Study) -> Piece:
     causes = Counter((row["status"], row["cause"]) for row in study.rows if row["status"] != "ok")
     not_run = "; ".join(f"{count} {status}: {cause}" for (status, cause), count in causes.items())
     text = small_print(study.trials) + (f". Not there: {not_run}" if not_run else "")
+    if several := of_several("Full-model", study.trials, "full-model"):
+        text += "." + several
     return Piece(f"{study.name}-trials", "All trials", text, Table(columns, rows).filled())
 
 
 def reference(trials: Sequence[Trial], mode: str) -> float | None:
     """The mean score of the trials without adapters in a fine-tune mode; None where there are none."""
-    own = [trial.score for trial in trials if method_of(trial.config) == (mode, False)]
-    return mean(own) if own else None
+    own = without_adapters(trials, mode)
+    return mean(trial.score for trial in own) if own else None
+
+
+def without_adapters(trials: Sequence[Trial], mode: str) -> list[Trial]:
+    """The trials without adapters in a fine-tune mode."""
+    return [trial for trial in trials if method_of(trial.config) == (mode, False)]
+
+
+def of_several(title: str, trials: Sequence[Trial], mode: str) -> str:
+    """A sentence on the trials behind a `reference`, which has this title; empty where it is one trial or none."""
+    own = without_adapters(trials, mode)
+    names = differing([trial.config for trial in own])
+    which = f", which differ in {', '.join(names)}" if names else ""
+    return f" {title} is the mean of {len(own)} trials{which}." if len(own) > 1 else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,6 +195,7 @@ def ranks_piece(name: str, trials: Sequence[Trial]) -> Piece | str:
     references = {key: score / (full or 1) for key, score in scores.items() if score is not None}
     axis = "dev score relative to full fine-tuning" if full else "dev score"
     text = "LoRA solid, DoRA dashed." + averaged(own, SHOWN_RANKS)
+    text += of_several("Full fine-tuning", trials, "full-model") + of_several("Frozen backbone", trials, "last-layer")
     if not full:
         text += " Without a trial of --lora_mode none --fine_tune_mode full-model, scores are relative to nothing."
     table = lines_table("rank", {Column(axis, ".4f"): lines})

@@ -168,6 +168,21 @@ def test_dev_score_over_rank(tmp_path: Path) -> None:
     assert isinstance(piece, Piece) and "differ in seed" in piece.text
 
 
+def test_a_reference_that_is_a_mean_is_said_to_be(tmp_path: Path) -> None:
+    more = [row(0.6, lora_mode="none", batch_size=128), row(0.2, lora_mode="none", fine_tune_mode="last-layer", seed=9)]
+    full, frozen = (
+        "is the mean of 2 trials, which differ in batch_size.",
+        "is the mean of 2 trials, which differ in seed.",
+    )
+    told = study(tmp_path, ROWS + more)
+    ranks, table = ranks_piece("study", told.trials), study_piece(told)
+    assert isinstance(ranks, Piece) and ranks.text.endswith(f" Full fine-tuning {full} Frozen backbone {frozen}")
+    assert table.text.endswith(f". Full-model {full}")
+    plain = study(tmp_path, ROWS)
+    ranks, table = ranks_piece("study", plain.trials), study_piece(plain)
+    assert isinstance(ranks, Piece) and "is the mean of" not in ranks.text + table.text
+
+
 def test_without_a_baseline_scores_stand_for_themselves(tmp_path: Path) -> None:
     piece = ranks_piece("study", study(tmp_path, ROWS[:5]).trials)
     (axes,) = drawn(piece).axes
