@@ -1117,7 +1117,11 @@ def test_a_model_of_one_task_can_be_the_start_of_one_of_another(tiny_flags: list
         ("", "--train_sst", "para, sts, whose heads and pair layer are new, and backbone similarity"),
         ("", "--train_para", "sst, sts, whose heads are new, and backbone sentiment"),
         ("", "--train_sts --sts_weight 0 --sts_embedding_loss ranking", "sst, para, whose heads are new, and backbone"),
-        ("--arch r4", "--train_sts", "sst, para, whose heads are new, and backbone sst and para"),
+        (
+            "--arch r4",
+            "--train_sts --fine_tune_mode full-model",
+            "sst, para, whose heads are new, and backbone sst and para",
+        ),
     ],
 )
 def test_a_stage_on_one_task_before_all_of_them(

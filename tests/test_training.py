@@ -529,7 +529,7 @@ def test_a_loss_that_is_not_a_number_names_its_task(tiny_flags: list[str], tmp_p
 def test_a_run_in_which_nothing_trains_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = ["--train_sts", "--arch", "v1", "--fine_tune_mode", "last-layer"]
     with pytest.raises(
-        UserError, match="--fine_tune_mode last-layer freezes the backbones, and a bare cosine has no weights"
+        UserError, match="--fine_tune_mode last-layer freezes the backbones in all --epochs 2, and a bare cosine"
     ):
         make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
     make_trainer(tiny_flags, tmp_path / "run", *flags, "--sts_projection", "--overwrite", "--epochs", 1).fit()

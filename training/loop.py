@@ -156,8 +156,9 @@ class Trainer:
         """
         if not self.model.trained(self.config.train):
             raise UserError(
-                f"--fine_tune_mode {self.config.train.fine_tune_mode} freezes the backbones, and a bare cosine has no "
-                "weights, so nothing would be learned; choose another mode, or --sts_projection"
+                f"--fine_tune_mode {self.config.train.fine_tune_mode} freezes the backbones in all --epochs "
+                f"{self.config.train.epochs}, and a bare cosine has no weights, so nothing would be learned; choose "
+                "another mode, more epochs, or --sts_projection"
             )
         torch.manual_seed(self.world.seed(self.config.train.seed))
         if self.config.run.resume:
@@ -493,13 +494,13 @@ class Trainer:
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
                 f"{self.examples()}; put its data back, or --overwrite it"
             )
+        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
         if other := [name for name, own in self.data_sha256.items() if content.get("data", {}).get(name, own) != own]:
             raise UserError(
                 f"--resume {self.run.path}: the training examples of {self.tasks[other[0]].title} are not those, in "
                 "that order, that the run began with, or the tokenizer is another one; put them back, or --overwrite it"
             )
-        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
-        self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
         for name, optimizer in self.optimizers.items():
             self.world.load_states(optimizer, content["optimizers"][name])
         self.scaler.load_state_dict(content["scaler"])
