@@ -5,6 +5,7 @@ import fcntl
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -168,6 +169,27 @@ def test_a_probe_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_curves_that_cannot_be_closed(tiny_flags: list[str], tmp_path: Path) -> None:
+    """After the last state was saved, the disk is full."""
+
+    def work() -> None:
+        trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
+        trainer.config.run.tensorboard = True
+        save_resume = trainer.save_resume
+
+        def then_full() -> None:
+            save_resume()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))  # the options are larger, the log is not
+
+        trainer.save_resume = then_full  # type: ignore[method-assign]
+        trainer.fit()
+
+    log = tmp_path / "log"
+    assert Child(lambda: run_script(lambda argv: work(), []), log).wait() == 2
+    last = log.read_text().splitlines()[-1]
+    assert re.match(rf"error: {tmp_path}/run: cannot be written \(.*File too large", last), log.read_text()
 
 
 def test_what_cannot_be_serialised(two_states: RunDirectory, tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ class Trainer:
                     self.say(epoch_table(self.tasks, record, self.config.train.epochs))
                     self.save_resume()
                     self.pause()
+                if not best and self.world.leads:
+                    best = load(self.run.best)["scores"]
+                self.telemetry.close(best)
             except signals.Stopped as stopped:
                 self.save_if_new()
                 self.say(f"\nstopped by {stopped.name}; {self.how_to_go_on()}")
@@ -187,9 +190,6 @@ class Trainer:
                 raise
             except OSError as error:
                 raise UserError(f"{self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
-        if not best and self.world.leads:
-            best = load(self.run.best)["scores"]
-        self.telemetry.close(best)
         return best
 
     def how_to_go_on(self) -> str:
