@@ -557,6 +557,9 @@ def apply_adapter_policy(backbone: nn.Module, config: LoRAConfig, adapters_alway
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 PEFT_PREFIX = "base_model.model."
+# What peft saves beside the adapters of a sentence, token or question model, whatever its user asked for. Heads here
+# are others, and new.
+PEFT_HEADS = ("classifier", "score", "qa_outputs")
 # What a peft configuration may ask for and this module has not: each key with the values that ask for nothing.
 PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -613,13 +616,15 @@ def _peft_shape(name: str, tensor: Tensor) -> Tensor:
 def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Options and tensors of a peft LoRA of a BERT, in our names, for `inject` and `load_adapter_state`.
 
-    As in peft the rest of the backbone is frozen (`-only`). Raises UserError where a file cannot be read, where the
-    adapter is of another kind than LoRA, rsLoRA or DoRA, or where it touches more than the six linears of each layer.
+    As in peft the rest of the backbone is frozen (`-only`); a head beside the adapters is left out. Raises UserError
+    where a file cannot be read, where the adapter is of another kind than LoRA, rsLoRA or DoRA, or where it touches
+    more than the six linears of each layer.
     """
     path = folder / PEFT_FILES[0]
     try:
         values = read_json(path)
         rank, alpha = values["r"], values["lora_alpha"]
+        values["modules_to_save"] = [own for own in values.get("modules_to_save") or () if own not in PEFT_HEADS]
         saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
     except Exception as error:  # the parsers raise many kinds for a bad file, and all of them mean just that
         raise UserError(
@@ -651,9 +656,12 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
-    """peft's tensors in our names and shapes. Raises UserError for one that is none of adapters of this rank."""
+    """peft's tensors, but heads, in our names and shapes. Raises UserError for one of no adapter, or another rank."""
     tensors: dict[str, Tensor] = {}
+    heads = tuple(f"{PEFT_PREFIX}{head}." for head in PEFT_HEADS)
     for name, tensor in saved.items():
+        if name.startswith(heads):
+            continue
         ours = _our_name(name)
         if ours is None:
             raise UserError(

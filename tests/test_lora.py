@@ -209,6 +209,29 @@ def test_pefts_adapter_is_imported(name: str, targets: list[str], tmp_path: Path
     close(ours["last_hidden_state"], oracle.last_hidden_state * mask[:, :, None], 1e-5)
 
 
+@pytest.mark.parametrize("kind", [peft.TaskType.SEQ_CLS, peft.TaskType.TOKEN_CLS])
+def test_of_pefts_classifier_only_the_adapters_are_imported(kind: peft.TaskType, tmp_path: Path) -> None:
+    """peft adds the classifier to what is saved by itself."""
+    model = small_bert()
+    save_pretrained(tmp_path / "base", model.config, model.state_dict())
+    sentences = kind == peft.TaskType.SEQ_CLS
+    of = transformers.BertForSequenceClassification if sentences else transformers.BertForTokenClassification
+    wanted = peft.LoraConfig(task_type=kind, r=3, target_modules=["query", "value"], init_lora_weights=False)
+    base: Any = of.from_pretrained(tmp_path / "base", num_labels=5)
+    theirs = peft.get_peft_model(base, wanted).eval()
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    assert any("classifier" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    config, tensors = lora.import_peft(tmp_path / "adapter")
+    assert len(tensors) == 2 * 2 * 2
+    lora.inject(model, config)
+    lora.load_adapter_state(model, tensors)
+    ids, mask = tokens()
+    with torch.no_grad():
+        ours, oracle = model.eval()(ids, mask), base.bert(ids, mask)
+    close(ours["last_hidden_state"], oracle.last_hidden_state * mask[:, :, None], 1e-5)
+
+
 @pytest.mark.parametrize("mode", lora.MODES)
 def test_export_and_import_are_inverse(mode: str, tmp_path: Path) -> None:
     model, config = small_bert(), LoRAConfig(mode, rank=2, alpha=7.0, dora=True)
@@ -239,7 +262,13 @@ def peft_folder(folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"peft_type": "IA3"}, {"bias": "all"}, {"rank_pattern": {"query": 2}}, {"init_lora_weights": "pissa"}],
+    [
+        {"peft_type": "IA3"},
+        {"bias": "all"},
+        {"rank_pattern": {"query": 2}},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ["classifier", "pooler"]},
+    ],
     ids=str,
 )
 def test_unsupported_adapters_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
