@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import UserError
 from datasets import Examples
-from evaluation import Scores, overall, probabilities, score_task
+from evaluation import Scores, overall, probabilities, progress, score_task
 from lora import LoRAConfig
 from tasks import TASKS, Task
 from training.checkpoint import saved_config
@@ -91,7 +91,7 @@ def select_votes(members: int, limit: int, score: Score) -> list[int]:
     """
     votes = [0] * members
     best, best_score = votes, -np.inf
-    for _ in range(limit):
+    for _ in progress(range(limit), "--select", "vote"):
         added = [[own + (i == chosen) for i, own in enumerate(votes)] for chosen in range(members)]
         scores = [score(own) for own in added]
         votes = added[int(np.argmax(scores))]
