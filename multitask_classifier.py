@@ -89,6 +89,7 @@ def train(config: Config, command: str, world: "World") -> None:
     `command` is for the row of --benchmark.
     """
     from datasets import load_splits, tokenise
+    from lora import LoRAConfig
     from training.checkpoint import RunDirectory, git_commit, load, probe_file
     from training.device import choose_device
     from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
@@ -101,6 +102,7 @@ def train(config: Config, command: str, world: "World") -> None:
     # What is wrong is told before the data is read; but what --init_peft asks for is known when the model is made.
     if config.run.resume and config.lora.init_peft is None:
         RunDirectory(Path(str(config.run.run_dir))).check_resume(config)
+    LoRAConfig.from_options(config.lora)
     with world.one_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = choose_device(config.compute, say)

@@ -857,6 +857,11 @@ def test_a_resumed_run_is_known_before_its_data_is_read(script: Run, tiny_flags:
     assert "--run_dir nowhere: there is no resume.pt" in refusal(script, "--run_dir", "nowhere", "--resume")
 
 
+def test_odd_adapters_are_known_before_the_data_are_read(script: Run) -> None:
+    message = refusal(script, "--lora_dict", '{"mode": "attn-only", "r": 0}', "--data_dir", "nowhere")
+    assert message.startswith("--lora_dict: ")
+
+
 def test_what_is_no_model_of_a_run_is_named(
     script: Run, combine: Run, tiny_flags: list[str], small_data: Path, tmp_path: Path
 ) -> None:
