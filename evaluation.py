@@ -51,23 +51,29 @@ def halving(run: Callable[[np.ndarray], torch.Tensor], rows: np.ndarray) -> torc
 
 
 def predict(
-    model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
+    model: nn.Module,
+    data: Batches,
+    device: torch.device,
+    batch_size: int,
+    amp: torch.dtype | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The model's raw outputs for every example of `data`, in its order: [N, classes] or [N], float32.
+    """The model's raw outputs for every example of `data`, or for these `rows` [N], in that order.
 
-    Batches are made of examples of similar length; the model is in evaluation mode, its adapters merged, and left as
-    it was. Raises UserError where an output is not finite.
+    [N, classes] or [N], float32. Batches are made of examples of similar length; the model is in evaluation mode, its
+    adapters merged, and left as it was. Raises UserError where an output is not finite.
     """
     training = model.training
     model.eval()
     outputs: list[torch.Tensor] = []
-    by_length = np.argsort(-data.lengths, kind="stable")
+    rows = np.arange(len(data)) if rows is None else rows
+    by_length = np.argsort(-data.lengths[rows], kind="stable")
     task = data.examples.task
-    blocks = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    blocks = [rows[by_length[i : i + batch_size]] for i in range(0, len(rows), batch_size)]
     autocast = torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
     with merged(model), torch.inference_mode(), autocast:
         for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
-            outputs.append(halving(lambda rows: model(task.name, data.batch(rows).to(device)).float(), block))
+            outputs.append(halving(lambda own: model(task.name, data.batch(own).to(device)).float(), block))
     model.train(training)
     joined = torch.cat(outputs).cpu().numpy()
     if not np.isfinite(joined).all():

@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 import multitask_classifier
 from bert import Linear, WordEmbedding
 from config import ComputeOptions, UserError, parse, run_script
-from datasets import load_splits, tokenise
+from datasets import TaskData, load_splits, tokenise
 from multitask_bert import BatchNorm, MultitaskBERT
 from optimizer import local
 from tasks import TASKS
 from training import distributed, smart
 from training.checkpoint import save
 from training.device import Device
-from training.distributed import Part, Ranks, Reducer, World, joined, sum_rows
+from training.distributed import Ranks, Reducer, World, joined, sum_rows
 from training.loop import Trainer
 from training.sharding import Shards, gathered, parameters_of
 
@@ -261,13 +261,12 @@ def fit_and_predict(flags: list[str], run_dir: Path, counts: tuple[int, ...]) ->
     with joined_ranks(flags) as world:
         trainer = make_trainer(world, flags, run_dir)
         trainer.fit()
-        return {
-            f"{task} {count}": torch.from_numpy(
-                world.predict(trainer.model, Part(data, np.arange(count)), trainer.device.device, 5)
-            )
-            for task, data in trainer.dev_data.items()
-            for count in counts
-        }
+        out = {}
+        for (task, data), count in product(trainer.dev_data.items(), counts):
+            first = data.examples.at(np.arange(count))
+            few = TaskData(first, trainer.tokenizer, str(trainer.model.options.pair_encoding))
+            out[f"{task} {count}"] = torch.from_numpy(world.predict(trainer.model, few, trainer.device.device, 5))
+        return out
 
 
 def fit_in_double(flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from multitask_bert import BatchNorm
 from tasks import DEFAULT_TASKS, TASKS
 from training import distributed
 from training.checkpoint import load
-from training.distributed import ONE, Part, buckets_of, shard
+from training.distributed import ONE, buckets_of, shard
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
@@ -161,16 +161,6 @@ def test_shards_share_examples_and_tokens(count: int, size: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     tokens = [lengths[part].sum() for part in parts]
     assert max(tokens) - min(tokens) <= lengths.max(initial=0)
-
-
-def test_a_part_of_a_split_is_a_split(tiny_flags: list[str], tmp_path: Path) -> None:
-    rows, chosen = np.array([7, 2, 11, 0]), np.array([3, 1])
-    for data in ranks.make_trainer(ONE, tiny_flags, tmp_path / "run").dev_data.values():
-        part, wanted = Part(data, rows), np.array([0, 2])
-        assert len(part) == 4 and part.lengths.tolist() == data.lengths[rows].tolist()
-        assert torch.equal(part.labels(chosen), data.labels(wanted))
-        found = part.batch(chosen).tensors()
-        assert all(torch.equal(own, found[name]) for name, own in data.batch(wanted).tensors().items())
 
 
 def test_gradients_of_few_rows(tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def test_predictions_come_in_the_order_of_the_file(tiny_bert: Path, arch: str) -
             assert np.abs(alone.numpy()[0] - found[i]).max() < 1e-5
 
 
+def test_some_examples_alone_come_in_the_order_that_is_asked_for(tiny_bert: Path) -> None:
+    model, data = small_model(tiny_bert, "yin-yang")
+    rows = np.array([7, 2, 11, 0, 149])
+    for own in data.values():
+        found = predict(model, own, torch.device("cpu"), 2, rows=rows)
+        np.testing.assert_allclose(found, predict(model, own, torch.device("cpu"), 16)[rows], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_prediction_leaves_the_model_as_it_was(tiny_bert: Path, training: bool) -> None:
     model, data = small_model(tiny_bert, "yin-yang")

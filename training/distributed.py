@@ -28,7 +28,7 @@ from datasets import Batches
 from evaluation import predict
 from files import first_line
 from multitask_bert import BatchNorm, MultitaskBERT
-from packing import Batch, to_device
+from packing import to_device
 from training import signals
 from training.checkpoint import RunDirectory, load_weights_into
 
@@ -262,7 +262,7 @@ class Ranks(World):
         for rows in np.split(np.arange(len(data)), range(ROUND * batch_size, len(data), ROUND * batch_size)):
             own = rows[shard(data.lengths[rows], self.rank, self.size)]
             if len(own):
-                found = predict(model, Part(data, own), device, batch_size, amp)
+                found = predict(model, data, device, batch_size, amp, own)
                 outputs[torch.from_numpy(own)] = torch.from_numpy(found)
             signals.stop(*self.largest(signals.received()))  # on all ranks at one place, or none would be left to save
         dist.all_reduce(outputs)  # sums with zeros
@@ -274,29 +274,6 @@ class Ranks(World):
         if self.leads:
             load_weights_into(model, weights, source, left_out)
         self.broadcast(model)
-
-
-class Part:
-    """Some of a split's examples as a split of their own."""
-
-    def __init__(self, data: Batches, indices: np.ndarray) -> None:
-        self.data, self.indices, self.examples = data, indices, data.examples
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example [N]."""
-        return self.data.lengths[self.indices]
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The examples [B] as the model takes them."""
-        return self.data.batch(self.indices[indices])
-
-    def labels(self, indices: np.ndarray) -> Tensor:
-        """The examples' labels [B]."""
-        return self.data.labels(self.indices[indices])
 
 
 class Unwritten(RunDirectory):
