@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, flag_of
-from files import first_line
+from files import first_line, read_json
 from lora import LoRAConfig
 from tasks import TASKS
 from training.checkpoint import load
@@ -256,7 +256,7 @@ def read_run(path: Path, name: str, problems: list[str]) -> Run:
 def read_config(path: Path, problems: list[str]) -> Config | None:
     """A run's options; None for a folder without them, such as an ensemble's."""
     try:
-        config = Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        config = Config.from_dict(read_json(path))
         if unknown := [name for name in config.tasks if name not in TASKS]:
             raise ValueError(f"task {unknown[0]} is unknown here")
         return config
@@ -283,7 +283,7 @@ def read_lines(path: Path, needed: Sequence[str], problems: list[str]) -> list[d
             values = {key: line[key] for key in ("epoch", *needed)}
             if not all(isinstance(values.get(key, {}), dict) for key in ("train", "dev", "train_seconds")):
                 raise TypeError("no figures of tasks")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             problems.append(f"{path}: line {number} is damaged; it and all after it are left out")
             break
         lines.append(line)
@@ -293,7 +293,7 @@ def read_lines(path: Path, needed: Sequence[str], problems: list[str]) -> list[d
 def read_scores(path: Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None]:
     """The dev scores of a run and the epoch that they are of; None where the run is not finished."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         dev = content["dev"]
         if not dev:
             problems.append(f"{path.parent}: was pre-trained alone and has no scores; it counts in no comparison")

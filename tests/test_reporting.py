@@ -478,6 +478,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, set[str]]] = {
         "scores.json: is damaged (",
         {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},
     ),
+    "scores nested without end": (
+        damage("scores.json", lambda text: "[" * 100_000),
+        "scores.json: is damaged (nested too deeply)",
+        {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},
+    ),
+    "options nested without end": (
+        damage("config.json", lambda text: "[" * 100_000),
+        "config.json: cannot be read (nested too deeply)",
+        {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},
+    ),
+    "metrics nested without end": (
+        damage("metrics.jsonl", lambda text: "[" * 100_000),
+        "metrics.jsonl: line 1 is damaged",
+        {"curves"},
+    ),
     "broken options": (
         damage("config.json", lambda text: text.replace('"seed"', '"sead"')),
         "config.json: cannot be read (",
@@ -552,7 +567,7 @@ def test_the_rest_is_reported(damaged: tuple[Path, list[str]]) -> None:
     page = page_of(out)
     assert all(line in page.text for line in lines[:-2])
     finished = {"cross", *(what.replace(" ", "-") for what in DAMAGES)} - {
-        "unfinished", "broken-scores", "scores-of-another-program"}  # fmt: skip
+        "unfinished", "broken-scores", "scores-of-another-program", "scores-nested-without-end"}  # fmt: skip
     assert {row["run"] for row in csv.DictReader((out / "runs.csv").open())} == finished
 
 
