@@ -21,6 +21,7 @@ from training.checkpoint import load
 from training.device import Device
 from training.health import refuse_bad_losses
 from training.loop import LOG_EVERY, Trainer
+from training.meters import TaskMeter
 
 CPU = torch.device("cpu")
 HUGE = 2.0**40  # as a scale, it makes every gradient overflow fp16
@@ -354,6 +355,7 @@ def test_of_several_bad_losses_of_a_task_the_first_is_named(tiny_flags: list[str
     trainer = make_trainer(tiny_flags, tmp_path / "run")
     steps = trainer.steps_of(0)
     numbers = [i for i, step in enumerate(steps) if step.task == "para"]
-    losses = {"para": [torch.tensor(own) for own in (1.0, float("nan"), float("inf"))]}
+    meter = TaskMeter()
+    meter.numbers, meter.losses = numbers, [torch.tensor(own) for own in (1.0, float("nan"), float("inf"))]
     with pytest.raises(UserError, match=f"at first nan in batch {numbers[1] + 1} of epoch 1"):
-        refuse_bad_losses(losses, {"para": numbers}, steps, 1, trainer.train_data, trainer.run)
+        refuse_bad_losses({"para": meter}, steps, 1, trainer.train_data, trainer.run)

@@ -16,6 +16,7 @@ from config import UserError
 from datasets import Batches
 from optimizer import local
 from training.checkpoint import BAD_BATCH, RunDirectory
+from training.meters import TaskMeter
 from training.routines import Step
 
 MIN_SCALE = 1e-4  # of fp16 losses; below it gradients overflow by themselves (fairseq stops there too)
@@ -23,8 +24,7 @@ REMEDY = "lower --lr or set --clip (the best.pt of an earlier epoch, if there is
 
 
 def refuse_bad_losses(
-    losses: Mapping[str, Sequence[Tensor]],
-    numbers: Mapping[str, Sequence[int]],
+    meters: Mapping[str, TaskMeter],
     steps: Sequence[Step],
     epoch: int,
     data: Mapping[str, Batches],
@@ -32,16 +32,16 @@ def refuse_bad_losses(
 ) -> None:
     """Raise UserError where a loss of an epoch, counted from 1, is not finite, and write what is known of its batch.
 
-    `losses` and `numbers` have, for each task, its losses so far and which of the epoch's `steps` each belongs to.
+    `meters` have the losses so far by task, and which of the epoch's `steps` each belongs to.
     bad_batch.json in the run directory then names the examples of the first such batch and of the one before, since
     weights that an update ruined show in the next loss only. Waits for the device.
     """
     bad: list[tuple[int, float]] = []
-    for task, own in losses.items():
-        if not own:  # its turn has not come yet
+    for meter in meters.values():
+        if not meter.losses:  # its turn has not come yet
             continue
-        values = torch.stack(list(own)).float().cpu()
-        bad += [(numbers[task][i], float(values[i])) for i in (~values.isfinite()).nonzero().flatten().tolist()[:1]]
+        values = torch.stack(meter.losses).float().cpu()
+        bad += [(meter.numbers[i], float(values[i])) for i in (~values.isfinite()).nonzero().flatten().tolist()[:1]]
     if not bad:
         return
     number, loss = min(bad)

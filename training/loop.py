@@ -272,7 +272,7 @@ class Trainer:
             unseen.append(loss)
             if log:
                 if not torch.stack(unseen).isfinite().all():
-                    self.refuse_bad_losses(steps)
+                    refuse_bad_losses(self.meters, steps, self.epoch + 1, self.train_data, self.run)
                 unseen.clear()
                 bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
                 self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
@@ -284,7 +284,7 @@ class Trainer:
         for name, meter in self.meters.items():
             drawn = np.concatenate([step.indices for step in steps if step.task == name])
             meter.tokens = int(self.train_data[name].lengths[drawn].sum())
-        self.refuse_bad_losses(steps)
+        refuse_bad_losses(self.meters, steps, self.epoch + 1, self.train_data, self.run)
         if (line := self.passes.report()) is not None:
             self.say(line)
 
@@ -302,12 +302,6 @@ class Trainer:
     def stoppable(self) -> AbstractContextManager[None]:
         """Inside, a signal ends an evaluation between two batches; several processes end it in `Ranks.predict`."""
         return signals.checked_before_batches(self.model) if self.world.size == 1 else nullcontext()
-
-    def refuse_bad_losses(self, steps: Sequence[Step]) -> None:
-        """Raise UserError where a loss of this epoch is not finite; waits for the device."""
-        losses = {name: meter.losses for name, meter in self.meters.items()}
-        numbers = {name: meter.numbers for name, meter in self.meters.items()}
-        refuse_bad_losses(losses, numbers, steps, self.epoch + 1, self.train_data, self.run)
 
     def set_rates(self, task: str, position: float) -> float:
         """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
@@ -422,10 +416,6 @@ class Trainer:
         if self.config.run.filepath:
             copy(self.run.best, Path(self.config.run.filepath))
 
-    def examples(self) -> dict[str, int]:
-        """How many training examples each task has."""
-        return {name: len(data) for name, data in self.train_data.items()}
-
     @cached_property
     def data_sha256(self) -> dict[str, str]:
         """Names the training examples of each task in their order."""
@@ -455,7 +445,7 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
             "seconds": time.perf_counter() - self.began if self.meters else 0.0,
-            "examples": self.examples(),
+            "examples": self.plan.sizes,
             "data": self.data_sha256,
             "weights": {name: own for name, own in weights.items() if name not in self.left_out},
             "base_sha256": self.model.base_sha256,
@@ -489,10 +479,10 @@ class Trainer:
 
     def take(self, content: Mapping[str, Any]) -> None:
         """Be what the `content` of a state says. Raises UserError where it is of other data or other base weights."""
-        if content["examples"] != self.examples():
+        if content["examples"] != self.plan.sizes:
             raise UserError(
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
-                f"{self.examples()}; put its data back, or --overwrite it"
+                f"{self.plan.sizes}; put its data back, or --overwrite it"
             )
         refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
