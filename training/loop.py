@@ -41,7 +41,7 @@ from training.resume import SaveEvery, cut_back, lengths, newest_state, save_sta
 from training.routines import ROUTINES, Plan, Step, task_batches
 from training.seen import Seen
 from training.smart import Teacher
-from training.telemetry import Epoch, Telemetry, epoch_table, parameter_table
+from training.telemetry import Epoch, Telemetry, describe_freezing, epoch_table, parameter_table
 from training.terms import terms_of
 
 NOT_MEASURED = torch.tensor(math.nan)
@@ -529,18 +529,3 @@ class Trainer:
         torch.set_rng_state(states["cpu"][self.world.rank].clone())
         if "cuda" in states and self.device.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"][self.world.rank].clone(), self.device.device)
-
-
-def describe_freezing(model: MultitaskBERT, command: str, fine_tune_mode: str) -> str:
-    """What a freezing command lets train, in words."""
-    heads = "the heads of masked words" if model.mlm else "the heads and PALs" if model.pals else "the heads"
-    count = int(command.removeprefix("unfreezetop")) if command.startswith("unfreezetop") else 0
-    top = f"top {count} layer{'s' * (count > 1)}"
-    adapters = model.lora is not None
-    if command == "freezeall":
-        return f"{heads} and all adapters train" if adapters and fine_tune_mode == "last-layer" else f"{heads} train"
-    if model.lora is not None and model.lora.freezes_rest:
-        return f"{heads} and {f'the adapters of the {top}' if count else 'all adapters'} train"
-    everything = f"the backbones and {heads} train" if model.mlm else "everything trains"
-    what = f"{heads}, the pooler and the {top} train" if count else everything
-    return f"{what}, of layers with adapters only those" if adapters else what

@@ -11,9 +11,8 @@ from multitask_bert import MultitaskBERT
 from training.averaging import averaged_tensors
 from training.device import Device, process_peak
 from training.frozen import FrozenCache
-from training.loop import describe_freezing
 from training.routines import ROUTINES, Plan, Step, passes
-from training.telemetry import format_table, parameter_table
+from training.telemetry import describe_freezing, format_table, parameter_table
 
 OPTIMIZER_STATES = {"SGD": 1}  # tensors of a parameter's size; the others keep two
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
