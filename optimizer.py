@@ -377,7 +377,7 @@ class SparseAdam(ForeachOptimizer):
         )
 
 
-OPTIMIZERS: dict[str, type] = {
+OPTIMIZERS: dict[str, type[Any]] = {
     "AdamW": AdamW,
     "Adam": Adam,
     "Adamax": Adamax,

@@ -8,13 +8,13 @@ from torch import nn
 from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
 from multitask_bert import MultitaskBERT
+from optimizer import OPTIMIZERS
 from training.averaging import averaged_tensors
 from training.device import Device, process_peak
 from training.frozen import FrozenCache
 from training.routines import ROUTINES, Plan, Step, passes
 from training.telemetry import describe_freezing, format_table, parameter_table
 
-OPTIMIZER_STATES = {"SGD": 1}  # tensors of a parameter's size; the others keep two
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
 
 
@@ -25,7 +25,7 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Bytes of the optimizers' states once all has trained that will; each task's optimizer has its own."""
-    kept, trains = OPTIMIZER_STATES.get(config.train.optim, 2), set(model.trained(config.train).values())
+    kept, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained(config.train).values())
     reached = [own for name in model.tasks for own in model.task_parameters(name) if own in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
