@@ -180,12 +180,6 @@ def load_weights_into(
     model.load_state_dict({**own, **weights})
 
 
-def refuse_state(content: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError where what was read is no model but the state of a run."""
-    if "optimizers" in content:
-        raise UserError(f"{path}: is a state for --resume; name the best.pt beside it")
-
-
 def foreign(path: Path, error: Exception) -> UserError:
     """The error for a checkpoint whose parts are not what this program writes."""
     return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
@@ -237,8 +231,12 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
 
 
 def tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
-    """The tasks that a checkpoint knows. Raises UserError where the task table has none of that name."""
-    refuse_state(content, path)
+    """The tasks that a checkpoint knows. Raises UserError where the task table has none of that name.
+
+    So too for what is no model but the state of a run.
+    """
+    if "optimizers" in content:
+        raise UserError(f"{path}: is a state for --resume; name the best.pt beside it")
     try:
         tasks = {name: TASKS[name] for name in content["tasks"]}
     except (KeyError, TypeError) as error:
