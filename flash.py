@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from files import first_line
+
 logger = logging.getLogger("minbert.flash")
 WIDEST = 256  # of a head; widths are multiples of 8
 calls: Counter[str] = Counter()  # attention in half precision on a GPU: by "flash", or by "groups" where it should be
@@ -64,8 +66,8 @@ def works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             trial(device, dtype, width)
         return True
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, AttributeError) as error:
+        reason = first_line(error)
         logger.warning("attention: torch's FlashAttention does not work here (%s); going on with padded groups", reason)
         return False
     finally:

@@ -196,11 +196,18 @@ def test_an_evaluation_may_be_the_first_to_try(
     flash.works.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Only Ampere GPUs or newer.\nmore", "Only Ampere GPUs or newer."),
+        ("", "RuntimeError"),
+    ],
+)
 def test_where_it_does_not_work_that_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str, reason: str
 ) -> None:
     def fails(*_: object) -> None:
-        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(flash, "trial", fails)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "state")
@@ -212,8 +219,7 @@ def test_where_it_does_not_work_that_is_said_once(
             assert not flash.works(torch.device("cuda"), torch.bfloat16, 64)
     flash.works.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "attention: torch's FlashAttention does not work here (FlashAttention only supports Ampere GPUs or newer.); "
-        "going on with padded groups"
+        f"attention: torch's FlashAttention does not work here ({reason}); going on with padded groups"
     ]
     assert states == ["state"]  # dropout draws what it would have drawn
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bert import BertSelfAttention
 from config import Config, UserError
+from files import first_line
 from flash import works
 from packing import Batch, PackedBatch
 from training.device import Device
@@ -162,7 +163,7 @@ class GraphedPasses(Passes):
         except RuntimeError as error:
             self.refuse(step.task, "that could not be recorded")
             self.forget()  # a failed capture may have taken memory that other recordings count on
-            self.say(f"--cuda_graphs: {step.task} cannot be recorded and runs without ({str(error).splitlines()[0]})")
+            self.say(f"--cuda_graphs: {step.task} cannot be recorded and runs without ({first_line(error)})")
             return None
         finally:
             for parameter, gradient in zip(self.parameters, kept, strict=True):
