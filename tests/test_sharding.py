@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 from ranks import launch
+from test_distributed import CASES as WITHOUT_FSDP
 from test_distributed import EXACT, as_text, check_files, small_run
 
 from config import UserError, parse
@@ -32,12 +33,8 @@ CASES: dict[str, list[Any]] = {
 }
 LONGER: dict[str, list[Any]] = {
     "annealed, three backbones": ["--routine", "annealed", "--arch", "r4", "--optim", "RAdam"],
-    "embeddings": ["--arch", "duality", "--para_embedding_loss", "contrastive", "--sts_embedding_loss", "ranking"],
-    "SMART": [
-        "--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1,
-        "--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5,
-    ],
-}  # fmt: skip
+    **{name: WITHOUT_FSDP[name] for name in ("embeddings", "SMART")},
+}
 ON_THREE = ("sequential, Adamax", "joint, AdamW")
 # A run that trains the heads, then the upper layer, then both, then everything.
 UNFREEZING = ["--fine_tune_mode", "iterative", "--epochs", 5, "--routine", "joint", "--optim", "AdamW"]
