@@ -90,11 +90,7 @@ def cause(error: Exception, folder: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

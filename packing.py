@@ -290,7 +290,7 @@ def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
     `stored` [n] are numbers of stored sequences and rise; the new batch's order is theirs.
     """
     whole = batch.to(torch.device("cpu"))
-    lengths = whole.lengths.numpy()[stored]
+    lengths = whole.sizes[stored]
     rows = torch.from_numpy(ragged_rows(whole.cu_seqlens.numpy()[stored].astype(np.int64), lengths))
     part = PackedBatch(
         input_ids=whole.input_ids[rows],
@@ -300,7 +300,7 @@ def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
         max_seqlen=int(lengths[-1]),
         order=torch.arange(len(stored)),
         restore=torch.arange(len(stored)),
-        sizes=lengths.astype(np.int64),
+        sizes=lengths,
     )
     device = batch.input_ids.device
     return part.to(device), rows.to(device)
