@@ -186,7 +186,7 @@ class Ranks(World):
     def largest(self, *numbers: int) -> Sequence[int]:
         largest = torch.tensor(numbers)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return list(map(int, largest.tolist()))
+        return list(largest.tolist())
 
     def agreed(self, text: str) -> str:
         texts = [text]
@@ -357,11 +357,11 @@ class Reducer:
         yield
         self.backward = None
         having = [parameter for parameter in self.parameters if parameter.grad is not None]
-        planned = {parameter: None for bucket in plan for parameter in bucket}
+        planned = {parameter for bucket in plan for parameter in bucket}
         late = [parameter for bucket in plan[own.sent :] for parameter in bucket if parameter.grad is not None]
         own.send(buckets_of([*late, *(parameter for parameter in having if parameter not in planned)]))
         own.receive()
-        if set(having) != set(planned):
+        if set(having) != planned:
             order = dict.fromkeys([*own.made, *having])
             self.plans[task] = buckets_of(self.agreed(list(order)))
 

@@ -53,7 +53,7 @@ def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any
     for path in run.states():
         try:
             content = load(path)
-            if missing := [name for name in STATE if name not in content and name != "data"]:  # nor had it older ones
+            if missing := [name for name in STATE if name not in content and name != "data"]:  # older states lack it
                 raise UserError(f"{path}: is no state that this version can go on from, it lacks {missing[0]}")
         except UserError as error:
             problems.append(str(error))
