@@ -912,7 +912,7 @@ def targets(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[str]:
         peer, own = (np.array(seconds) for seconds in record["seconds"].values())
         if batch_size in RATIOS:
             add(f"times transformers at batch {batch_size}", np.median(peer / own), RATIOS[batch_size], False, 2)
-        if batch_size in SHARES:
+        if batch_size in SHARES and record["square_peak"]:  # which a CPU has not
             share = np.median(record["flops"] / own) / record["square_peak"]
             add(f"share of the device's peak at batch {batch_size}", share, SHARES[batch_size], False, 3)
         epoch = ROWS["para"][0] / np.median(record["examples"] / own)

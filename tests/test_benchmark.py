@@ -364,6 +364,11 @@ def test_targets() -> None:
         "met     seconds of the Yin Yang recipe: 299, at most 300",
     ]
     assert benchmark.targets([train], 64)[0] == "MISSED  times transformers at batch 64: 3.50, at least 5"
+    on_cpu = benchmark.targets([{**train, "square_peak": None}], 256)  # whose peak is not measured
+    assert [line[8:].split(":")[0] for line in on_cpu] == [
+        "times transformers at batch 256",
+        "seconds for 283,003 pairs at batch 256",
+    ]
 
 
 def test_the_peers_batches_made_by_processes_are_the_same(bert: Path, small_data: Path) -> None:
