@@ -832,12 +832,19 @@ def run_command(command: Sequence[str]) -> None:
 def measure_recipe(options: Options) -> dict[str, Any]:
     """Seconds that R0's Yin Yang recipe would take, from those of its steps in each stage of unfreezing.
 
-    On made data of the real files' lengths; their numbers of rows say how often each step is taken.
+    On made data of the real files' lengths; their numbers of rows say how often each step is taken. Raises UserError
+    where a task has no step left after the warmup.
     """
     flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--use_gpu", "--amp"]
     flags += ["--cuda_graphs"] if options.cuda_graphs else []
     tasks = {name: TASKS[name] for name in ROWS}
     trainer = make_trainer(options, flags, tasks)
+    for name in tasks:
+        if (steps := len(task_batches(trainer.plan, 0, name))) <= RECIPE_WARMUP:
+            raise UserError(
+                f"--modes recipe needs {RECIPE_WARMUP + 1} steps of {name}, but --data_dir {options.data_dir} has only "
+                f"{steps}; use --data_dir {MADE}"
+            )
     config, model = trainer.config, trainer.model
     epochs, stages = config.train.epochs, {}
     seconds = dict.fromkeys(tasks, 0.0)

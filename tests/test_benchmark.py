@@ -390,6 +390,11 @@ def test_a_batch_larger_than_the_data(bert: Path, small_data: Path) -> None:
         make_workload(options(bert, small_data, batch_size=21), "sst", print)
 
 
+def test_too_few_data_for_the_recipe(tiny_bert: Path, small_data: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe needs 31 steps of sst, but --data_dir .* has only 1; use .* made"):
+        benchmark.measure_recipe(options(tiny_bert, small_data))
+
+
 def test_few_data_are_used_again(bert: Path, small_data: Path) -> None:
     work = make_workload(options(bert, small_data, steps=6), "sst", print)
     assert len(work.batches) == 7 and {len(step) for step in work.batches} == {8}
