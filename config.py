@@ -654,6 +654,18 @@ def highest(kind: Any, metadata: Mapping[str, Any]) -> Any:
     return metadata.get("high", MOST_NUMBER if kind is float else None)
 
 
+def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
+    """Where a value lies outside an option's bounds and what they are; empty where it does not."""
+    low, above, high = metadata.get("low"), metadata.get("above"), highest(kind, metadata)
+    if low is not None and not value >= low:
+        return f"too small; give at least {low}"
+    if above is not None and not value > above:
+        return f"too small; give more than {above}"
+    if high is not None and not value <= high:  # nan too
+        return f"too large; give at most {high}"
+    return ""
+
+
 def check_values(options: Any) -> None:
     """Raise TypeError where a field of a dataclass of options holds what no command line can have put there."""
     hints = typing.get_type_hints(type(options))
@@ -668,14 +680,8 @@ def check_values(options: Any) -> None:
         else:
             right = isinstance(value, (int, float) if kind is float else kind)
             right = right and isinstance(value, bool) == (kind is bool)
-        low, high, above = metadata.get("low"), highest(kind, metadata), metadata.get("above")
-        if (
-            not right
-            or ("choices" in metadata and not set(items) <= set(metadata["choices"]))
-            or (low is not None and not value >= low)
-            or (high is not None and not value <= high)
-            or (above is not None and not above < value < math.inf)
-        ):
+        choices = metadata.get("choices", items)
+        if not right or any(item not in choices for item in items) or out_of_bounds(value, kind, metadata):
             raise TypeError(f"{spec.name} {reprlib.repr(value)}")
 
 
@@ -754,15 +760,8 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        low, above = metadata.get("low"), metadata.get("above")
-        if (low is not None and value < low) or (above is not None and value <= above):
-            raise argparse.ArgumentTypeError(
-                f"{text} is too small; give {'at least' if above is None else 'more than'} "
-                f"{low if above is None else above}"
-            )
-        high = highest(kind, metadata)
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is too large; give at most {high}")
+        if problem := out_of_bounds(value, kind, metadata):
+            raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
 
     return convert
