@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,8 +52,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (a per-task flag's name with {task} in it), `positional`, `belongs` (another option of its group and the values of
-    that under which it means anything).
+    (a per-task flag's name with {task} in it), `belongs` (another option of its group and the values of that under
+    which it means anything).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -770,7 +770,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
     """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
     kind, metadata = _value_type(hint), spec.metadata
-    if not isinstance(spec.default, bool) and spec.default not in (None, MISSING, ""):  # 1 and 0.0 are to be shown
+    if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # 1 and 0.0 are to be shown
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
     help = help.replace("%", "%%")
@@ -785,10 +785,8 @@ def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", 
         return
     choices = metadata.get("choices")
     many = typing.get_origin(kind) is tuple
-    if choices and not metadata.get("metavar"):
-        common["metavar"] = "{" + ",".join(choices) + "}"
-    else:
-        common["metavar"] = metadata.get("metavar", {int: "N", float: "X"}.get(kind, "TEXT"))
+    values = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+    common["metavar"] = metadata.get("metavar", values)
     group.add_argument(*flags, type=_checked(kind, metadata), choices=None if many else choices, help=help, **common)
 
 
@@ -886,7 +884,7 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     chosen = list(options) if "run.evaluate" in given else named or default  # a checkpoint knows its own tasks
     if not chosen:
         raise UserError("no task is left to train on; give at least one --train_NAME")
-    config = Config(tasks={name: replace(options[name], enabled=True) for name in options if name in chosen}, **groups)
+    config = Config(tasks={name: replace(options[name], enabled=True) for name in chosen}, **groups)
     problems = check(config, tasks) + check_evaluate(given)
     if config.pal.pal_tasks is not None:
         known = names_of(tasks)
