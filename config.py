@@ -918,10 +918,15 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     ]
 
 
+def changed(options: Any) -> list[str]:
+    """The names of options that have not their defaults."""
+    return [spec.name for spec in fields(options) if getattr(options, spec.name) != spec.default]
+
+
 def check_adapters(config: Config) -> list[str]:
     """What is wrong with the options of LoRA and DoRA."""
     problems, lora = [], config.lora
-    adapters = [name for name, value in vars(lora).items() if value != getattr(LoraOptions(), name)]
+    adapters = changed(lora)
     for whole in ("lora_dict", "init_peft"):
         others = ", ".join(f"--{name}" for name in adapters if name != whole)
         if whole in adapters and others:
@@ -981,8 +986,8 @@ def check_training(config: Config) -> list[str]:
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, own in config.tasks.items() if own.smart > 0.0]
-    for name in ("smart_epsilon", "smart_sigma", "smart_eta", "smart_steps"):
-        if getattr(train, name) != getattr(TrainOptions(), name) and not smart:
+    for name in changed(train):
+        if name.startswith("smart_") and not smart:
             problems.append(f"--{name} belongs to SMART; choose tasks for it with --NAME_smart, such as --sst_smart 1")
     if smart and train.cache_frozen:
         problems.append(
@@ -1021,13 +1026,12 @@ def check_tasks(config: Config) -> list[str]:
 def check_belongs(options: TrainOptions) -> list[str]:
     """What is set although the option that it belongs to has a value under which it means nothing."""
     problems = []
-    for spec in fields(options):
-        owner, values = spec.metadata.get("belongs", (spec.name, ()))
-        chosen = getattr(options, owner)
-        if owner != spec.name and getattr(options, spec.name) != spec.default and chosen not in values:
+    for name in changed(options):
+        owner, values = options.__dataclass_fields__[name].metadata.get("belongs", (None, ()))
+        if owner is not None and (chosen := getattr(options, owner)) not in values:
             problems.append(
-                f"--{spec.name} belongs to --{owner} {', '.join(values)}, not {chosen}; drop one of the two, or give "
-                f"--{spec.name} its default"
+                f"--{name} belongs to --{owner} {', '.join(values)}, not {chosen}; drop one of the two, or give "
+                f"--{name} its default"
             )
     return problems
 
@@ -1147,7 +1151,7 @@ def check_cache_frozen(config: Config) -> list[str]:
 def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with --pal and the flags that belong to it."""
     pal, known = config.pal, names_of(tasks)
-    given = [name for name, value in vars(pal).items() if value != getattr(PalOptions(), name)]
+    given = changed(pal)
     if pal.pal == "none":
         return [f"--{given[0]} belongs to --pal; choose a kind with --pal or drop it"] if given else []
     without = {"low-rank": ("pal_size", "pal_heads"), "mixed": ()}.get(pal.pal, ("pal_low_rank_size",))
