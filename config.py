@@ -638,13 +638,12 @@ class Config:
         Raises TypeError for an option that does not exist or a value that it cannot have.
         """
         groups = {name: group(**values.get(name, {})) for name, group in GROUPS.items()}
-        for group, name in (("model", "pair_features"), ("lora", "lora_targets"), ("pal", "pal_tasks")):
-            if getattr(groups[group], name) is not None:
-                setattr(groups[group], name, tuple(getattr(groups[group], name)))  # json has lists only
         tasks = {name: TaskOptions(**own) for name, own in values["tasks"].items()}
-        for task in tasks.values():
-            task.extra = None if task.extra is None else tuple(task.extra)
         for options in (*groups.values(), *tasks.values()):
+            hints = typing.get_type_hints(type(options))
+            for name, value in vars(options).items():
+                if isinstance(value, list) and typing.get_origin(_value_type(hints[name])) is tuple:
+                    setattr(options, name, tuple(value))  # json has lists only
             check_values(options)
         return cls(tasks=tasks, **groups)
 

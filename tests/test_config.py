@@ -826,3 +826,12 @@ def test_a_saved_value_at_an_open_bound_or_beyond_is_refused(lr: float) -> None:
     saved["train"]["lr"] = lr
     with pytest.raises(TypeError, match=re.escape(f"lr {lr}")):
         Config.from_dict(saved)
+
+
+@pytest.mark.parametrize(("group", "name"), [("model", "pair_features"), ("pal", "pal_tasks"), ("tasks", "extra")])
+@pytest.mark.parametrize("value", ["uv", 5])
+def test_a_saved_value_that_is_no_list_where_one_belongs_is_refused(group: str, name: str, value: Any) -> None:
+    saved = configure().to_dict()
+    (saved["tasks"]["sst"] if group == "tasks" else saved[group])[name] = value
+    with pytest.raises(TypeError, match=f"^{name} {value!r}$"):
+        Config.from_dict(saved)
