@@ -10,6 +10,8 @@ echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,6 @@ SCRIPT = "multitask_classifier.py"
 
 def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT, Tokenizer]":
     """A model with pretrained backbones and fresh heads, and the tokenizer that belongs to it."""
-    from dataclasses import replace
-
     import torch
 
     from base_bert import load_weights, read_config, resolve_pretrained
@@ -254,8 +254,7 @@ def export(config: Config) -> None:
 
 def label_sentences(config: Config) -> None:
     """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
-    from cleaning import Cleaner
-    from datasets import Examples, TaskData
+    from datasets import Examples, tokenise
     from evaluation import decide, predict, probabilities
     from training.device import choose_device
 
@@ -272,10 +271,9 @@ def label_sentences(config: Config) -> None:
     ids = [str(i) for i in range(len(texts))]
     columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
     examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
-    cleaner = Cleaner() if saved.data.extra_clean else None
-    data = TaskData(examples, tokenizer, str(model.options.pair_encoding), cleaner)
-    if data.truncated:  # not among the labels, which people pipe on
-        print(f"truncated {data.truncated} sequences to {tokenizer.max_length} tokens (--max_length)", file=sys.stderr)
+    warn = partial(print, file=sys.stderr)  # not among the labels, which people pipe on
+    splits, pair_encoding = {"predict": {task.name: examples}}, str(model.options.pair_encoding)
+    data = tokenise(splits, tokenizer, pair_encoding, saved.data.extra_clean, warn)["predict"][task.name]
     values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
     labels = decide(task, values)
     for row, value, label in zip(texts, values, labels, strict=True):
