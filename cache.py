@@ -1,4 +1,4 @@
-"""Arrays kept between runs: a file of Quora's size takes half a minute to read and tokenise, and a second from here.
+"""Arrays kept between runs: a file of Quora's size takes 10 s or more to read and tokenise, less than one from here.
 
 What is kept is named by the hash of all that it follows from, this package's code included, so that it never has to be
 thrown away by hand. Deleting the folder is always right.
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError
-from files import cache_folder, first_line, refuse_inflating, write_atomically
+from config import UserError, first_line
+from files import cache_folder, refuse_inflating, write_atomically
 
 logger = logging.getLogger("minbert")
 
