@@ -755,7 +755,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+            wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
