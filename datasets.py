@@ -60,13 +60,11 @@ class Examples:
 
     def at(self, chosen: np.ndarray) -> "Examples":
         """The examples at these rows [M]."""
-        return Examples(
-            self.task,
-            self.split,
-            self.path,
-            [self.ids[i] for i in chosen],
-            tuple([column[i] for i in chosen] for column in self.texts),
-            None if self.labels is None else self.labels[chosen],
+        return replace(
+            self,
+            ids=[self.ids[i] for i in chosen],
+            texts=tuple([column[i] for i in chosen] for column in self.texts),
+            labels=None if self.labels is None else self.labels[chosen],
         )
 
 
@@ -329,7 +327,7 @@ def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
     return examples
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
+def concatenated(parts: Sequence[Examples]) -> Examples:
     """The examples of several files of one task, one file after the other."""
     first, *others = parts
     if not others:
@@ -355,7 +353,7 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
         )
     examples = read_examples(path, task, split, bad_rows)
     if split == "train":
-        examples = joined([examples, *(read_extra(Path(name), task, bad_rows) for name in options.extra or ())])
+        examples = concatenated([examples, *(read_extra(Path(name), task, bad_rows) for name in options.extra or ())])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
         return examples.take(data.max_train_examples, SUBSET_SEED)
