@@ -252,8 +252,7 @@ def save_pretrained(
     """
     _check_shapes(state, expected_shapes(config), "weights to save")
     write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    names = {ours: theirs for ours, (theirs, _) in _parameters(config).items()}
-    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, theirs in names.items()}
+    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in _parameters(config).items()}
     # Never in place: tensors from load_weights may still be mapped from the very file this replaces.
     save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILES[0], save)
