@@ -10,7 +10,8 @@ The peer is what one writes with transformers: batches padded to their longest t
 random-bert-base has BERT-base's shape; made data have the lengths of the real ones. Neither needs a network.
 These modes have no peer: tokenise reads and tokenises a generated file of Quora's size, at first and from the cache;
 frozen trains the heads of a frozen backbone with --cache_frozen and without, in turn; start waits for --help and for a
-short run; scaling trains in so many processes, each with its share of the batch, and with --threads each.
+short run; recipe adds up R0's Yin Yang from its steps; scaling trains in so many processes, each with its share of
+the batch, and with --threads each. That of optimizer are torch's own optimizers.
 """
 
 import itertools
