@@ -315,7 +315,7 @@ class Side(Protocol):
     def forward(self, indices: np.ndarray) -> Tensor:
         """The outputs of training examples [B]: [B, classes] or [B]."""
 
-    def train_on(self, *batches: np.ndarray) -> object:
+    def train_on(self, *batches: np.ndarray) -> None:
         """An optimizer step for the examples [B] of each batch, from token ids to new weights."""
 
     def evaluate(self) -> object:
@@ -343,9 +343,8 @@ class Minbert:
     def forward(self, indices: np.ndarray) -> Tensor:
         return self.model(self.work.task.name, self.work.train.batch(indices).to(self.work.device.device))
 
-    def train_on(self, *batches: np.ndarray) -> object:
+    def train_on(self, *batches: np.ndarray) -> None:
         run_steps(self.trainer, [Step(self.work.task.name, indices) for indices in batches])
-        return None
 
     def evaluate(self) -> object:
         device = self.work.device
@@ -479,14 +478,13 @@ class Transformers:
     def forward(self, indices: np.ndarray) -> Tensor:
         return self.model(self.there(self.batches.collate(indices.tolist())))
 
-    def train_on(self, *batches: np.ndarray) -> object:
+    def train_on(self, *batches: np.ndarray) -> None:
         for indices in batches:
             if self.loader is None:
                 texts, labels = self.batches.collate(indices.tolist()), self.work.train.labels(indices)
             else:
                 texts, labels = next(self.loader)
             self.train_step(self.there(texts), labels.to(self.device, non_blocking=True))
-        return None
 
     def train_step(self, texts: Sequence[tuple[Tensor, ...]], labels: Tensor) -> None:
         """One optimizer step."""
