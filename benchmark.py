@@ -904,25 +904,24 @@ def targets(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[str]:
     """A line for each target that these records speak of: what was found, what is wanted, and whether it is met."""
     lines = []
 
-    def add(what: str, found: float, wanted: float, most: bool, digits: int) -> None:
-        met = found <= wanted if most else found >= wanted
-        bound = "at most" if most else "at least"
+    def add(what: str, found: float, bound: str, wanted: float, digits: int) -> None:
+        met = found <= wanted if bound == "at most" else found >= wanted
         lines.append(f"{'met   ' if met else 'MISSED'}  {what}: {found:.{digits}f}, {bound} {wanted:g}")
 
     for record in records:
         if record["mode"] == "recipe":
             seconds = sum(record["train"].values()) + record["evaluation"]
-            add("seconds of the Yin Yang recipe", seconds, RECIPE_SECONDS, True, 0)
+            add("seconds of the Yin Yang recipe", seconds, "at most", RECIPE_SECONDS, 0)
         if (record["mode"], record.get("task"), record.get("comparison")) != ("train", "para", "full-model"):
             continue
         peer, own = (np.array(seconds) for seconds in record["seconds"].values())
         if batch_size in RATIOS:
-            add(f"times transformers at batch {batch_size}", np.median(peer / own), RATIOS[batch_size], False, 2)
+            add(f"times transformers at batch {batch_size}", np.median(peer / own), "at least", RATIOS[batch_size], 2)
         if batch_size in SHARES and record["square_peak"]:  # which a CPU has not
             share = np.median(record["flops"] / own) / record["square_peak"]
-            add(f"share of the device's peak at batch {batch_size}", share, SHARES[batch_size], False, 3)
+            add(f"share of the device's peak at batch {batch_size}", share, "at least", SHARES[batch_size], 3)
         epoch = ROWS["para"][0] / np.median(record["examples"] / own)
-        add(f"seconds for {ROWS['para'][0]:,} pairs at batch {batch_size}", epoch, EPOCH_SECONDS, True, 1)
+        add(f"seconds for {ROWS['para'][0]:,} pairs at batch {batch_size}", epoch, "at most", EPOCH_SECONDS, 1)
     return lines
 
 
