@@ -21,6 +21,7 @@ from sklearn.metrics import (
     r2_score,
     root_mean_squared_error,
 )
+from test_config import configure
 from test_report import cells, drawn, page_of
 
 import multitask_classifier
@@ -58,6 +59,7 @@ from reporting.sources import Run, collect, read_run, short_names, trial_of_run
 from reporting.tables import Column, Table
 from tasks import PARA, SST, STS, TASKS, Task
 from training import telemetry
+from training.checkpoint import RunDirectory
 from training.efficiency import figures as row_of
 
 rng = np.random.default_rng
@@ -401,6 +403,36 @@ def test_titles_in_tensorboard_are_whole(task: Task) -> None:
     figure.draw_without_rendering()
     title = figure.axes[0].title.get_window_extent()
     assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "eval_every", "drawn_after"),
+    [
+        (7, 1, [1, 2, 3, 4, 5, 6, 7]),
+        (20, 3, [3, 6, 9, 12, 15, 18, 20]),
+        (45, 1, [*range(3, 46, 3)]),
+        (200, 1, [*range(10, 201, 10)]),
+        (200, 7, [*range(14, 200, 14), 200]),
+    ],
+)
+def test_a_long_run_draws_few_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, eval_every: int, drawn_after: list[int]
+) -> None:
+    """Drawing them takes as long as a short epoch; curves have every epoch."""
+    monkeypatch.setattr(telemetry, "confusion_figure", lambda *_: None)
+    config = configure("--train_sst", "--epochs", epochs, "--eval_every", eval_every, "--tensorboard")
+    own = telemetry.Telemetry(RunDirectory(tmp_path), config, {"sst": SST})
+    assert own.writer is not None
+    figures, scalars = [], []
+    monkeypatch.setattr(own.writer, "add_figure", lambda tag, figure, step: figures.append(step))
+    monkeypatch.setattr(own.writer, "add_scalar", lambda tag, value, step: scalars.append((tag, step)))
+    for number in range(1, epochs + 1):
+        due = number % eval_every == 0 or number == epochs
+        dev = {"sst": (np.eye(5), np.arange(5))} if due else {}
+        scores = {"sst": {"accuracy": 1.0}} if due else {}
+        own.epoch(telemetry.Epoch(number, "all", number, {}, scores), dev)
+    assert figures == drawn_after
+    assert [step for tag, step in scalars if tag.startswith("speed/")] == [*range(1, epochs + 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Of a task in a run, about: one takes a tenth of a second, as long as an epoch of a small or frozen model does, and
+# TensorBoard itself shows ten.
+MOST_FIGURES = 20
+
 
 @dataclass
 class TaskEpoch:
@@ -265,11 +269,19 @@ class Telemetry:
             self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
         for name, (values, labels) in dev.items():
             self._scalars(f"{name}/dev", epoch.dev[name], epoch.step)
+            if not self._has_figures(epoch.number):
+                continue
             similarity = self.tasks[name].kind == "similarity"
             figure = (residual_figure if similarity else confusion_figure)(self.tasks[name], values, labels)
             kind = "residuals" if similarity else "confusion"
             self.writer.add_figure(f"{name}/{kind}", figure, epoch.step)
         self.writer.flush()
+
+    def _has_figures(self, epoch: int) -> bool:
+        """Whether an evaluation after so many epochs has figures: in short runs each, and the last one always."""
+        train = self.config.train
+        every = train.eval_every * math.ceil(train.epochs / (MOST_FIGURES * train.eval_every))
+        return epoch % every == 0 or epoch == train.epochs
 
     def flush(self) -> None:
         """Let the files have all that was recorded."""
