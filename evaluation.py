@@ -39,15 +39,15 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
     )
 
 
-def halving(run: Callable[[np.ndarray], torch.Tensor], rows: np.ndarray) -> torch.Tensor:
-    """`run(rows)`, in halves where it does not fit into memory."""
+def halving(run: Callable[[np.ndarray], T], rows: np.ndarray) -> list[T]:
+    """What `run(rows)` returns; of halves, one after the other, where it does not fit into memory."""
     try:
-        return run(rows)
+        return [run(rows)]
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error) or len(rows) == 1:
             raise
     middle = len(rows) // 2  # out here, where the error no longer holds the tensors of the failed pass
-    return torch.cat([halving(run, rows[:middle]), halving(run, rows[middle:])])
+    return halving(run, rows[:middle]) + halving(run, rows[middle:])
 
 
 def predict(
@@ -73,7 +73,7 @@ def predict(
     autocast = torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
     with merged(model), torch.inference_mode(), autocast:
         for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
-            outputs.append(halving(lambda own: model(task.name, data.batch(own).to(device)).float(), block))
+            outputs += halving(lambda own: model(task.name, data.batch(own).to(device)).float(), block)
     model.train(training)
     joined = torch.cat(outputs).cpu().numpy()
     if not np.isfinite(joined).all():

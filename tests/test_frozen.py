@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut, make_bert
+from test_memory import ask_the_allocator
 from test_training import changed, copied, digest, make_trainer, metrics
 from torch import Tensor
 
@@ -222,6 +223,27 @@ def test_mixed_precision_keeps_half_the_bytes(flags: list[str], tmp_path: Path) 
         losses.append(losses_of(trainer))
     np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=0.03)
     assert {kept.values.dtype for data in trainer.frozen.all for kept in data.kept.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("arch", ["yin-yang", "v2"])
+def test_a_lack_of_memory_in_frozen_layers_halves_what_goes_through_them(
+    flags: list[str], tmp_path: Path, arch: str
+) -> None:
+    """Not the batches of training, and dropout goes on in the layers that train."""
+    losses = []
+    more = ["--arch", arch, "--epochs", 2, "--backbone_dropout_prob", 0.1, "--cache_frozen"]
+    for most in (None, 5):
+        trainer = make_trainer(flags, tmp_path / str(most), *more)
+
+        def hook(module: Any, given: tuple[Any, ...], most: int | None = most) -> None:
+            if most is not None and given[1].num_sequences > most and not torch.is_grad_enabled():
+                ask_the_allocator()
+
+        for backbone in trainer.model.backbones.values():
+            backbone.bert_layers[0].register_forward_pre_hook(hook)
+        losses.append(losses_of(trainer))
+        assert not trainer.memory.sizes
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- nothing is done twice

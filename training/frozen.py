@@ -15,7 +15,7 @@ from torch import Tensor
 from bert import BertModel
 from config import Config
 from datasets import TaskData
-from evaluation import progress
+from evaluation import halving, progress
 from lora import merged
 from multitask_bert import MultitaskBERT, layers_left_frozen
 from packing import Batch, EncodedBatch, PackedBatch, ragged_rows
@@ -115,14 +115,18 @@ class FrozenData:
         blocks = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
         for block in progress(blocks, f"{self.title}: frozen layers", "batch", leave=False):
             signals.check()  # of a large split this takes minutes, and nothing that is saved depends on it
-            for layers, encoded in self.compute(block, self.kept).items():
-                self.kept[layers].filled[block] = True
-                values = encoded.hidden.to("cpu", self.dtype)
-                if encoded.packed is None:
-                    values = values.unflatten(0, (-1, len(block)))  # [C * B, H] -> [C, B, H]
-                    self.kept[layers].values.index_copy_(1, torch.from_numpy(block), values)
-                else:
-                    self.kept[layers].values.index_copy_(0, self.rows(block, encoded.packed), values)
+            halving(self.fill_block, block)
+
+    def fill_block(self, block: np.ndarray) -> None:
+        """Compute what is kept of these examples, by one pass."""
+        for layers, encoded in self.compute(block, self.kept).items():
+            values = encoded.hidden.to("cpu", self.dtype)
+            if encoded.packed is None:
+                values = values.unflatten(0, (-1, len(block)))  # [C * B, H] -> [C, B, H]
+                self.kept[layers].values.index_copy_(1, torch.from_numpy(block), values)
+            else:
+                self.kept[layers].values.index_copy_(0, self.rows(block, encoded.packed), values)
+            self.kept[layers].filled[block] = True
 
     @torch.no_grad()
     def compute(self, indices: np.ndarray, wanted: Iterable[int]) -> dict[int, EncodedBatch]:
@@ -131,18 +135,20 @@ class FrozenData:
         out: dict[int, EncodedBatch] = {}
         training = self.backbone.training
         self.backbone.eval()
-        with merged(self.backbone), self.device.autocast():
-            hidden, done = self.backbone.embed(packed), 0
-            for layers in sorted(wanted):
-                if layers == self.depth:
-                    embedding = self.backbone.sentence_embedding(EncodedBatch(hidden, done, packed), self.pooling)
-                    out[layers] = EncodedBatch(embedding, layers, None)
-                    break
-                for layer in self.backbone.bert_layers[done:layers]:
-                    hidden = layer(hidden, packed)
-                out[layers] = EncodedBatch(hidden, layers, packed)
-                done = layers
-        self.backbone.train(training)
+        try:
+            with merged(self.backbone), self.device.autocast():
+                hidden, done = self.backbone.embed(packed), 0
+                for layers in sorted(wanted):
+                    if layers == self.depth:
+                        embedding = self.backbone.sentence_embedding(EncodedBatch(hidden, done, packed), self.pooling)
+                        out[layers] = EncodedBatch(embedding, layers, None)
+                        break
+                    for layer in self.backbone.bert_layers[done:layers]:
+                        hidden = layer(hidden, packed)
+                    out[layers] = EncodedBatch(hidden, layers, packed)
+                    done = layers
+        finally:
+            self.backbone.train(training)
         return out
 
 
