@@ -85,7 +85,8 @@ class Scaler(torch.amp.GradScaler):
 
     A step whose gradients overflowed is none: the optimizer's state and running averages stay, and the scale is halved
     (Micikevicius et al. 2018, "Mixed precision training", section 3.2). The next step has its learning rate; what the
-    schedule loses in an epoch by that, it has caught up with when the next one begins.
+    schedule loses in an epoch by that, it has caught up with when the next one begins. Whether a step was made the host
+    has to know, so that in fp16 each waits for a GPU; in bf16, which newer ones have, nothing is scaled and none does.
     """
 
     skipped = 0
