@@ -22,6 +22,7 @@ from packing import with_tail
 from tasks import DEFAULT_TASKS
 from training.device import Device
 from training.efficiency import StepGauge
+from training.health import Scaler
 from training.loop import Trainer
 from training.losses import LOSSES
 from training.passes import GraphedPasses, Recorder
@@ -165,10 +166,13 @@ def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path, more: l
         torch.cuda.set_sync_debug_mode("default")
 
 
-def made_on_gpu(flags: list[str], folder: Path, *more: object) -> Trainer:
-    """A trainer in bf16 on the GPU, ready for steps."""
+BF16, FP16 = Device(GPU, torch.bfloat16), Device(GPU, torch.float16, scaled=True)
+
+
+def made_on_gpu(flags: list[str], folder: Path, *more: object, device: Device = BF16) -> Trainer:
+    """A trainer in half precision on the GPU, ready for steps."""
     run = folder / f"run-{len(list(folder.iterdir()))}"
-    trainer = make_trainer(flags, run, *more, device=Device(GPU, torch.bfloat16))
+    trainer = make_trainer(flags, run, *more, device=device)
     trainer.model.freeze_for_epoch(trainer.config.train, 0)
     trainer.model.train()
     return trainer
@@ -263,9 +267,9 @@ def tiny_flags_for_graphs(tiny_flags: list[str], tmp_path_factory: pytest.TempPa
     return flags
 
 
-def make_graphed(flags: list[str], folder: Path, *more: object) -> Trainer:
+def make_graphed(flags: list[str], folder: Path, *more: object, device: Device = BF16) -> Trainer:
     """A trainer that replays, ready for steps."""
-    return made_on_gpu(flags, folder, *GRAPHS, *more)
+    return made_on_gpu(flags, folder, *GRAPHS, *more, device=device)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +337,23 @@ def test_graphs_of_a_joint_step(tiny_flags_for_graphs: list[str], tmp_path: Path
             torch.stack(run_all(replayed, steps)), torch.stack(run_all(eager, steps)), rtol=0.02, atol=0.02
         )
         assert graphed(replayed).counts["replayed"] > 10
+
+
+def test_graphs_of_losses_that_are_scaled(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
+    """In fp16 a recording reads the scale as it is at each replay."""
+    flags, found = [*STILL, "--arch", "v1", "--optim", "SGD", "--clip", 0.1], []
+    for make in (made_on_gpu, make_graphed):
+        trainer = make(tiny_flags_for_graphs, tmp_path, *flags, device=FP16)
+        trainer.scaler = Scaler("cuda", init_scale=8.0, growth_interval=6)
+        start, steps = copied(trainer.model), [Step("sst", np.arange(8)), Step("sts", np.arange(8))] * 15
+        losses = torch.stack(run_all(trainer, steps))
+        moved = [(own - start[name]).flatten().double() for name, own in copied(trainer.model).items()]
+        found.append((losses, torch.cat(moved)))
+        assert trainer.scaler.get_scale() == 8 * 2**5 and trainer.scaler.skipped == 0
+    assert graphed(trainer).counts["replayed"] == 26
+    (eager, moved), (replayed, by_graphs) = found
+    torch.testing.assert_close(replayed, eager, rtol=0.02, atol=0.02)
+    assert float((moved - by_graphs).norm() / moved.norm()) < 0.05
 
 
 def test_gradients_that_wait_are_not_written_over(tiny_flags_for_graphs: list[str], tmp_path: Path) -> None:
