@@ -435,7 +435,7 @@ def small_run(tiny_flags: list[str], run: Path) -> list[str]:
     return [*tiny_flags, "--run_dir", str(run), "--no_tensorboard"]
 
 
-def check_files(run: Path, text: str, flags: list[str]) -> None:
+def check_files(run: Path, text: str, data: Path) -> None:
     """What two processes leave behind and print is what one does."""
     assert sorted(name for name in os.listdir(run) if name != ".lock") == [
         "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
@@ -446,23 +446,22 @@ def check_files(run: Path, text: str, flags: list[str]) -> None:
     dev = json.loads((run / "scores.json").read_text())["dev"]
     assert dev == max((json.loads(line)["dev"] for line in (run / "metrics.jsonl").read_text().splitlines()),
                       key=lambda own: own["score"])  # fmt: skip
-    data = Path(flags[flags.index("--data_dir") + 1])
     for task in DEFAULT_TASKS.values():
         ids = [line.split("\t")[1] for line in (data / task.files["dev"]).read_text().splitlines()[1:]]
         rows = (run / "predictions" / f"{task.name}-dev-output.csv").read_text().splitlines()[1:]
         assert [row.split(" , ")[0] for row in rows] == ids
 
 
-def test_the_script_on_two_processes(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_the_script_on_two_processes(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     flags = small_run(tiny_flags, tmp_path / "run")
     ended = launch(2, tmp_path / "log", ranks.script, *flags)
     assert ended.codes == [0, 0], ended.text()
     assert (tmp_path / "log" / "1.out").read_text() == (tmp_path / "log" / "1.err").read_text() == ""
-    check_files(tmp_path / "run", ended.text("out"), flags)
+    check_files(tmp_path / "run", ended.text("out"), small_data)
 
 
 @pytest.mark.long
-def test_torchrun_and_its_ways_to_fail(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_torchrun_and_its_ways_to_fail(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     """One line for each mistake, whichever rank finds it; and a checkpoint is evaluated on other numbers of ranks."""
 
     def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
@@ -473,7 +472,7 @@ def test_torchrun_and_its_ways_to_fail(tiny_flags: list[str], tmp_path: Path) ->
     flags = small_run(tiny_flags, run)
     done = torchrun(*flags)
     assert done.returncode == 0, done.stderr
-    check_files(run, done.stdout, flags)
+    check_files(run, done.stdout, small_data)
     assert torchrun("--evaluate", str(run / "best.pt"), *tiny_flags[2:4]).returncode == 0
     again = json.loads((run / "best-evaluation" / "scores.json").read_text())["dev"]
     assert again == json.loads((run / "scores.json").read_text())["dev"]

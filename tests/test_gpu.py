@@ -428,13 +428,11 @@ def test_the_optimizer_is_one_kernel_whatever_the_rate(name: str) -> None:
     assert kernels.seen[fused] == 3 and not any("foreach" in own for own in kernels.seen)
 
 
-def test_the_script_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_the_script_on_the_gpu(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*tiny_flags, "--use_gpu", "--amp", "--run_dir", str(run)]
     multitask_classifier.main(flags)
-    multitask_classifier.main(
-        ["--evaluate", str(run / "best.pt"), "--data_dir", tiny_flags[tiny_flags.index("--data_dir") + 1], "--use_gpu"]
-    )
+    multitask_classifier.main(["--evaluate", str(run / "best.pt"), "--data_dir", str(small_data), "--use_gpu"])
     assert sorted(os.listdir(run / "best-evaluation")) == ["predictions", "scores.json"]
 
 

@@ -315,7 +315,7 @@ def test_each_file_has_its_own_gate(tiny_flags: list[str], tmp_path: Path) -> No
     assert {name: sha256(tmp_path / "run" / name) for name in before} == before
 
 
-def test_a_ruined_checkpoint_predicts_nothing(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_a_ruined_checkpoint_predicts_nothing(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     import multitask_classifier
     from training.checkpoint import save
 
@@ -325,8 +325,7 @@ def test_a_ruined_checkpoint_predicts_nothing(tiny_flags: list[str], tmp_path: P
     content["weights"]["backbones.sentiment.pooler_dense.bias"][0] = math.nan
     save(tmp_path / "bad.pt", content)
     (tmp_path / "x.txt").write_text("A film .\n")
-    data = tiny_flags[tiny_flags.index("--data_dir") + 1]
-    for flags in (["--data_dir", data], ["--predict", str(tmp_path / "x.txt"), "--task", "sst"]):
+    for flags in (["--data_dir", str(small_data)], ["--predict", str(tmp_path / "x.txt"), "--task", "sst"]):
         with pytest.raises(UserError, match="^SST sentiment: an output on .* is not finite any more"):
             multitask_classifier.main(["--evaluate", str(tmp_path / "bad.pt"), *flags])
     assert not (tmp_path / "bad-evaluation" / "scores.json").exists()

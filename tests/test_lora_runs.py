@@ -159,13 +159,12 @@ def test_peft_and_transformers_read_what_is_exported(adapted: Path, tiny_bert: P
         assert (hidden(bert.from_pretrained(tiny_bert), ids) - wanted).abs().max() > 1e-3
 
 
-def test_a_run_can_start_from_an_adapter_of_peft(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_a_run_can_start_from_an_adapter_of_peft(tiny_flags: list[str], tiny_bert: Path, tmp_path: Path) -> None:
     """peft itself makes the adapter: what it computes is what our run starts from, and its checkpoint stands alone."""
     bert: Any = transformers.BertModel
-    base = tiny_flags[tiny_flags.index("--pretrained") + 1]
     for dora in (False, True):
         config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["query", "value"], use_dora=dora)
-        theirs = peft.get_peft_model(bert.from_pretrained(base), config)
+        theirs = peft.get_peft_model(bert.from_pretrained(tiny_bert), config)
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, 1.0 if "magnitude" in name else 0.0, 0.3)

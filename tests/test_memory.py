@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -452,13 +453,12 @@ multitask_classifier.main(json.loads(sys.argv[3]))
 """
 
 
-def test_a_process_with_too_little_memory_trains_in_parts(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_a_process_with_too_little_memory_trains_in_parts(
+    tiny_flags: list[str], small_data: Path, tmp_path: Path
+) -> None:
     """The limit is the system's own (RLIMIT_AS) and the error that of torch's allocator."""
     bert = make_bert(tmp_path / "bert", hidden_size=256, num_attention_heads=4, intermediate_size=1024)
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in Path(tiny_flags[tiny_flags.index("--data_dir") + 1]).iterdir():
-        (data / path.name).write_bytes(path.read_bytes())
+    data = shutil.copytree(small_data, tmp_path / "data")
     header, *rows = (data / "ids-sst-train.csv").read_text().splitlines()
     at, long = header.split("\t").index("sentence"), []
     for number in range(80):

@@ -381,12 +381,14 @@ def test_it_goes_with_other_methods(tiny_flags: list[str], tmp_path: Path, more:
     assert changed(copied(trainer.model), copied(again)) == set()
 
 
-def test_a_checkpoint_without_trained_heads_is_not_evaluated(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_without_trained_heads_is_not_evaluated(
+    tiny_flags: list[str], small_data: Path, tmp_path: Path
+) -> None:
     best = run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "run") / "best.pt"
     for more in ([], ["--predict", "-", "--task", "sst"]):
         message = refusal_of(lambda *words: multitask_classifier.main(list(words)), "--evaluate", str(best), *more)
         assert "--mlm" in message and "--init_from" in message
-    words = [str(best), "--data_dir", tiny_flags[tiny_flags.index("--data_dir") + 1], "--run_dir", str(tmp_path / "e")]
+    words = [str(best), "--data_dir", str(small_data), "--run_dir", str(tmp_path / "e")]
     message = refusal_of(lambda *words: ensemble.main(list(words)), *words)
     assert "--mlm" in message and "--init_from" in message
     multitask_classifier.main(["--evaluate", str(best), "--export", str(tmp_path / "exported")])

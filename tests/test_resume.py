@@ -112,6 +112,12 @@ def at(name: str, when: Callable[[Trainer], bool], do: Callable[[], object] = ki
     return sabotage
 
 
+def before_fit(sabotage: Callable[[Trainer], object]) -> None:
+    """Put a sabotage into every trainer of this process when it begins to train."""
+    fit = Trainer.fit
+    Trainer.fit = lambda trainer: (sabotage(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+
+
 def at_step(number: int) -> Any:
     """Killed before a step, or after it where its number is odd."""
     return at("train_step", lambda trainer: trainer.step == number, after=number % 2 == 1)
@@ -285,9 +291,8 @@ def test_what_is_no_interval_is_refused(value: str) -> None:
         parse([f"--save_every={value}"], TASKS, "test", "Test.")
 
 
-def test_other_data_is_no_data_to_resume_with(tiny_flags: list[str], tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(tiny_flags[tiny_flags.index("--data_dir") + 1], data)
+def test_other_data_is_no_data_to_resume_with(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
     flags = ["--train_sst", "--save_every", 1, "--data_dir", data]
     assert run_child(tiny_flags, tmp_path / "run", *flags, sabotage=at_step(2)) == -signal.SIGKILL
     lines = (data / "ids-sst-train.csv").read_text().splitlines(keepends=True)
@@ -298,11 +303,9 @@ def test_other_data_is_no_data_to_resume_with(tiny_flags: list[str], tmp_path: P
 
 @pytest.mark.parametrize("what", ["order", "label", "vocabulary"])
 def test_as_many_other_data_are_no_data_to_resume_with(
-    tiny_flags: list[str], tiny_bert: Path, tmp_path: Path, what: str
+    tiny_flags: list[str], tiny_bert: Path, small_data: Path, tmp_path: Path, what: str
 ) -> None:
-    data, bert = tmp_path / "data", tmp_path / "bert"
-    shutil.copytree(tiny_flags[tiny_flags.index("--data_dir") + 1], data)
-    shutil.copytree(tiny_bert, bert)
+    data, bert = shutil.copytree(small_data, tmp_path / "data"), shutil.copytree(tiny_bert, tmp_path / "bert")
     flags = ["--train_sst", "--save_every", 1, "--data_dir", data, "--pretrained", bert]
     assert run_child(tiny_flags, tmp_path / "run", *flags, sabotage=at_step(2)) == -signal.SIGKILL
     file = bert / "vocab.txt" if what == "vocabulary" else data / "ids-sst-train.csv"
@@ -343,8 +346,7 @@ def test_tensorboard_has_each_point_once(tiny_flags: list[str], tmp_path: Path) 
     def train(run: Path, *more: str, sabotage: Any = None) -> int:
         def work() -> None:
             if sabotage is not None:
-                fit = Trainer.fit
-                Trainer.fit = lambda trainer: (sabotage(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+                before_fit(sabotage)
             multitask_classifier.main([*words, *more, "--run_dir", str(run)])
 
         return Child(work, run.with_suffix(".log")).wait()
@@ -456,11 +458,8 @@ def test_a_second_ctrl_c_ends_at_once(tiny_flags: list[str], tmp_path: Path) -> 
         kill_myself(signal.SIGINT)
         time.sleep(60)
 
-    sabotage = at("train_step", lambda trainer: trainer.step == 12, twice)
-
     def work() -> None:
-        fit = Trainer.fit
-        Trainer.fit = lambda trainer: (sabotage(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+        before_fit(at("train_step", lambda trainer: trainer.step == 12, twice))
         run_script(multitask_classifier.main, words)
 
     assert Child(work, tmp_path / "log").wait() == 130
@@ -514,9 +513,7 @@ def test_a_disk_that_is_full_in_the_middle_of_an_epoch(tiny_flags: list[str], tm
         words = [*tiny_flags, "--run_dir", str(run), "--save_every", "2"]
 
         def work() -> None:
-            fit = Trainer.fit
-            filling = at("train_step", lambda trainer: trainer.step == 5, lambda: fill(disk))
-            Trainer.fit = lambda trainer: (filling(trainer), fit(trainer))[1]  # type: ignore[method-assign]
+            before_fit(at("train_step", lambda trainer: trainer.step == 5, lambda: fill(disk)))
             run_script(multitask_classifier.main, words)
 
         assert Child(work, tmp_path / "log").wait() == 2

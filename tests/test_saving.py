@@ -287,11 +287,11 @@ def test_truncated_files_are_found(trained: Path, tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("how", ["--evaluate", "--init_from", "ensemble.py"])
 def test_no_way_to_load_a_model_takes_a_flipped_bit(
-    trained: Path, tiny_flags: list[str], tmp_path: Path, how: str
+    trained: Path, tiny_flags: list[str], small_data: Path, tmp_path: Path, how: str
 ) -> None:
     path = tmp_path / "flipped.pt"
     path.write_bytes(flipped((trained / "best.pt").read_bytes(), in_a_tensor(trained / "best.pt"), 5))
-    data = tiny_flags[tiny_flags.index("--data_dir") + 1]
+    data = str(small_data)
     with pytest.raises(UserError, match=r"flipped\.pt: not a readable checkpoint, damaged .*has changed since"):
         if how == "ensemble.py":
             ensemble.main([str(trained / "best.pt"), str(path), "--data_dir", data, "--run_dir", str(tmp_path / "e")])

@@ -203,13 +203,13 @@ def test_weights_that_do_not_fit_are_refused(tiny_flags: list[str], tmp_path: Pa
         Shards(0, 2, 0, 1).load(model, {other: weights[other] for other in others}, Path("resume.pt"))
 
 
-def test_the_script_with_fsdp(tiny_flags: list[str], tmp_path: Path) -> None:
+def test_the_script_with_fsdp(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     """Training, evaluation of the best checkpoint and predictions: rank 0 writes all files, and alone prints."""
     flags = [*small_run(tiny_flags, tmp_path / "run"), "--lora_mode", "attn-only", "--fsdp"]
     ended = launch(2, tmp_path / "log", ranks.script, *flags)
     assert ended.codes == [0, 0], ended.text()
     assert (tmp_path / "log" / "1.out").read_text() == (tmp_path / "log" / "1.err").read_text() == ""
-    check_files(tmp_path / "run", ended.text("out"), flags)
+    check_files(tmp_path / "run", ended.text("out"), small_data)
 
 
 # ------------------------------------------------------------------------------------------------------------- flags
