@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_are_refused(tiny_flags: list[str], tmp_path: Pa
     model = ranks.make_trainer(ONE, tiny_flags, tmp_path / "run").model
     name, *others = weights = model.state_dict()
     with pytest.raises(UserError, match=f"^resume.pt: the weights do not fit .* missing {name}$"):
-        Shards(0, 2, 0, 1).load(model, {other: weights[other] for other in others}, Path("resume.pt"))
+        Shards(0, 2, 0, 1).load(model, {other: weights[other] for other in others}, Path("resume.pt"), set())
 
 
 def test_the_script_with_fsdp(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:

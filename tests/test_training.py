@@ -599,7 +599,7 @@ def test_a_checkpoint_of_another_arch_is_refused(trained: Trainer, tiny_flags: l
     other, _ = multitask_classifier.build_model(config, DEFAULT_TASKS)
     before = copied(other)
     with pytest.raises(UserError, match="another arch.*; and [0-9]+ more") as error:
-        load_weights_into(other, load(trained.run.best)["weights"], trained.run.best)
+        load_weights_into(other, load(trained.run.best)["weights"], trained.run.best, set())
     assert "\n" not in str(error.value) and str(trained.run.best) in str(error.value) and len(str(error.value)) < 1200
     assert changed(before, copied(other)) == set()
 
@@ -609,7 +609,7 @@ def test_weights_that_do_not_fit_are_listed(trained: Trainer) -> None:
     weights["heads.mnli.bias"] = weights.pop("heads.para.2.bias")
     weights["pair_layer.dense.bias"] = torch.zeros(3)
     with pytest.raises(UserError) as error:
-        load_weights_into(trained.model, weights, Path("own.pt"))
+        load_weights_into(trained.model, weights, Path("own.pt"), set())
     assert str(error.value) == (
         "own.pt: the weights do not fit the model, another arch perhaps: missing heads.para.2.bias; "
         "unknown heads.mnli.bias; pair_layer.dense.bias is (3,) instead of (64,)"

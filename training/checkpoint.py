@@ -135,9 +135,7 @@ def model_checkpoint(
     }
 
 
-def refuse_misfits(
-    own: Mapping[str, torch.Tensor], weights: Any, source: Path, left_out: Set[str] = frozenset()
-) -> None:
+def refuse_misfits(own: Mapping[str, torch.Tensor], weights: Any, source: Path, left_out: Set[str]) -> None:
     """See that a checkpoint's weights are those of a model whose state is `own`; those `left_out` may be missing.
 
     Raises UserError that lists missing, extra and misshapen tensors.
@@ -169,7 +167,7 @@ def refuse_other_base(model: MultitaskBERT, saved: str, pretrained: str, source:
 
 
 def load_weights_into(
-    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str] = frozenset()
+    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str]
 ) -> None:
     """Copy a checkpoint's weights into a model of the same arch; those `left_out` of it may be missing.
 

@@ -114,9 +114,7 @@ class World:
         """What an optimizer's `state_dict` returns where one process has all of it."""
         return optimizer.state_dict()
 
-    def load(
-        self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str] = frozenset()
-    ) -> None:
+    def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
         """`load_weights_into` on all ranks, of the weights that rank 0 has."""
         load_weights_into(model, weights, source, left_out)
 
@@ -268,9 +266,7 @@ class Ranks(World):
         dist.all_reduce(outputs)  # sums with zeros
         return outputs.numpy()
 
-    def load(
-        self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str] = frozenset()
-    ) -> None:
+    def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
         if self.leads:
             load_weights_into(model, weights, source, left_out)
         self.broadcast(model)

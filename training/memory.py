@@ -66,8 +66,8 @@ class Memory:
         data: Mapping[str, Batches],
         device: torch.device,
         say: Callable[[str], None],
-        alone: bool = True,
-        release: Callable[[], bool] = lambda: False,
+        alone: bool,
+        release: Callable[[], bool],
     ) -> None:
         """`alone`: no other process waits for a part of the batch from this one; else a lack of memory only fails.
 

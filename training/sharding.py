@@ -87,9 +87,7 @@ class Shards(Ranks):
         return out
 
     @torch.no_grad()
-    def load(
-        self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str] = frozenset()
-    ) -> None:
+    def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
         own = model.state_dict()
         if self.leads:
             refuse_misfits(own, weights, source, left_out)
