@@ -83,8 +83,9 @@ def similarity_score(members: Sequence[np.ndarray], labels: np.ndarray) -> Calla
 
 def noisy_members(seed: int, count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Similarities of members that are right and wrong in different measure, and the labels."""
-    labels = rng(seed).normal(size=30)
-    return [(labels + rng([seed, i]).normal(size=30) * (0.5 + i)).astype(np.float32) for i in range(count)], labels
+    draw = rng(seed).normal  # one generator for all: numpy takes the seeds 3 and [3, 0] for the same
+    labels = draw(size=30)
+    return [(labels + draw(size=30) * (1 + 0.3 * i)).astype(np.float32) for i in range(count)], labels
 
 
 def reference_selection(members: Sequence[np.ndarray], labels: np.ndarray, limit: int) -> list[int]:
@@ -107,7 +108,7 @@ def test_selection_equals_a_reference(seed: int) -> None:
     members, labels = noisy_members(seed, 5)
     found = select_votes(5, 12, similarity_score(members, labels))
     assert found == reference_selection(members, labels, 12)
-    assert max(found) > 1 or sum(found) < 12
+    assert max(found) > 1 and np.count_nonzero(found) > 1
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -119,11 +120,8 @@ def test_selection_equals_an_exhaustive_search_over_one_and_two_votes(seed: int)
     assert select_votes(5, 1, score) == np.eye(5, dtype=int)[first].tolist()
     pairs = [(i, j) for i, j in itertools.combinations_with_replacement(range(5), 2) if first in (i, j)]
     best = max(pairs, key=lambda pair: score(np.bincount(pair, minlength=5)))
-    found = select_votes(5, 2, score)
-    if score(np.bincount(best, minlength=5)) > alone[first]:
-        assert found == np.bincount(best, minlength=5).tolist()
-    else:
-        assert sum(found) == 1
+    assert select_votes(5, 2, score) == np.bincount(best, minlength=5).tolist()
+    assert len(set(best)) == 2  # else a single vote would do
 
 
 def test_selection_by_hand() -> None:
