@@ -550,9 +550,13 @@ def test_weights_that_the_last_step_ruined_are_noticed(tiny_flags: list[str], tm
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
-def test_a_rate_beyond_float32_ends_in_one_line(tiny_flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises((UserError, SystemExit)):
-        make_trainer(tiny_flags, tmp_path / "run", "--lr", 1e38).fit()
+def test_a_rate_beyond_float32_ends_in_one_line(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        make_trainer(tiny_flags, tmp_path / "run", "--lr", 1e38)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "argument --lr: 1e+38 is too large" in line
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
