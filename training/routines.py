@@ -117,18 +117,18 @@ def draws(plan: Plan, epoch: int, routine: str) -> np.random.Generator:
 
 
 def random_epoch(plan: Plan, epoch: int) -> list[Step]:
-    """One task for the whole epoch, each as likely (R1, section 4.2): one round of it, or --steps_per_epoch."""
+    """One task for the whole epoch, each as likely (R1, section 4): one round of it, or --steps_per_epoch."""
     task = draws(plan, epoch, "random-epoch").choice(plan.tasks_in(epoch))
     return drawn(plan, epoch, [task] * (plan.steps_per_epoch or len(round_batches(plan, epoch, task, 0))))
 
 
 def random(plan: Plan, epoch: int) -> list[Step]:
-    """Another task for each batch, each as likely (R1, section 4.2)."""
+    """Another task for each batch, each as likely (R1, section 4.1)."""
     return drawn(plan, epoch, draws(plan, epoch, "random").choice(plan.tasks_in(epoch), steps_in(plan, epoch)))
 
 
 def round_robin(plan: Plan, epoch: int) -> list[Step]:
-    """The tasks in turn, the small ones as often as the large ones (R1, section 4.2)."""
+    """The tasks in turn, the small ones as often as the large ones (R1, section 4.1)."""
     return drawn(plan, epoch, islice(cycle(plan.tasks_in(epoch)), steps_in(plan, epoch)))
 
 
