@@ -168,7 +168,7 @@ def report(
 
     values = {
         (split, name): probabilities(
-            model.tasks[name], world.predict(model, own, device.device, config.compute.eval_batch_size, device.amp)
+            model.tasks[name], world.predict(model, own, device, config.compute.eval_batch_size)
         )
         for split in scored_splits(config)
         for name, own in data[split].items()

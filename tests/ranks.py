@@ -265,7 +265,7 @@ def fit_and_predict(flags: list[str], run_dir: Path, counts: tuple[int, ...]) ->
         for (task, data), count in product(trainer.dev_data.items(), counts):
             first = data.examples.at(np.arange(count))
             few = TaskData(first, trainer.tokenizer, str(trainer.model.options.pair_encoding))
-            out[f"{task} {count}"] = torch.from_numpy(world.predict(trainer.model, few, trainer.device.device, 5))
+            out[f"{task} {count}"] = torch.from_numpy(world.predict(trainer.model, few, trainer.device, 5))
         return out
 
 
@@ -324,7 +324,7 @@ def fit_and_tell(flags: list[str], run_dir: Path) -> dict[str, Any]:
                 data.batch = _noted(told.setdefault(f"{task} {split}", []), data.batch)
         trainer.fit()
         outputs = {
-            task: torch.from_numpy(world.predict(trainer.model, data, trainer.device.device, 5))
+            task: torch.from_numpy(world.predict(trainer.model, data, trainer.device, 5))
             for task, data in trainer.dev_data.items()
         }
         return {**told, "outputs": outputs, "weights": trainer.model.state_dict()}

@@ -31,6 +31,7 @@ from multitask_bert import BatchNorm, MultitaskBERT
 from packing import to_device
 from training import signals
 from training.checkpoint import RunDirectory, load_weights_into
+from training.device import Device
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
 GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another
@@ -94,11 +95,9 @@ class World:
         """Inside, backward of a batch of `task` runs; after it, if `now`, gradients are sums over all ranks."""
         return nullcontext()
 
-    def predict(
-        self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
-    ) -> np.ndarray:
+    def predict(self, model: nn.Module, data: Batches, device: Device, batch_size: int) -> np.ndarray:
         """`evaluation.predict`, each rank doing a part of it and knowing all of it afterwards."""
-        return predict(model, data, device, batch_size, amp)
+        return predict(model, data, device.device, batch_size, device.amp)
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """The norm of the gradients of all these parameters together."""
@@ -252,15 +251,13 @@ class Ranks(World):
         scale = weight * (var + eps).rsqrt()
         return (wide * scale.view(shape) + (bias - mean * scale).view(shape)).to(x.dtype)
 
-    def predict(
-        self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
-    ) -> np.ndarray:
+    def predict(self, model: nn.Module, data: Batches, device: Device, batch_size: int) -> np.ndarray:
         task = data.examples.task
         outputs = torch.zeros(len(data), task.num_outputs) if task.kind == "classes" else torch.zeros(len(data))
         for rows in np.split(np.arange(len(data)), range(ROUND * batch_size, len(data), ROUND * batch_size)):
             own = rows[shard(data.lengths[rows], self.rank, self.size)]
             if len(own):
-                found = predict(model, data, device, batch_size, amp, own)
+                found = predict(model, data, device.device, batch_size, device.amp, own)
                 outputs[torch.from_numpy(own)] = torch.from_numpy(found)
             signals.stop(*self.largest(signals.received()))  # on all ranks at one place, or none would be left to save
         dist.all_reduce(outputs)  # sums with zeros

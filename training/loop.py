@@ -388,8 +388,7 @@ class Trainer:
         out = {}
         for name in names:
             data = self.dev_data[name]
-            size = self.config.compute.eval_batch_size
-            outputs = self.world.predict(self.model, data, self.device.device, size, self.device.amp)
+            outputs = self.world.predict(self.model, data, self.device, self.config.compute.eval_batch_size)
             assert data.examples.labels is not None
             out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
         return out

@@ -34,6 +34,7 @@ from datasets import Batches
 from multitask_bert import MultitaskBERT
 from optimizer import local
 from training.checkpoint import refuse_misfits
+from training.device import Device
 from training.distributed import Ranks, Reducer
 
 
@@ -57,11 +58,9 @@ class Shards(Ranks):
         dist.all_reduce(square)
         return (square + torch.nn.utils.get_total_norm(common).square()).sqrt()
 
-    def predict(
-        self, model: nn.Module, data: Batches, device: torch.device, batch_size: int, amp: torch.dtype | None = None
-    ) -> np.ndarray:
+    def predict(self, model: nn.Module, data: Batches, device: Device, batch_size: int) -> np.ndarray:
         with gathered(model):
-            return super().predict(model, data, device, batch_size, amp)
+            return super().predict(model, data, device, batch_size)
 
     # What files hold
 
