@@ -538,17 +538,13 @@ def test_the_cache_knows_the_data(combine: Run, runs: Path, small_data: Path, tm
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", None], ids=["empty", "text", "truncated"])
 def test_a_damaged_cache_is_no_obstacle(combine: Run, runs: Path, tmp_path: Path, content: bytes | None) -> None:
-    """Its predictions can be made again, or the file is named in one line."""
+    """Its predictions are made again."""
     name = runs / "cross" / "best.pt"
     combine(name, "--run_dir", "a", "--cache", "cache")
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    try:
-        combine(name, "--run_dir", "b", "--cache", "cache")
-    except UserError as error:
-        assert str(path.name) in str(error)
-    else:
-        assert (tmp_path / "a" / "scores.json").read_bytes() == (tmp_path / "b" / "scores.json").read_bytes()
+    assert f"{name}: predicted" in combine(name, "--run_dir", "b", "--cache", "cache")
+    assert (tmp_path / "a" / "scores.json").read_bytes() == (tmp_path / "b" / "scores.json").read_bytes()
 
 
 def test_a_member_named_twice_has_two_votes(combine: Run, runs: Path, tmp_path: Path) -> None:
