@@ -110,6 +110,18 @@ def test_a_table_gets_the_rows_of_other_machines(tmp_path: Path, flags: list[str
         run(tmp_path / "three" / "ranks", [*flags, "--epochs", "2", *storage], "seed=1")
 
 
+@pytest.mark.parametrize("storage", ["{}/journal", "sqlite:///{}/study.db"])
+def test_rows_of_a_table_are_shared_as_numbers(storage: str, tmp_path: Path) -> None:
+    """A table that is older than the storage gives texts, and no score of a trial that failed."""
+    from optuna.trial import TrialState
+
+    study = SharedStudy(storage.format(tmp_path), "study")
+    for name, score in (("a", "0.66"), ("b", "")):
+        assert study.take(name) and study.finish({"trial": name, "score": score})
+    records = study.storage.get_all_trials(study.study)
+    assert [(own.state, own.values) for own in records] == [(TrialState.COMPLETE, [0.66]), (TrialState.FAIL, None)]
+
+
 @pytest.mark.parametrize("storage", ["text", "text/journal", "nosuch://host/study", "sqlite:////nosuch/study.db"])
 def test_a_storage_that_cannot_be_used_is_one_line(storage: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

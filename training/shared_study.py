@@ -120,7 +120,8 @@ class SharedStudy(OwnStudy):
         record = self.ours.pop(row["trial"], None)
         if record is None or not self.write(record, "row", dict(row)):
             return False
-        self.end(record, row.get("score"))
+        score = row.get("score", "")  # as a table has it: a text, which is empty for a trial that failed
+        self.end(record, None if score == "" else float(score))
         return True
 
     def rows(self) -> list[Row]:
