@@ -9,7 +9,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -241,8 +241,8 @@ def with_adapters_named(config: Config) -> Config:
 def read_run(path: Path, name: str, problems: list[str]) -> Run:
     """A run directory, with a line in `problems` for each file that is missing or damaged."""
     config = read_config(path / "config.json", problems)
-    metrics = read_lines(path / "metrics.jsonl", ("train", "dev"), problems)
-    timing = read_lines(path / "timing.jsonl", ("train_seconds", "peak_memory_bytes", "device"), problems)
+    metrics = read_lines(path / "metrics.jsonl", metrics_in, problems)
+    timing = read_lines(path / "timing.jsonl", timing_in, problems)
     scores, epoch = read_scores(path / "scores.json", problems)
     commit = ""
     if (path / "best.pt").exists():
@@ -267,7 +267,24 @@ def read_config(path: Path, problems: list[str]) -> Config | None:
         return None
 
 
-def read_lines(path: Path, needed: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+def metrics_in(line: Mapping[str, Any]) -> list[Any]:
+    """The numbers that a report needs of a line of metrics.jsonl. Raises an error where they are not there."""
+    dev = line["dev"]
+    by_task = [part.get(name, {}) for part in (line["train"], dev) for name in TASKS]
+    numbers = [number for figures in by_task for number in figures.values()]
+    return [line["epoch"], line.get("trainable_parameters", 0), dev.get("score", 0.0), *numbers]
+
+
+def timing_in(line: Mapping[str, Any]) -> list[Any]:
+    """The same of timing.jsonl."""
+    if not isinstance(line["device"], str):
+        raise TypeError("a device without a name")
+    return [line["epoch"], line["peak_memory_bytes"], *line["train_seconds"].values()]
+
+
+def read_lines(
+    path: Path, numbers_in: Callable[[Mapping[str, Any]], list[Any]], problems: list[str]
+) -> list[dict[str, Any]]:
     """The epochs of a jsonl file up to the first line that is damaged; none where there is no file."""
     lines: list[dict[str, Any]] = []
     try:
@@ -280,10 +297,9 @@ def read_lines(path: Path, needed: Sequence[str], problems: list[str]) -> list[d
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            values = {key: line[key] for key in ("epoch", *needed)}
-            if not all(isinstance(values.get(key, {}), dict) for key in ("train", "dev", "train_seconds")):
-                raise TypeError("no figures of tasks")
-        except (ValueError, KeyError, TypeError, RecursionError):
+            if not all(isinstance(own, int | float) for own in numbers_in(line)):
+                raise TypeError("not a number")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             problems.append(f"{path}: line {number} is damaged; it and all after it are left out")
             break
         lines.append(line)
@@ -301,7 +317,10 @@ def read_scores(path: Path, problems: list[str]) -> tuple[dict[str, Any] | None,
         for name, task in TASKS.items():
             if name in dev:
                 finite(dev[name][task.metric])
-        return {**dev, "score": finite(dev["score"])}, content.get("epoch")
+        epoch = content.get("epoch")
+        if not isinstance(epoch, int | None):
+            raise TypeError(f"epoch {epoch}")
+        return {**dev, "score": finite(dev["score"])}, epoch
     except FileNotFoundError:
         problems.append(f"{path.parent}: is not finished (no scores.json); it counts in no comparison")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -535,6 +535,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, set[str]]] = {
         "metrics.jsonl: line 1 is damaged",
         {"curves"},
     ),
+    "words for a loss": (
+        damage("metrics.jsonl", lambda text: re.sub(r'"loss": [\d.]+', '"loss": "low"', text, count=1)),
+        "metrics.jsonl: line 1 is damaged",
+        {"curves"},
+    ),
+    "a number for a task": (
+        damage("metrics.jsonl", lambda text: re.sub(r'"dev": \{"sst": \{.*?\}', '"dev": {"sst": 3', text, count=1)),
+        "metrics.jsonl: line 1 is damaged",
+        {"curves"},
+    ),
+    "no seconds": (
+        damage(
+            "timing.jsonl",
+            lambda text: re.sub(r'"train_seconds": \{"sst": [\d.]+', '"train_seconds": {"sst": null', text),
+        ),
+        "timing.jsonl: line 1 is damaged",
+        set(),
+    ),
+    "a device without name": (
+        damage("timing.jsonl", lambda text: re.sub(r'"device": ".*?"', '"device": {}', text)),
+        "timing.jsonl: line 1 is damaged",
+        set(),
+    ),
+    "an epoch that is none": (
+        damage("scores.json", lambda text: re.sub(r'"epoch": \d+', '"epoch": []', text)),
+        "scores.json: is damaged (",
+        {"sst-confusion", "para-confusion", "sts-scatter", "sts-residuals"},
+    ),
     "unknown task": (
         damage("config.json", lambda text: text.replace('"sst": {', '"headlines": {')),
         "config.json: cannot be read (task headlines is unknown here)",
@@ -599,7 +627,8 @@ def test_the_rest_is_reported(damaged: tuple[Path, list[str]]) -> None:
     page = page_of(out)
     assert all(line in page.text for line in lines[:-2])
     finished = {"cross", *(what.replace(" ", "-") for what in DAMAGES)} - {
-        "unfinished", "broken-scores", "scores-of-another-program", "scores-nested-without-end"}  # fmt: skip
+        "unfinished", "broken-scores", "scores-of-another-program", "scores-nested-without-end",
+        "an-epoch-that-is-none"}  # fmt: skip
     assert {row["run"] for row in csv.DictReader((out / "runs.csv").open())} == finished
 
 
