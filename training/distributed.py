@@ -99,9 +99,9 @@ class World:
         """`evaluation.predict`, each rank doing a part of it and knowing all of it afterwards."""
         return predict(model, data, device.device, batch_size, device.amp)
 
-    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The norm of the gradients of all these parameters together."""
-        return torch.nn.utils.get_total_norm([own.grad for own in parameters if own.grad is not None])
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all these gradients together."""
+        return torch.nn.utils.get_total_norm(gradients)
 
     # What files hold is the same for any number of ranks. All of them have to ask for it, and rank 0 gets it.
 

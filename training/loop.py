@@ -351,10 +351,10 @@ class Trainer:
     def move(self, optimizer: Optimizer, measure: bool) -> Tensor:
         """An optimizer step by the gradients at hand, if there are any; returns their norm as `bound_gradient` does."""
         self.surgery.put()
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
             return NOT_MEASURED
-        norm = self.bound_gradient(optimizer, parameters, measure)
+        norm = self.bound_gradient(optimizer, gradients, measure)
         if self.scaler.moves(optimizer):
             self.average.after_step()
             self.teacher.after_step()
@@ -371,16 +371,16 @@ class Trainer:
                 own = self.world.shard(step.indices, data.lengths)
                 self.model(step.task, data.batch(own).to(self.device.device))
 
-    def bound_gradient(self, optimizer: Optimizer, parameters: Sequence[Tensor], measure: bool) -> Tensor:
+    def bound_gradient(self, optimizer: Optimizer, gradients: Sequence[Tensor], measure: bool) -> Tensor:
         """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
         clip = self.config.train.clip
         if clip is None and not measure:
             return NOT_MEASURED
         self.scaler.unscale_(optimizer)
-        norm = self.world.norm(parameters)
+        norm = self.world.norm(gradients)
         if clip is not None:  # as torch's clip_grads_with_norm_, which takes no shards beside whole tensors
             share = (clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
+            torch._foreach_mul_([local(own) for own in gradients], share)
         return norm
 
     def evaluate(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

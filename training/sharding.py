@@ -49,10 +49,9 @@ class Shards(Ranks):
             shard(backbone, mesh)
         self.reducer = Reducer([own for own in model.parameters() if not isinstance(own, DTensor)])
 
-    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         mine, common = (
-            [local(own.grad) for own in parameters if own.grad is not None and isinstance(own, DTensor) == sharded]
-            for sharded in (True, False)
+            [local(own) for own in gradients if isinstance(own, DTensor) == sharded] for sharded in (True, False)
         )
         square = torch.nn.utils.get_total_norm(mine).square()
         dist.all_reduce(square)
