@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import UserError, bar_style, speaks
+from config import UserError, bar_style, first_line, speaks
 from datasets import Batches, Examples
-from files import first_line, write_text
+from files import write_text
 from lora import merged
 from products import ran_out_of_memory
 from tasks import TASKS, Task

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, DataOptions, TaskOptions, UserError
+from config import Config, DataOptions, TaskOptions, UserError, first_line
 from datasets import BadRows, Examples, load_split
 from evaluation import confusion, correlation, linear_fit, prediction_file
-from files import first_line
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
 from reporting.labels import titles_of
 from reporting.measures import RESAMPLES, errors_and_deviations, fitted, metric_of, rates

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, flag_of
-from files import first_line, read_json
+from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, first_line, flag_of
+from files import read_json
 from lora import LoRAConfig
 from tasks import TASKS
 from training.checkpoint import load

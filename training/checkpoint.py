@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
-from config import BertConfig, Config, UserError, flag_of
+from config import BertConfig, Config, UserError, first_line, flag_of
 from evaluation import remove_predictions
-from files import cause, first_line, lock, read_json, refuse_inflating, shown, write_atomically, write_text
+from files import cause, lock, read_json, refuse_inflating, shown, write_atomically, write_text
 from lora import LoRAConfig, inject, merged_state
 from multitask_bert import MultitaskBERT
 from tasks import TASKS, Task

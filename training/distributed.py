@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from config import GRACE, ComputeOptions, UserError, processes
+from config import GRACE, ComputeOptions, UserError, first_line, processes
 from datasets import Batches
 from evaluation import predict
-from files import first_line
 from multitask_bert import BatchNorm, MultitaskBERT
 from packing import to_device
 from training import signals

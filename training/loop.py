@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config import Config, UserError, is_out_of_memory
+from config import Config, UserError, first_line, is_out_of_memory
 from datasets import Batches, TaskData
 from evaluation import Scores, overall, probabilities, progress, score_task
-from files import cause, first_line
+from files import cause
 from multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
 from packing import Batch

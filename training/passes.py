@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bert import BertSelfAttention
-from config import Config, UserError
-from files import first_line
+from config import Config, UserError, first_line
 from flash import works
 from packing import Batch, PackedBatch
 from training.device import Device

@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import UserError
-from files import first_line
+from config import UserError, first_line
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
