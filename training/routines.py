@@ -135,7 +135,7 @@ def round_robin(plan: Plan, epoch: int) -> list[Step]:
 def annealed_shares(plan: Plan, epoch: int) -> np.ndarray:
     """Probability of each task of `epoch`: in proportion to N^a, a = 1 - anneal e/(E - 1) with e from 0 to E - 1.
 
-    Stickland and Murray (2019), section 4.2; R1. N counts what a round has. A single epoch has a = 1.
+    R1, section 4.1, equation 1, after Stickland and Murray (2019). N counts what a round has. A single epoch has a = 1.
     """
     exponent = 1.0 - plan.anneal * epoch / max(plan.epochs - 1, 1)
     sizes = [plan.fractions.get(name, 1.0) * plan.sizes[name] for name in plan.tasks_in(epoch)]
