@@ -31,7 +31,7 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 OUT_OF_MEMORY = re.compile(

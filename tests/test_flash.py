@@ -200,6 +200,7 @@ def test_an_evaluation_may_be_the_first_to_try(
     ("text", "reason"),
     [
         ("Only Ampere GPUs or newer.\nmore", "Only Ampere GPUs or newer."),
+        ("\n  Only Ampere GPUs or newer.\nmore", "Only Ampere GPUs or newer."),
         ("", "RuntimeError"),
     ],
 )
