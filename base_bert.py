@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from config import BertConfig, UserError
-from files import cache_folder, read_json, refuse_inflating, sha256, shown, write_atomically, write_text
-from tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
+from utils.files import cache_folder, read_json, refuse_inflating, sha256, shown, write_atomically, write_text
 
 logger = logging.getLogger("minbert")
 

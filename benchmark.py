@@ -44,7 +44,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-import flash
 from base_bert import load_weights, read_config, resolve_pretrained, save_pretrained
 from bert import BertModel
 from config import (
@@ -63,21 +62,22 @@ from config import (
     run_script,
 )
 from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
-from evaluation import predict, progress
-from files import cache_folder, write_text
+from evaluation.predict import predict, progress
+from kernels import flash_attention as flash
+from kernels.linear import product
 from lora import TARGETS, LoRAConfig
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from optimizer import Adamax, AdamW
-from products import product
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
-from tokenizer import TokenArrays, Tokenizer, load_tokenizer
-from training.checkpoint import RunDirectory, git_commit
-from training.device import Device, choose_device
+from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.distributed import ONE, World, joined
-from training.loop import Trainer
+from training.logger import format_table
 from training.losses import LOSSES
-from training.routines import Plan, Step, task_batches
-from training.telemetry import format_table
+from training.run_directory import RunDirectory, git_commit
+from training.task_sampling import Plan, Step, task_batches
+from training.trainer import Trainer
+from utils.device import Device, choose_device
+from utils.files import cache_folder, write_text
 
 LR = 1e-5
 ALONE = ("tokenise", "frozen", "start", "optimizer", "recipe", "scaling")  # modes without a peer

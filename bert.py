@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import flash
 from base_bert import init_weights
 from config import BertConfig
-from dropout import Dropout, drop, keep_mask
-from packing import Batch, EncodedBatch, Grouping, PackedBatch, pack_padded, unpack
-from products import linear
+from kernels import flash_attention as flash
+from kernels.dropout import Dropout, drop, keep_mask
+from kernels.linear import linear
+from text.packing import Batch, EncodedBatch, Grouping, PackedBatch, pack_padded, unpack
 
 
 class _GroupedAttention(torch.autograd.Function):

@@ -23,12 +23,12 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from cache import Arrays, cache_key, cached, pack_texts, unpack_texts
-from cleaning import Cleaner
 from config import DataOptions, OneLineParser, TaskOptions, UserError, bar_style, run_script
-from packing import Batch, PackedBatch, pack, ragged_rows
 from tasks import Task
-from tokenizer import TokenArrays, Tokenizer
+from text.cleaning import Cleaner
+from text.packing import Batch, PackedBatch, pack, ragged_rows
+from text.token_cache import Arrays, cache_key, cached, pack_texts, unpack_texts
+from text.tokenizer import TokenArrays, Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Examples

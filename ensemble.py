@@ -35,14 +35,14 @@ from config import (
     say,
     task_options,
 )
-from files import refuse_inflating, sha256, write_atomically
 from tasks import TASKS
+from utils.files import refuse_inflating, sha256, write_atomically
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
     from datasets import Examples
-    from training.device import Device
-    from training.ensembling import Rows
+    from evaluation.ensembling import Rows
+    from utils.device import Device
 
 Outputs = dict[tuple[str, str], np.ndarray]  # (split, task) -> raw outputs or probabilities, [N, classes] or [N]
 Splits = Mapping[str, Mapping[str, "Examples"]]
@@ -89,7 +89,7 @@ class Combined:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.checkpoint import load, trained_tasks
+    from training.run_directory import load, trained_tasks
 
     for name in names:
         if not Path(name).is_file():
@@ -103,8 +103,8 @@ def find_members(names: Sequence[str]) -> list[Member]:
 
 def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
     """See that what is asked for has a meaning with these members. Raises UserError where it has none."""
-    from training.checkpoint import load
-    from training.ensembling import check_alike
+    from evaluation.ensembling import check_alike
+    from training.run_directory import load
 
     for flag in ("select", "soup"):
         if getattr(options, flag) is not None and len(members) < 2:
@@ -173,8 +173,8 @@ def member_outputs(
     `read` gives the content of a checkpoint that is not a file yet.
     """
     from datasets import tokenise
-    from evaluation import predict
-    from training.checkpoint import load_model
+    from evaluation.predict import predict
+    from training.run_directory import load_model
 
     splits = {
         split: {name: examples for name, examples in by_task.items() if name in member.tasks}
@@ -206,7 +206,7 @@ def member_outputs(
 
 def as_probabilities(outputs: Outputs) -> Outputs:
     """One member's raw outputs as probabilities; similarities stay as they are."""
-    from evaluation import probabilities
+    from evaluation.predict import probabilities
 
     return {key: probabilities(TASKS[key[1]], own) for key, own in outputs.items()}
 
@@ -222,8 +222,8 @@ def soup_path(options: EnsembleOptions) -> Path:
 
 def soup_content(members: Sequence[Member], votes: Sequence[int]) -> dict[str, Any]:
     """A checkpoint with the average of the weights of the members that have votes; the rest is the first one's."""
-    from training.checkpoint import load
-    from training.ensembling import average_weights
+    from evaluation.ensembling import average_weights
+    from training.run_directory import load
 
     voting = [(member.path, count) for member, count in zip(members, votes, strict=True) if count]
     weights = average_weights((load(path, mmap=True)["weights"], count) for path, count in voting)
@@ -242,8 +242,8 @@ def make_soup(
 
     `alone` are the members' scores on `half`, the examples by which a greedy soup is chosen; None for a uniform one.
     """
-    from training.checkpoint import load_model, model_checkpoint, save
-    from training.ensembling import greedy_soup, score_dev
+    from evaluation.ensembling import greedy_soup, score_dev
+    from training.run_directory import load_model, model_checkpoint, save
 
     path = soup_path(options)
 
@@ -284,7 +284,7 @@ def make_selection(
     options: EnsembleOptions,
 ) -> Combined:
     """The vote of the members that a greedy selection by `half` of dev chooses."""
-    from training.ensembling import score_dev, select_votes, vote_all
+    from evaluation.ensembling import score_dev, select_votes, vote_all
 
     on_dev = [{key: own for key, own in outputs.items() if key[0] == "dev"} for outputs in by_member]
 
@@ -300,7 +300,7 @@ def cut_dev(dev: "Mapping[str, Examples]") -> "dict[str, Rows]":
 
     Raises UserError for a dev set of one example.
     """
-    from training.ensembling import halves
+    from evaluation.ensembling import halves
 
     for name, examples in dev.items():
         if len(examples) < 2:
@@ -312,8 +312,8 @@ def cut_dev(dev: "Mapping[str, Examples]") -> "dict[str, Rows]":
 
 def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions, compute: ComputeOptions) -> None:
     """Combine the members over `splits`; print and write scores and predictions."""
-    from training.device import choose_device
-    from training.ensembling import score_dev, vote_all
+    from evaluation.ensembling import score_dev, vote_all
+    from utils.device import choose_device
 
     dev = splits["dev"]
     cut = cut_dev(dev) if options.select is not None or options.soup == "greedy" else {}
@@ -349,9 +349,9 @@ def report(
 
     Predictions are those of the last thing made.
     """
-    from evaluation import score_and_write
-    from training.checkpoint import RunDirectory
-    from training.telemetry import score_table
+    from evaluation.predict import score_and_write
+    from training.logger import score_table
+    from training.run_directory import RunDirectory
 
     run = RunDirectory(Path(options.run_dir))
     tasks = {name: TASKS[name] for name in splits["dev"]}
@@ -380,7 +380,7 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         raise UserError("--filepaths: name at least one checkpoint")
     from datasets import load_splits
-    from training.checkpoint import RunDirectory, probe_folder
+    from training.run_directory import RunDirectory, probe_folder
 
     options = groups_of(given, groups)
     members = find_members(names)

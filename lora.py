@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from base_bert import misfits, reason
 from config import LoraOptions, UserError, highest
-from dropout import Dropout
-from files import read_json, shown, write_atomically, write_text
-from products import linear, product
+from kernels.dropout import Dropout
+from kernels.linear import linear, product
+from utils.files import read_json, shown, write_atomically, write_text
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {

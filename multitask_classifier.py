@@ -21,11 +21,11 @@ from tasks import TASKS, Task
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
     from datasets import TaskData
-    from multitask_bert import MultitaskBERT
-    from tokenizer import Tokenizer
-    from training.checkpoint import RunDirectory
-    from training.device import Device
+    from models.multitask_bert import MultitaskBERT
+    from text.tokenizer import Tokenizer
     from training.distributed import World
+    from training.run_directory import RunDirectory
+    from utils.device import Device
 
 
 SCRIPT = "multitask_classifier.py"
@@ -37,9 +37,9 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 
     from base_bert import load_weights, read_config, resolve_pretrained
     from lora import LoRAConfig, import_peft
-    from multitask_bert import MultitaskBERT
-    from tokenizer import load_tokenizer
-    from training.checkpoint import hand_over
+    from models.multitask_bert import MultitaskBERT
+    from text.tokenizer import load_tokenizer
+    from training.run_directory import hand_over
 
     folder = resolve_pretrained(config.model.pretrained)
     dropout = config.model.backbone_dropout_prob
@@ -90,13 +90,13 @@ def train(config: Config, command: str, world: "World") -> None:
     """
     from datasets import load_splits, tokenise
     from lora import LoRAConfig
-    from training.checkpoint import RunDirectory, git_commit, load, probe_file
-    from training.device import choose_device
-    from training.efficiency import BENCHMARK_COLUMNS, Table, benchmark_row
-    from training.loop import Trainer
-    from training.passes import check_device
-    from training.plan import describe
+    from studies.results import BENCHMARK_COLUMNS, Table, benchmark_row
+    from training.cuda_graphs import check_device
+    from training.dry_run import describe
     from training.pretraining import Pretrainer
+    from training.run_directory import RunDirectory, git_commit, load, probe_file
+    from training.trainer import Trainer
+    from utils.device import choose_device
 
     tasks = {name: TASKS[name] for name in config.tasks}
     # What is wrong is told before the data is read; but what --init_peft asks for is known when the model is made.
@@ -137,9 +137,9 @@ def train(config: Config, command: str, world: "World") -> None:
 
 def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunDirectory":
     """The run directory, ready to be written by the process that leads."""
-    from training.checkpoint import RunDirectory, probe_file
     from training.distributed import Unwritten
-    from training.plan import checkpoint_bytes
+    from training.dry_run import checkpoint_bytes
+    from training.run_directory import RunDirectory, probe_file
 
     kind = RunDirectory if world.leads else Unwritten
     run = kind.named(config.run.run_dir, world.agreed(config.run.name or RunDirectory.fresh_name(config.model.arch)))
@@ -163,8 +163,8 @@ def report(
     world: "World",
 ) -> None:
     """Score dev, predict dev and test, print the scores and write all of it into the run directory."""
-    from evaluation import probabilities, score_and_write
-    from training.telemetry import score_table
+    from evaluation.predict import probabilities, score_and_write
+    from training.logger import score_table
 
     values = {
         (split, name): probabilities(
@@ -184,7 +184,7 @@ def report(
 
 def trained_model(config: Config) -> "tuple[MultitaskBERT, Tokenizer, Config]":
     """The checkpoint that --evaluate names, as `load_model` returns it. Raises UserError for one of --mlm."""
-    from training.checkpoint import load, load_model, trained_tasks
+    from training.run_directory import load, load_model, trained_tasks
 
     path = Path(str(config.run.evaluate))
     content = load(path)
@@ -200,8 +200,8 @@ def base_of(config: Config) -> str | None:
 def evaluate(config: Config, world: "World") -> None:
     """--evaluate: score dev and predict dev and test with a checkpoint."""
     from datasets import load_splits, tokenise
-    from training.checkpoint import RunDirectory
-    from training.device import choose_device
+    from training.run_directory import RunDirectory
+    from utils.device import choose_device
 
     path = Path(str(config.run.evaluate))
     device = choose_device(config.compute, say)
@@ -222,7 +222,7 @@ def export(config: Config) -> None:
     """
     from base_bert import save_pretrained
     from lora import export_peft, merged_state
-    from training.checkpoint import load_model, probe_folder
+    from training.run_directory import load_model, probe_folder
 
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
@@ -255,8 +255,8 @@ def export(config: Config) -> None:
 def label_sentences(config: Config) -> None:
     """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
     from datasets import Examples, tokenise
-    from evaluation import decide, predict, probabilities
-    from training.device import choose_device
+    from evaluation.predict import decide, predict, probabilities
+    from utils.device import choose_device
 
     model, tokenizer, saved = trained_model(config)
     task = TASKS[names_of(TASKS)[str(config.run.task)]]

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
 
     from reporting.compare import compare
     from reporting.page import write
-    from training.checkpoint import git_commit
+    from training.run_directory import git_commit
 
     files = {name: task_options(given, task) for name, task in TASKS.items()}
     data = DataOptions(**vars(options["data"]))

@@ -41,8 +41,8 @@ from tasks import TASKS, Task
 if TYPE_CHECKING:
     from bert import BertModel
     from datasets import BadRows, Examples
-    from tokenizer import Tokenizer
-    from training.device import Device
+    from text.tokenizer import Tokenizer
+    from utils.device import Device
 
 COLUMN = "topic"
 
@@ -135,8 +135,8 @@ def embeddings(
     """Mean embeddings of texts [N, H] float32."""
     import torch
 
-    from evaluation import progress
-    from packing import pack, ragged_rows
+    from evaluation.predict import progress
+    from text.packing import pack, ragged_rows
 
     tokens = tokenizer.encode(texts)
     lengths = np.diff(tokens.offsets)
@@ -157,8 +157,8 @@ def told_by_embeddings(
     """The name of the topic [N] whose words are nearest to an example's texts, each of which counts alike."""
     from base_bert import load_weights, read_config, resolve_pretrained
     from bert import BertModel
-    from tokenizer import load_tokenizer
-    from training.device import choose_device
+    from text.tokenizer import load_tokenizer
+    from utils.device import choose_device
 
     device, folder = choose_device(compute, say), resolve_pretrained(pretrained)
     shape = read_config(folder)
@@ -219,9 +219,9 @@ def main(argv: Sequence[str]) -> None:
     task = check(options)
     topics = read_topics(Path(options.topics))
     from datasets import BadRows, find_file
-    from files import write_text
-    from training.checkpoint import probe_file
-    from training.telemetry import format_table
+    from training.logger import format_table
+    from training.run_directory import probe_file
+    from utils.files import write_text
 
     path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")
     if path is None:

@@ -59,10 +59,10 @@ from config import (
     run_script,
     say,
 )
-from files import read_json
+from studies.results import COLUMNS, Table, figures
+from studies.shared_study import OwnStudy, SharedStudy
 from tasks import TASKS
-from training.efficiency import COLUMNS, Table, figures
-from training.shared_study import OwnStudy, SharedStudy
+from utils.files import read_json
 
 SCRIPT = "multitask_classifier.py"
 STATUSES = ("ok", "refused", "out of memory", "failed")
@@ -283,7 +283,7 @@ class Study:
 
     def refuse(self, trials: Sequence[Trial]) -> None:
         """Put combinations that cannot be into the table."""
-        from training.checkpoint import git_commit
+        from training.run_directory import git_commit
 
         commit = git_commit()
         self.table.add([row_of(trial, "refused", trial.refusal, commit) for trial in trials], key="trial")
@@ -336,8 +336,8 @@ class Study:
 
     def take(self, trial: Trial) -> Job | None:
         """Claim a trial and start it; None where another has it, a job of ours included, or where it has its row."""
-        from training.checkpoint import RunDirectory, git_commit
         from training.distributed import cores
+        from training.run_directory import RunDirectory, git_commit
 
         assert trial.config is not None
         folder = self.folder(trial)
@@ -368,7 +368,7 @@ class Study:
 
     def finish(self, job: Job) -> str:
         """Make the row of a run that has ended, delete its checkpoints and give the claim back; returns a line."""
-        from training.checkpoint import RunDirectory
+        from training.run_directory import RunDirectory
 
         folder = self.folder(job.trial)
         code = 0 if job.process is None else job.process.returncode
@@ -421,7 +421,7 @@ def main(argv: Sequence[str]) -> None:
         say(f"{len(feasible)} trials, {len(trials) - len(feasible)} refused")
         return
 
-    from training.checkpoint import probe_folder
+    from training.run_directory import probe_folder
 
     probe_folder(Path(options.out), "--out")
     study = Study(options, [flag for grid in grids for flag in grid])

@@ -9,7 +9,7 @@ import numpy as np
 
 from config import ComputeOptions, DataOptions, TaskOptions, UserError
 from datasets import Examples, load_splits, tokenise
-from evaluation import confusion, correlation, decide, linear_fit, predict, probabilities
+from evaluation.predict import confusion, correlation, decide, linear_fit, predict, probabilities
 from reporting.figures import confusion_figure, scatter_figure
 from reporting.measures import fitted, mcnemar, metric_of, paired_bootstrap
 from reporting.page import Piece, Report, Section
@@ -17,9 +17,9 @@ from reporting.sources import command_of
 from reporting.tables import Column, Table, Value
 from reporting.trials import shared_command
 from tasks import TASKS, Task
-from training.checkpoint import load, load_model, trained_tasks
-from training.device import Device, choose_device
-from training.telemetry import class_names
+from training.logger import class_names
+from training.run_directory import load, load_model, trained_tasks
+from utils.device import Device, choose_device
 
 WORST = 15  # examples in a table
 

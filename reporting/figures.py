@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.telemetry import draw_confusion
+from training.logger import draw_confusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

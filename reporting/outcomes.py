@@ -8,7 +8,7 @@ import numpy as np
 
 from config import Config, DataOptions, TaskOptions, UserError, first_line
 from datasets import BadRows, Examples, load_split
-from evaluation import confusion, correlation, linear_fit, prediction_file
+from evaluation.predict import confusion, correlation, linear_fit, prediction_file
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
 from reporting.labels import titles_of
 from reporting.measures import RESAMPLES, errors_and_deviations, fitted, metric_of, rates
@@ -17,7 +17,7 @@ from reporting.sources import Run, trial_of_run
 from reporting.tables import Column, Table, Value
 from reporting.trials import commits_of, shared_command, small_print
 from tasks import TASKS, Task
-from training.telemetry import class_names
+from training.logger import class_names
 
 CURVES = 8  # runs in one figure, as many as there are colours
 

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import write_atomically, write_text
 from reporting.tables import Table
+from utils.files import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, first_line, flag_of
-from files import read_json
 from lora import LoRAConfig
+from studies.results import FIGURES, per_task
 from tasks import TASKS
-from training.checkpoint import load
-from training.efficiency import FIGURES, per_task
+from training.run_directory import load
+from utils.files import read_json
 
 SCRIPT = "multitask_classifier.py"
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # any of them makes a folder a run directory

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from training.loop import Trainer
+    from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

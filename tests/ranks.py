@@ -22,15 +22,15 @@ import multitask_classifier
 from bert import Linear, WordEmbedding
 from config import ComputeOptions, UserError, parse, run_script
 from datasets import TaskData, load_splits, tokenise
-from multitask_bert import BatchNorm, MultitaskBERT
+from models.multitask_bert import BatchNorm, MultitaskBERT
 from optimizer import local
 from tasks import TASKS
 from training import distributed, smart
-from training.checkpoint import save
-from training.device import Device
 from training.distributed import Ranks, Reducer, World, joined, sum_rows
-from training.loop import Trainer
+from training.run_directory import save
 from training.sharding import Shards, gathered, parameters_of
+from training.trainer import Trainer
+from utils.device import Device
 
 # Forked from a process that has imported what takes long, and never run anything.
 CONTEXT = multiprocessing.get_context("forkserver")

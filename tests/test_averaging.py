@@ -17,15 +17,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import multitask_classifier
 from config import TrainOptions
-from multitask_bert import BatchNorm, MultitaskBERT
-from packing import PackedBatch
+from models.multitask_bert import BatchNorm, MultitaskBERT
 from tasks import DEFAULT_TASKS
-from training import loop
+from text.packing import PackedBatch
+from training import trainer as loop
 from training.averaging import AVERAGES, EMA, REFRESH_BATCHES, RunningAverage, averaged_tensors
-from training.checkpoint import load
-from training.loop import Trainer
-from training.plan import average_bytes, checkpoint_bytes, memory_bytes
-from training.routines import task_batches
+from training.dry_run import average_bytes, checkpoint_bytes, memory_bytes
+from training.run_directory import load
+from training.task_sampling import task_batches
+from training.trainer import Trainer
 
 State = dict[str, Tensor]
 EVERY = {

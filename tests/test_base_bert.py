@@ -28,7 +28,7 @@ from base_bert import (
     weights_sha256,
 )
 from config import BertConfig, UserError
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = BertConfig(

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-import products
 from benchmark import (
     COMPARISONS,
     LR,
@@ -34,9 +33,10 @@ from benchmark import (
 )
 from bert import BertModel
 from config import BertConfig, UserError
-from packing import PackedBatch
+from kernels import linear as products
 from tasks import DEFAULT_TASKS
-from training.routines import Step
+from text.packing import PackedBatch
+from training.task_sampling import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 FIFTY_STEPS_LR = 1e-4

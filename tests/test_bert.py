@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from base_bert import load_weights, read_config
 from bert import BertLayer, BertModel, BertSelfAttention, WordEmbedding, attention
 from config import BertConfig
-from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs, unpack
+from text.packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs, unpack
 
 Models = tuple[BertModel, transformers.BertModel]
 

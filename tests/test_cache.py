@@ -12,16 +12,16 @@ import pytest
 import tokenizers
 from conftest import cut
 
-import cache
 import datasets
 import multitask_classifier
-from cache import CODE, Arrays, cache_key, cached, pack_texts, unpack_texts
-from cleaning import Cleaner
 from config import UserError
 from datasets import BadRows, Examples, TaskData, read_examples
-from files import cache_folder
 from tasks import PARA, SST, STS, Task
-from tokenizer import TokenArrays, Tokenizer, load_tokenizer
+from text import token_cache as cache
+from text.cleaning import Cleaner
+from text.token_cache import CODE, Arrays, cache_key, cached, pack_texts, unpack_texts
+from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer
+from utils.files import cache_folder
 
 TEXTS = (["the plot is n't good", "a film", "it works !"], ["no plot", "the wolves ran " * 30, "a film"])
 ROWS = "\tid\tsentence1\tsentence2\tsimilarity\n0\té1\tOne\tZwei é\t2.5\n1\tb\tbad\t\t1\n2\tc\tThree\tFour\t0\n"
@@ -79,8 +79,9 @@ def test_texts_come_back_as_they_were(texts: list[str]) -> None:
 def test_a_key_holds_parts_apart_and_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [cache_key("ab", "c"), cache_key("a", "bc"), cache_key("abc"), cache_key("ab", "c", ""), cache_key(b"ab", 5)]
     for name in CODE:
-        shutil.copy(Path(cache.__file__).with_name(name), tmp_path)
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(cache.ROOT / name, tmp_path / name)
+    monkeypatch.setattr(cache, "ROOT", tmp_path)
     assert cache_key("ab", "c") == keys[0]
     for name in CODE:
         with (tmp_path / name).open("a", encoding="utf-8") as file:

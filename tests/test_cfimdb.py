@@ -16,9 +16,9 @@ import ensemble
 import multitask_classifier
 from config import ModelOptions
 from datasets import BadRows, read_examples
-from multitask_bert import MultitaskBERT
-from packing import pack_padded
+from models.multitask_bert import MultitaskBERT
 from tasks import CFIMDB, DEFAULT_TASKS, SST, TASKS
+from text.packing import pack_padded
 
 
 @pytest.fixture

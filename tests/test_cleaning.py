@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import ensemble
 import multitask_classifier
-from cleaning import DATA, NEGATIONS, Cleaner, expand_contractions
 from config import Config, UserError
 from datasets import Examples, TaskData
 from tasks import DEFAULT_TASKS, STS
-from tokenizer import load_tokenizer
-from training.checkpoint import load, save
+from text.cleaning import DATA, NEGATIONS, Cleaner, expand_contractions
+from text.tokenizer import load_tokenizer
+from training.run_directory import load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 

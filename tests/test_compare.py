@@ -14,7 +14,7 @@ import multitask_classifier
 import report
 from config import UserError
 from datasets import BadRows, Examples, read_examples
-from evaluation import confusion
+from evaluation.predict import confusion
 from reporting.compare import WORST, classes_piece, figure_piece, gaps_piece, pair_of, scores_piece, worst_piece
 from reporting.page import Piece
 from tasks import PARA, SST, STS, TASKS, Task

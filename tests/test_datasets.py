@@ -19,9 +19,9 @@ from processes import Child
 import datasets
 from config import DataOptions, TaskOptions, UserError, parse
 from datasets import BadRows, Examples, TaskData, fetch, find_file, git_blob_id, load_split, load_splits, read_examples
-from packing import unpack
 from tasks import PARA, SST, STS, TASKS, Task
-from tokenizer import load_tokenizer
+from text.packing import unpack
+from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"

@@ -21,12 +21,12 @@ from ranks import launch
 from torch import nn
 
 from config import UserError, assemble, parse
-from evaluation import predict
-from multitask_bert import BatchNorm
+from evaluation.predict import predict
+from models.multitask_bert import BatchNorm
 from tasks import DEFAULT_TASKS, TASKS
 from training import distributed
-from training.checkpoint import load
 from training.distributed import ONE, buckets_of, shard
+from training.run_directory import load
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20

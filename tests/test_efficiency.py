@@ -16,9 +16,9 @@ from test_training import make_trainer
 
 import multitask_classifier
 from config import UserError
-from packing import PackedBatch
-from training.device import Device
-from training.efficiency import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table, figures
+from studies.results import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table, figures
+from text.packing import PackedBatch
+from utils.device import Device
 
 CPU = torch.device("cpu")
 

@@ -26,8 +26,8 @@ from transformers import BertModel, BertTokenizer
 import multitask_classifier
 from config import parse
 from tasks import DEFAULT_TASKS, TASKS
-from training.checkpoint import load
-from training.routines import ROUTINES, Plan
+from training.run_directory import load
+from training.task_sampling import ROUTINES, Plan
 
 FILES = {"sst": "ids-sst-{}.csv", "para": "quora-{}.csv", "sts": "sts-{}.csv"}
 LABELS = {"sst": "sentiment", "para": "is_duplicate", "sts": "similarity"}

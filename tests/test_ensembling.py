@@ -19,11 +19,7 @@ import ensemble
 import multitask_classifier
 from config import UserError
 from ensemble import Member, cache_file
-from evaluation import correlation
-from tasks import DEFAULT_TASKS, STS
-from training.checkpoint import load, load_model, save
-from training.device import Device
-from training.ensembling import (
+from evaluation.ensembling import (
     average_weights,
     check_alike,
     greedy_soup,
@@ -33,6 +29,10 @@ from training.ensembling import (
     vote,
     z_scores,
 )
+from evaluation.predict import correlation
+from tasks import DEFAULT_TASKS, STS
+from training.run_directory import load, load_model, save
+from utils.device import Device
 
 Run = Callable[..., str]
 rng = np.random.default_rng

@@ -12,7 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from config import ARCHS, DataOptions, ModelOptions, TaskOptions, UserError
 from datasets import Examples, TaskData, load_splits
-from evaluation import (
+from evaluation.ensembling import vote, z_scores
+from evaluation.predict import (
     correlation,
     decide,
     overall,
@@ -24,9 +25,8 @@ from evaluation import (
     score_task,
     write_predictions,
 )
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, PARA, SST, STS
-from training.ensembling import vote, z_scores
 
 rng = np.random.default_rng
 
@@ -183,7 +183,7 @@ def test_score_and_write(tmp_path: Path) -> None:
 def small_model(bert: Path, arch: str) -> tuple[MultitaskBERT, dict[str, TaskData]]:
     """A model in training mode whose BatchNorm statistics are not the initial ones, and the dev data for it."""
     from base_bert import load_weights, read_config
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     config = read_config(bert)
     torch.manual_seed(0)
@@ -261,7 +261,7 @@ def test_every_arch_predicts_every_task(tiny_bert: Path) -> None:
 
 
 def _tokenizer(bert: Path):  # type: ignore[no-untyped-def]
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     return load_tokenizer(bert, 64)
 
@@ -358,7 +358,7 @@ def test_one_member_decides_as_it_does_alone() -> None:
 
 def test_missing_members_are_named(tmp_path: Path) -> None:
     from ensemble import find_members
-    from training.checkpoint import FORMAT, save
+    from training.run_directory import FORMAT, save
 
     save(tmp_path / "a.pt", {"format": FORMAT, "tasks": ["sts"], "config": {"tasks": {}}})
     with pytest.raises(UserError, match="--filepaths .*b.pt: there is no such checkpoint"):

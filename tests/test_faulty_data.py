@@ -16,8 +16,8 @@ import multitask_classifier
 from config import Config, UserError, parse
 from datasets import load_splits, tokenise
 from tasks import TASKS
-from tokenizer import Tokenizer, load_tokenizer
-from training.loop import Trainer
+from text.tokenizer import Tokenizer, load_tokenizer
+from training.trainer import Trainer
 
 FILES = {task.name: task.files for task in TASKS.values()}
 LINE = {"sst": b"0\ta\tA film .\t3", "para": b"0\ta\tA film ?\tA film .\t1.0", "sts": b"0\ta\tA film .\tFilms .\t2.5"}

@@ -8,11 +8,11 @@ import torch
 from test_packing import assert_same
 from test_training import copied, make_trainer
 
-from packing import PackedBatch, bucket
 from tasks import DEFAULT_TASKS
-from training.feed import Feed
-from training.loop import Trainer
-from training.routines import Step
+from text.packing import PackedBatch, bucket
+from training.loader import Feed
+from training.task_sampling import Step
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

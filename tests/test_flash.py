@@ -13,10 +13,10 @@ from test_packing import packed, ragged_ids
 from test_training import make_trainer
 from torch import Tensor
 
-import flash
 from bert import attention
-from packing import PackedBatch, with_tail
+from kernels import flash_attention as flash
 from tasks import DEFAULT_TASKS
+from text.packing import PackedBatch, with_tail
 
 
 def parts_of(starts_q: Tensor, starts: Tensor, *rows: Tensor) -> Iterator[list[Tensor]]:

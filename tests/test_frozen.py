@@ -14,12 +14,12 @@ from torch import Tensor
 from bert import BertModel
 from config import BertConfig
 from lora import LoRAConfig, inject
-from multitask_bert import freezing_command, layers_left_frozen, set_trainable
-from packing import EncodedBatch, PackedBatch, pack_padded
-from training import frozen
-from training.device import Device, free_memory
-from training.frozen import FrozenData
-from training.loop import Trainer
+from models.multitask_bert import freezing_command, layers_left_frozen, set_trainable
+from text.packing import EncodedBatch, PackedBatch, pack_padded
+from training import feature_cache as frozen
+from training.feature_cache import FrozenData
+from training.trainer import Trainer
+from utils.device import Device, free_memory
 
 Losses = list[float]
 SMALL = BertConfig(

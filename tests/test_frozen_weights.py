@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import products
 from bert import BertModel, Linear
 from config import BertConfig
+from kernels import linear as products
 from lora import LoRAConfig, inject
 
 SHAPE = BertConfig(

@@ -14,19 +14,19 @@ from test_training import changed, copied, interrupted, make_trainer, metrics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flash
 import multitask_classifier
 from bert import attention
+from kernels import flash_attention as flash
 from optimizer import OPTIMIZERS
-from packing import with_tail
+from studies.results import StepGauge
 from tasks import DEFAULT_TASKS
-from training.device import Device
-from training.efficiency import StepGauge
+from text.packing import with_tail
+from training.cuda_graphs import GraphedPasses, Recorder
 from training.health import Scaler
-from training.loop import Trainer
 from training.losses import LOSSES
-from training.passes import GraphedPasses, Recorder
-from training.routines import Step, interleave, task_batches
+from training.task_sampling import Step, interleave, task_batches
+from training.trainer import Trainer
+from utils.device import Device
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

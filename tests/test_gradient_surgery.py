@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.gradient_surgery import PCGrad, combine, conflicts, inner_products, projected_shares
+from training.pcgrad import PCGrad, combine, conflicts, inner_products, projected_shares
 
 SHAPES = [(3, 4), (5,), (2, 2, 2)]
 

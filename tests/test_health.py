@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import UserError
 from datasets import TaskData
-from files import sha256
 from tasks import TASKS
-from training import loop
-from training.checkpoint import load
-from training.device import Device
+from training import trainer as loop
 from training.health import refuse_bad_losses, refuse_ruined
-from training.loop import LOG_EVERY, Trainer
 from training.meters import TaskMeter
+from training.run_directory import load
+from training.trainer import LOG_EVERY, Trainer
+from utils.device import Device
+from utils.files import sha256
 
 CPU = torch.device("cpu")
 HUGE = 2.0**40  # as a scale, it makes every gradient overflow fp16
@@ -317,7 +317,7 @@ def test_each_file_has_its_own_gate(tiny_flags: list[str], tmp_path: Path) -> No
 
 def test_a_ruined_checkpoint_predicts_nothing(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     import multitask_classifier
-    from training.checkpoint import save
+    from training.run_directory import save
 
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
     trainer.fit()

@@ -25,15 +25,15 @@ from test_training import copied, make_trainer
 import ensemble
 import multitask_classifier
 from base_bert import load_weights, read_config
-from cache import cached
 from config import BertConfig, Config, UserError
-from files import MOST_JSON, read_json
 from lora import import_peft
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from tasks import TASKS
-from tokenizer import MOST_BYTES, Tokenizer, load_tokenizer
-from training.checkpoint import load, load_model, save
-from training.loop import Trainer
+from text.token_cache import cached
+from text.tokenizer import MOST_BYTES, Tokenizer, load_tokenizer
+from training.run_directory import load, load_model, save
+from training.trainer import Trainer
+from utils.files import MOST_JSON, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -726,7 +726,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     adapters: Path, tiny_flags: list[str], tmp_path: Path, change: str
 ) -> None:
     """--init_from with a checkpoint of adapters, one thing wrong in each."""
-    from training.checkpoint import hand_over
+    from training.run_directory import hand_over
 
     content, path = load(adapters / "run" / "best.pt"), tmp_path / "start.pt"
     weights = content["weights"]

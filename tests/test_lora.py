@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
-import products
 from base_bert import load_weights, read_config, save_pretrained
 from bert import BertModel
 from config import BertConfig, UserError, check_values
+from kernels import linear as products
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
-from multitask_bert import set_trainable
+from models.multitask_bert import set_trainable
 
 IN, OUT, ROWS = 12, 9, 17
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ import ensemble
 import multitask_classifier
 from config import UserError
 from lora import adapter_state, base_state
-from training.checkpoint import load, load_model
+from training.run_directory import load, load_model
 
 ADAPTERS = ["--lora_rank", "2"]
 

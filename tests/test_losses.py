@@ -13,9 +13,9 @@ from test_smart import seen_by
 from test_training import make_trainer
 from torch import Tensor, nn
 
-from packing import pack_padded, stack_padded_pairs
 from tasks import DEFAULT_TASKS, TASKS, Task
-from training.loop import Trainer
+from text.packing import pack_padded, stack_padded_pairs
+from training.auxiliary_losses import cosine_term, ranking_term, text_hashes
 from training.losses import (
     LOSSES,
     binary_cross_entropy,
@@ -31,9 +31,9 @@ from training.losses import (
     pearson,
     simcse,
 )
-from training.routines import Step
 from training.seen import Seen
-from training.terms import cosine_term, ranking_term, text_hashes
+from training.task_sampling import Step
+from training.trainer import Trainer
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
 

@@ -20,11 +20,11 @@ from test_training import changed, copied, make_trainer, metrics, write_films
 
 from config import ARCHS, GROUPS, Config, TaskOptions, UserError, assemble, build_parser, expand_arguments
 from tasks import TASKS
-from training.checkpoint import load_model, model_checkpoint, save
-from training.device import Device
-from training.loop import Trainer
 from training.pretraining import Pretrainer
-from training.routines import Step
+from training.run_directory import load_model, model_checkpoint, save
+from training.task_sampling import Step
+from training.trainer import Trainer
+from utils.device import Device
 
 Method = tuple[str, str]  # axis and name
 Row = dict[str, str]  # axis -> name

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training.memory
 from conftest import make_bert
 from test_training import changed, copied, interrupted, make_trainer, metrics, tensors_of
 from torch import Tensor, nn
 
-import training.memory
 from config import UserError, is_out_of_memory, run_script
-from evaluation import predict
-from packing import EncodedBatch
-from training import loop
-from training.loop import Trainer
-from training.memory import packed_of, parts_of
-from training.routines import Step, task_batches
+from evaluation.predict import predict
+from text.packing import EncodedBatch
+from training import trainer as loop
+from training.grad_cache import packed_of, parts_of
+from training.task_sampling import Step, task_batches
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = np.array([4, 1, 9, 2, 16])
@@ -337,7 +337,7 @@ def test_frozen_layers_from_the_cache_are_cut_as_well(tiny_flags: list[str], tmp
 def test_mixed_precision_is_kept_where_a_part_is_computed_again(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: torch.dtype
 ) -> None:
-    from training.device import Device
+    from utils.device import Device
 
     trainer = trainer_of(tiny_flags, tmp_path / "run", "--arch", "v2")
     trainer.device = Device(torch.device("cpu"), precision)

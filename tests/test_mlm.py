@@ -22,14 +22,14 @@ import multitask_classifier
 import sweep
 from base_bert import load_mlm_head, load_weights
 from config import UserError, parse
-from mlm import MaskedWordHead, Masking
-from multitask_bert import MultitaskBERT
-from packing import PackedBatch, pack, pack_padded
+from models.mlm import MaskedWordHead, Masking
+from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST, TASKS
-from tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint import load, load_model
+from text.packing import PackedBatch, pack, pack_padded
+from text.tokenizer import Tokenizer, load_tokenizer
 from training.pretraining import Pretrainer
-from training.routines import Step
+from training.run_directory import load, load_model
+from training.task_sampling import Step
 
 HEAD = ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
 

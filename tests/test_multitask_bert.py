@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bert import Linear
 from config import ARCHS, BertConfig, ModelOptions, UserError
-from dropout import Dropout
-from multitask_bert import (
+from kernels.dropout import Dropout
+from models.multitask_bert import (
     BatchNorm,
     Convolution,
     CosineHead,
@@ -24,8 +24,8 @@ from multitask_bert import (
     pair_features,
     set_trainable,
 )
-from packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 from tasks import DEFAULT_TASKS, SST, STS, Task
+from text.packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 
 H, BATCH = 16, 6
 TINY = BertConfig(

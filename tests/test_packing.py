@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base_bert import read_config
 from bert import BertModel
-from packing import (
+from text.packing import (
     GROUPS,
     EncodedBatch,
     PackedBatch,

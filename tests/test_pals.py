@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import multitask_classifier
 from config import BertConfig, PalOptions, UserError
 from lora import adapted_layers
-from multitask_bert import MultitaskBERT
-from packing import EncodedBatch, pack_padded, unpack
+from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS
-from training.checkpoint import load, load_model
+from text.packing import EncodedBatch, pack_padded, unpack
+from training.run_directory import load, load_model
 
 DEPTH, SIZE, HEADS, LOW_RANK = 3, 12, 3, 10
 DEEP = replace(TINY, num_hidden_layers=DEPTH)

@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import training.passes
 from test_flash import by_formula
 from test_training import State, copied, make_trainer
 from torch import Tensor
 
-import flash
 import multitask_classifier
-import training.passes
 from config import UserError
-from packing import Batch
+from kernels import flash_attention as flash
 from tasks import DEFAULT_TASKS
-from training.device import Device
-from training.feed import Feed
-from training.loop import Trainer
-from training.passes import GRAPHS, USES, GraphedPasses, Recorded, passes_of
-from training.routines import Step, task_batches
+from text.packing import Batch
+from training.cuda_graphs import GRAPHS, USES, GraphedPasses, Recorded, passes_of
+from training.loader import Feed
+from training.task_sampling import Step, task_batches
+from training.trainer import Trainer
+from utils.device import Device
 
 FLAGS = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0]
 

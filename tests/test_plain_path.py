@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 import bert
 import lora
-import products
 from bert import BertModel, WordEmbedding
+from kernels import linear as products
 from lora import DoRALinear, LoRALinear
-from multitask_bert import Convolution
-from packing import Batch, EncodedBatch, PackedBatch
-from training.loop import Trainer
+from models.multitask_bert import Convolution
+from text.packing import Batch, EncodedBatch, PackedBatch
+from training.trainer import Trainer
 
 STEPS = 50
 STILL = ["--backbone_dropout_prob", 0, "--hidden_dropout_prob", 0, "--fine_tune_mode", "full-model"]

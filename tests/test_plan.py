@@ -8,8 +8,8 @@ from conftest import make_bert
 from test_training import make_trainer
 from torch import Tensor
 
-from training.device import Device, process_peak
-from training.plan import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes, smart_cost
+from training.dry_run import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes, smart_cost
+from utils.device import Device, process_peak
 
 MODES = {
     "everything": ["--fine_tune_mode", "full-model"],

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import products
-from products import has_onednn, linear, product
+from kernels import linear as products
+from kernels.linear import has_onednn, linear, product
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="a CPU with AVX-512 and oneDNN")

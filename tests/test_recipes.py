@@ -15,7 +15,7 @@ from test_config import DUALITY, ENSEMBLES, ROOT, YIN_YANG, configure, unwrapped
 
 import multitask_classifier
 from config import Config, expand_arguments
-from training.loop import Trainer
+from training.trainer import Trainer
 
 RECIPES = ROOT / "recipes"
 # Which of the report's commands trains which of its checkpoints.

@@ -37,7 +37,7 @@ from reporting.trials import (
     study_piece,
     with_adapters,
 )
-from training.efficiency import COLUMNS
+from studies.results import COLUMNS
 
 FLAGS = ["lora_mode", "lora_rank", "dora", "fine_tune_mode", "batch_size", "amp", "seed"]
 BASE = "--train_sst --train_sts --lr 1e-4 --fine_tune_mode full-model"

@@ -28,7 +28,7 @@ import multitask_classifier
 import report
 from config import DataOptions, TaskOptions, UserError
 from datasets import BadRows, read_examples
-from evaluation import confusion, correlation, linear_fit, write_predictions
+from evaluation.predict import confusion, correlation, linear_fit, write_predictions
 from reporting.figures import seeds_figure
 from reporting.measures import (
     RESAMPLES,
@@ -57,10 +57,10 @@ from reporting.outcomes import (
 from reporting.page import Piece, Report, Section, write
 from reporting.sources import Run, collect, read_run, short_names, trial_of_run
 from reporting.tables import Column, Table
+from studies.results import figures as row_of
 from tasks import PARA, SST, STS, TASKS, Task
-from training import telemetry
-from training.checkpoint import RunDirectory
-from training.efficiency import figures as row_of
+from training import logger as telemetry
+from training.run_directory import RunDirectory
 
 rng = np.random.default_rng
 TRAINED = {name: task for name, task in TASKS.items() if task.by_default}

@@ -23,10 +23,10 @@ import multitask_classifier
 from config import UserError, parse, run_script
 from tasks import TASKS
 from training import frozen, loop
-from training.checkpoint import RunDirectory, load, save
 from training.health import Scaler
-from training.loop import Trainer
 from training.resume import SaveEvery, newest_state
+from training.run_directory import RunDirectory, load, save
+from training.trainer import Trainer
 
 # Runs of nine steps an epoch (three of a joint routine) with all that has a state of its own.
 RUNS: dict[str, list[object]] = {

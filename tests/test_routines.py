@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DRAWING_ROUTINES, ROUTINES_WITHOUT_ROUNDS
-from training.routines import (
+from training.task_sampling import (
     ROUTINES,
     Plan,
     Step,

@@ -16,7 +16,7 @@ from bert import BertModel
 from datasets import BadRows, Examples, read_examples
 from sample_topics import Topic, drawn, nearest, read_topics
 from tasks import PARA, STS
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 R2 = ROOT / "recipes" / "r2" / "topics.txt"
 TOPICS = "# ours\nCats: 3: cat, small cats\n\nDogs and wolves: 5: dog\n"

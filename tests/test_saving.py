@@ -26,9 +26,9 @@ from test_training import make_trainer
 import ensemble
 import multitask_classifier
 from config import UserError, run_script
-from files import lock, write_atomically
-from training.checkpoint import RunDirectory, load, probe_folder, save
 from training.resume import STATE, newest_state, save_state
+from training.run_directory import RunDirectory, load, probe_folder, save
+from utils.files import lock, write_atomically
 
 # ------------------------------------------------------------------------------------------------------- while it saves
 

@@ -21,10 +21,10 @@ from test_training import make_trainer
 import ensemble
 import multitask_classifier
 from config import UserError
-from files import write_atomically, write_text
 from tasks import DEFAULT_TASKS
-from training import loop
-from training.checkpoint import load, load_model, save
+from training import trainer as loop
+from training.run_directory import load, load_model, save
+from utils.files import write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., str]
@@ -1002,7 +1002,7 @@ def test_a_disk_that_fills_up_while_training_ends_in_one_line(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensorboard: str, moment: str
 ) -> None:
     """Something else takes the space: checkpoints, jsonl files and TensorBoard's events all meet it."""
-    from training.loop import Trainer
+    from training.trainer import Trainer
 
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         original = getattr(Trainer, moment)
@@ -1018,7 +1018,7 @@ def test_a_disk_that_fills_up_while_training_ends_in_one_line(
 
 
 def test_metrics_on_a_full_disk_end_in_one_line(tmp_path: Path) -> None:
-    from training.checkpoint import RunDirectory
+    from training.run_directory import RunDirectory
 
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         fill(disk)

@@ -15,13 +15,13 @@ from test_distributed import CASES as WITHOUT_FSDP
 from test_distributed import EXACT, as_text, check_files, small_run
 
 from config import UserError, parse
-from evaluation import predict
+from evaluation.predict import predict
 from tasks import TASKS
-from training.checkpoint import load, load_model
-from training.device import Device
+from training.cuda_graphs import check_device
 from training.distributed import ONE
-from training.passes import check_device
+from training.run_directory import load, load_model
 from training.sharding import Shards
+from utils.device import Device
 
 STEPS = 20
 CASES: dict[str, list[Any]] = {

@@ -13,8 +13,8 @@ from test_sweep import by_trial, handlers, read_table, run, start  # noqa: F401
 
 import sweep
 from config import UserError
-from training import shared_study
-from training.shared_study import SharedStudy
+from studies import shared_study
+from studies.shared_study import SharedStudy
 
 
 @pytest.fixture(scope="module")

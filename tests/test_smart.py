@@ -10,11 +10,11 @@ from test_training import assert_resumes, changed, copied, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
-from packing import EncodedBatch, PackedBatch
 from tasks import DEFAULT_TASKS
-from training.loop import Trainer
+from text.packing import EncodedBatch, PackedBatch
 from training.seen import Seen
 from training.smart import Teacher, ascend, bregman_term, divergence, first_noise, same_pass, smart_term
+from training.trainer import Trainer
 
 OPTIONS = TrainOptions(smart_epsilon=0.3, smart_sigma=0.1, smart_eta=0.2, smart_steps=3)
 

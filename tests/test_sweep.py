@@ -23,7 +23,7 @@ from config import UserError, expand_arguments, run_script
 from sweep import make_trials, verdict
 from tasks import TASKS
 from training import distributed
-from training.loop import Trainer
+from training.trainer import Trainer
 
 HUGE = "10000000000000"  # a rank whose matrices no machine can hold
 ONE, TWO = "lora_mode=attn-only,lora_rank=1", "lora_mode=attn-only,lora_rank=2"

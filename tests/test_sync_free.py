@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training.loop
 from test_training import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import training.loop
 import training.smart
-from training.device import Device
-from training.loop import Trainer
 from training.losses import LOSSES
-from training.routines import Step
+from training.task_sampling import Step
+from training.trainer import Trainer
+from utils.device import Device
 
 DEVICE = torch.device("meta")
 

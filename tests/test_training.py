@@ -21,16 +21,16 @@ from torch import Tensor
 import multitask_classifier
 from config import Config, UserError, parse
 from datasets import load_splits, tokenise
-from evaluation import predict
-from files import sha256, write_atomically, write_text
-from multitask_bert import BatchNorm, MultitaskBERT, freezing_command
+from evaluation.predict import predict
+from models.multitask_bert import BatchNorm, MultitaskBERT, freezing_command
 from optimizer import Schedule
 from tasks import DEFAULT_TASKS, SST, STS, TASKS, Task
-from training import loop
-from training.checkpoint import RunDirectory, copy, load, load_model, load_weights_into, model_checkpoint, save
-from training.device import Device
-from training.loop import Trainer
+from training import trainer as loop
 from training.meters import TaskMeter
+from training.run_directory import RunDirectory, copy, load, load_model, load_weights_into, model_checkpoint, save
+from training.trainer import Trainer
+from utils.device import Device
+from utils.files import sha256, write_atomically, write_text
 
 CPU = Device(torch.device("cpu"))
 State = dict[str, Tensor]
@@ -497,7 +497,7 @@ def test_evaluating_less_often_trains_the_same(tiny_flags: list[str], tmp_path: 
 
 
 def test_dev_scores_are_those_of_the_model_at_hand(tiny_flags: list[str], tmp_path: Path) -> None:
-    from evaluation import score_task
+    from evaluation.predict import score_task
 
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
     trainer.fit()

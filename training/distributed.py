@@ -25,12 +25,12 @@ from torch.optim import Optimizer
 
 from config import GRACE, ComputeOptions, UserError, first_line, processes
 from datasets import Batches
-from evaluation import predict
-from multitask_bert import BatchNorm, MultitaskBERT
-from packing import to_device
+from evaluation.predict import predict
+from models.multitask_bert import BatchNorm, MultitaskBERT
+from text.packing import to_device
 from training import signals
-from training.checkpoint import RunDirectory, load_weights_into
-from training.device import Device
+from training.run_directory import RunDirectory, load_weights_into
+from utils.device import Device
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
 GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another

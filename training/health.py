@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from config import UserError
 from datasets import Batches
 from optimizer import local
-from training.checkpoint import BAD_BATCH, RunDirectory
 from training.meters import TaskMeter
-from training.routines import Step
+from training.run_directory import BAD_BATCH, RunDirectory
+from training.task_sampling import Step
 
 MIN_SCALE = 1e-4  # of fp16 losses; below it gradients overflow by themselves (fairseq stops there too)
 REMEDY = "lower --lr or set --clip (the best.pt of an earlier epoch, if there is one, stands unharmed)"

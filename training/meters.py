@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation import Scores, probabilities, score_task
+from evaluation.predict import Scores, probabilities, score_task
 from tasks import Task
-from training.telemetry import TaskEpoch
+from training.logger import TaskEpoch
 
 
 class TaskMeter:

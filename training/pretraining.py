@@ -7,14 +7,14 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation import Scores
-from mlm import Masking
-from packing import PackedBatch, to_device
+from evaluation.predict import Scores
+from models.mlm import Masking
 from tasks import Task
-from training.loop import Trainer
+from text.packing import PackedBatch, to_device
+from training.logger import Epoch
 from training.meters import TaskMeter
-from training.routines import Step
-from training.telemetry import Epoch
+from training.task_sampling import Step
+from training.trainer import Trainer
 
 
 class WordMeter(TaskMeter):

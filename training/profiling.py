@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from training.device import Device
-from training.telemetry import format_table
+from training.logger import format_table
+from utils.device import Device
 
 WAIT, WARMUP, ACTIVE = 1, 2, 5  # steps that pass, that run with the profiler on, and that are recorded
 ROWS = 8  # operations in a table

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config import SAVE_EVERY, UserError
-from files import cause
-from training.checkpoint import RunDirectory, is_whole_file, load, save
+from training.run_directory import RunDirectory, is_whole_file, load, save
+from utils.files import cause
 
 # What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.
 STATE = (

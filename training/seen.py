@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from multitask_bert import MultitaskBERT
-from packing import Batch
+from models.multitask_bert import MultitaskBERT
+from text.packing import Batch
 from training.averaging import NoAverage
 from training.distributed import ONE, World
 

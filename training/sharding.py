@@ -31,11 +31,11 @@ from torch.optim import Optimizer
 
 from bert import BertModel, Linear
 from datasets import Batches
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from optimizer import local
-from training.checkpoint import refuse_misfits
-from training.device import Device
 from training.distributed import Ranks, Reducer
+from training.run_directory import refuse_misfits
+from utils.device import Device
 
 
 class Shards(Ranks):

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainOptions
-from multitask_bert import BatchNorm, MultitaskBERT
-from packing import EncodedBatch, PackedBatch
+from models.multitask_bert import BatchNorm, MultitaskBERT
+from text.packing import EncodedBatch, PackedBatch
 from training.averaging import RunningAverage
-from training.device import random_state, set_random_state
 from training.seen import Seen, Term
+from utils.device import random_state, set_random_state
 
 
 def divergence(kind: str, a: Tensor, b: Tensor) -> Tensor:

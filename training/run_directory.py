@@ -21,12 +21,12 @@ import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config, UserError, first_line, flag_of
-from evaluation import remove_predictions
-from files import cause, lock, read_json, refuse_inflating, shown, write_atomically, write_text
+from evaluation.predict import remove_predictions
 from lora import LoRAConfig, inject, merged_state
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
-from tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
+from utils.files import cause, lock, read_json, refuse_inflating, shown, write_atomically, write_text
 
 FORMAT = 1
 BAD_BATCH = "bad_batch.json"  # the examples at which numbers went wrong

@@ -14,7 +14,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from config import UserError
-from files import read_json
+from utils.files import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora's 283,000 pairs would take gigabytes
 MOST_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from base_bert import init_weights
 from bert import Adapter, BertSelfAttention, Linear, output_rows
 from config import BertConfig, PalOptions
-from packing import PackedBatch
+from text.packing import PackedBatch
 
 
 class TaskAdapter(nn.Module):

@@ -15,13 +15,13 @@ from torch import Tensor
 from bert import BertModel
 from config import Config
 from datasets import TaskData
-from evaluation import halving, progress
+from evaluation.predict import halving, progress
 from lora import merged
-from multitask_bert import MultitaskBERT, layers_left_frozen
-from packing import Batch, EncodedBatch, PackedBatch, ragged_rows
+from models.multitask_bert import MultitaskBERT, layers_left_frozen
+from text.packing import Batch, EncodedBatch, PackedBatch, ragged_rows
 from training import signals
-from training.device import Device, free_memory
-from training.routines import Step
+from training.task_sampling import Step
+from utils.device import Device, free_memory
 
 SHARE = 0.5  # of the memory that is free before training
 

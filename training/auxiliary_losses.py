@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from config import Config
-from packing import PackedBatch
+from text.packing import PackedBatch
 from training.losses import contrastive, cosine_embedding, multiple_negatives_ranking, simcse
 from training.seen import Seen, Term
 from training.smart import bregman_term, smart_term

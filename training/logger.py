@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import Config
-from evaluation import Scores, confusion, decide, linear_fit, primary
-from multitask_bert import MultitaskBERT
+from evaluation.predict import Scores, confusion, decide, linear_fit, primary
+from models.multitask_bert import MultitaskBERT
 from tasks import Task
-from training.checkpoint import RunDirectory
+from training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from config import UserError, bar_style, first_line, speaks
 from datasets import Batches, Examples
-from files import write_text
+from kernels.linear import ran_out_of_memory
 from lora import merged
-from products import ran_out_of_memory
 from tasks import TASKS, Task
+from utils.files import write_text
 
 Scores = dict[str, Any]
 T = TypeVar("T")

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from config import UserError, first_line
-from files import cache_folder, refuse_inflating, write_atomically
+from utils.files import cache_folder, refuse_inflating, write_atomically
 
 logger = logging.getLogger("minbert")
 
 Arrays = dict[str, np.ndarray]
 
 MOST_BYTES = 2 << 30  # in the folder; beyond that, what was longest unused goes
-CODE = ("cache.py", "datasets.py", "cleaning.py", "tokenizer.py")  # what makes the arrays
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("text/token_cache.py", "datasets.py", "text/cleaning.py", "text/tokenizer.py")  # what makes the arrays
 
 
 def cache_key(*parts: object) -> str:
     """The hash of `parts` (bytes as they are, others by their text) and of the code."""
     digest = hashlib.sha256()
-    for part in [*(Path(__file__).with_name(name).read_bytes() for name in CODE), *parts]:
+    for part in [*((ROOT / name).read_bytes() for name in CODE), *parts]:
         content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
         digest.update(f"{len(content)}\n".encode())
         digest.update(content)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from base_bert import load_mlm_head
 from bert import Adapter, BertModel, Linear
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
-from dropout import Dropout
+from kernels.dropout import Dropout
 from lora import (
     LoRAConfig,
     adapter_state,
@@ -26,10 +26,10 @@ from lora import (
     load_adapter_state,
     restore,
 )
-from mlm import MaskedWordHead
-from packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
-from pals import TaskAdapter
+from models.mlm import MaskedWordHead
+from models.pals import TaskAdapter
 from tasks import Task
+from text.packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 CONV_CHANNELS, CONV_WIDTH = 4, 3

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, UserError
-from files import write_text
 from tasks import TASKS
+from utils.files import write_text
 
 if TYPE_CHECKING:
-    from training.device import Device
+    from utils.device import Device
 
 FIGURES = (
     "score",

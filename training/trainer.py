@@ -15,34 +15,34 @@ from torch.optim import Optimizer
 
 from config import Config, UserError, first_line, is_out_of_memory
 from datasets import Batches, TaskData
-from evaluation import Scores, overall, probabilities, progress, score_task
-from files import cause
-from multitask_bert import MultitaskBERT
+from evaluation.predict import Scores, overall, probabilities, progress, score_task
+from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
-from packing import Batch
+from studies.results import StepClock, StepGauge
 from tasks import Task
-from tokenizer import Tokenizer
+from text.packing import Batch
+from text.tokenizer import Tokenizer
 from training import signals
+from training.auxiliary_losses import terms_of
 from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
-from training.checkpoint import FORMAT, RunDirectory, copy, load, model_checkpoint, refuse_other_base, save
-from training.device import Device, random_state
+from training.cuda_graphs import passes_of
 from training.distributed import ONE, World
-from training.efficiency import StepClock, StepGauge
-from training.feed import Feed
-from training.frozen import FrozenCache
-from training.gradient_surgery import NoSurgery, PCGrad
+from training.feature_cache import FrozenCache
+from training.grad_cache import Memory
 from training.health import Scaler, refuse_bad_losses, refuse_ruined, states_of
+from training.loader import Feed
+from training.logger import Epoch, Telemetry, describe_freezing, epoch_table, parameter_table
 from training.losses import LOSSES
-from training.memory import Memory
 from training.meters import TaskMeter
-from training.passes import passes_of
+from training.pcgrad import NoSurgery, PCGrad
 from training.profiling import Profiler
 from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
-from training.routines import ROUTINES, Plan, Step, task_batches
+from training.run_directory import FORMAT, RunDirectory, copy, load, model_checkpoint, refuse_other_base, save
 from training.seen import Seen
 from training.smart import Teacher
-from training.telemetry import Epoch, Telemetry, describe_freezing, epoch_table, parameter_table
-from training.terms import terms_of
+from training.task_sampling import ROUTINES, Plan, Step, task_batches
+from utils.device import Device, random_state
+from utils.files import cause
 
 NOT_MEASURED = torch.tensor(math.nan)
 LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory

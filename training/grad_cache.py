@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config, UserError
 from datasets import Batches
-from multitask_bert import BatchNorm, MultitaskBERT
-from packing import Batch, EncodedBatch, PackedBatch, take
-from products import ran_out_of_memory
-from training.device import random_state, set_random_state
-from training.routines import Step
+from kernels.linear import ran_out_of_memory
+from models.multitask_bert import BatchNorm, MultitaskBERT
+from text.packing import Batch, EncodedBatch, PackedBatch, take
+from training.task_sampling import Step
+from utils.device import random_state, set_random_state
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from base_bert import init_weights
 from bert import Linear
 from config import BertConfig
-from packing import PackedBatch
-from products import linear
-from tokenizer import Tokenizer
+from kernels.linear import linear
+from text.packing import PackedBatch
+from text.tokenizer import Tokenizer
 
 CHOSEN = 0.15  # share of the words that are to be predicted
 MASKED, REPLACED = 0.8, 0.1  # of those: what becomes [MASK], and what becomes a random word; the others stay

@@ -7,13 +7,13 @@ from torch import nn
 
 from config import DRAWING_ROUTINES, Config, TrainOptions
 from datasets import TaskData
-from multitask_bert import MultitaskBERT
+from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS
 from training.averaging import averaged_tensors
-from training.device import Device, process_peak
-from training.frozen import FrozenCache
-from training.routines import ROUTINES, Plan, Step, passes
-from training.telemetry import describe_freezing, format_table, parameter_table
+from training.feature_cache import FrozenCache
+from training.logger import describe_freezing, format_table, parameter_table
+from training.task_sampling import ROUTINES, Plan, Step, passes
+from utils.device import Device, process_peak
 
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from config import UserError
 from datasets import Examples
-from evaluation import Scores, overall, probabilities, progress, score_task
+from evaluation.predict import Scores, overall, probabilities, progress, score_task
 from lora import LoRAConfig
 from tasks import TASKS, Task
-from training.checkpoint import saved_config
+from training.run_directory import saved_config
 
 Outputs = Mapping[tuple[str, str], np.ndarray]  # (split, task) -> values [N, classes] or [N]
 Rows = Mapping[str, np.ndarray]  # task -> indices of its dev examples

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from datasets import Batches
-from packing import Batch, PackedBatch, to_device, with_tail
+from text.packing import Batch, PackedBatch, to_device, with_tail
 from training.distributed import ONE, World
-from training.routines import Step
+from training.task_sampling import Step
 
 
 class Feed:
