@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from config import BertConfig, UserError
+from config import BertConfig
 from text.tokenizer import Tokenizer
+from utils.errors import UserError
 from utils.files import cache_folder, read_json, refuse_inflating, sha256, shown, write_atomically, write_text
 
 logger = logging.getLogger("minbert")

@@ -46,26 +46,15 @@ from tqdm import tqdm
 
 from base_bert import load_weights, read_config, resolve_pretrained, save_pretrained
 from bert import BertModel
-from config import (
-    MOST_THREADS,
-    BertConfig,
-    ComputeOptions,
-    Config,
-    UserError,
-    assemble,
-    build_parser,
-    check_processes,
-    expand_arguments,
-    groups_of,
-    option,
-    parse,
-    run_script,
-)
+from cli.checks import check_processes
+from cli.parser import assemble, build_parser, expand_arguments, groups_of, parse
+from config import MOST_THREADS, BertConfig, ComputeOptions, Config, option
 from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
-from evaluation.predict import predict, progress
+from evaluation.predict import predict
 from kernels import flash_attention as flash
 from kernels.linear import product
 from lora import TARGETS, LoRAConfig
+from models.checkpoint import git_commit
 from models.multitask_bert import MultitaskBERT
 from optimizer import Adamax, AdamW
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
@@ -73,10 +62,12 @@ from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.distributed import ONE, World, joined
 from training.logger import format_table
 from training.losses import LOSSES
-from training.run_directory import RunDirectory, git_commit
+from training.run_directory import RunDirectory
 from training.task_sampling import Plan, Step, task_batches
 from training.trainer import Trainer
+from utils.console import progress, run_script
 from utils.device import Device, choose_device
+from utils.errors import UserError
 from utils.files import cache_folder, write_text
 
 LR = 1e-5
@@ -139,7 +130,7 @@ class Options:
 
     def device(self, say: Callable[[str], None]) -> Device:
         """What --use_gpu, --amp and --threads ask for."""
-        return choose_device(self.compute(), say)
+        return choose_device(self.use_gpu, self.amp, self.threads, say)
 
     def compute(self) -> ComputeOptions:
         """The options of the machine."""

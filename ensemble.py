@@ -22,20 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import (
-    ComputeOptions,
-    DataOptions,
-    FileOptions,
-    UserError,
-    build_parser,
-    expand_arguments,
-    groups_of,
-    option,
-    run_script,
-    say,
-    task_options,
-)
+from cli.parser import build_parser, expand_arguments, groups_of, task_options
+from config import ComputeOptions, DataOptions, FileOptions, option
 from tasks import TASKS
+from utils.console import run_script, say
+from utils.errors import UserError
 from utils.files import refuse_inflating, sha256, write_atomically
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -89,7 +80,7 @@ class Combined:
 
 def find_members(names: Sequence[str]) -> list[Member]:
     """The distinct checkpoints among `names`, each with the number of times that it is named."""
-    from training.run_directory import load, trained_tasks
+    from models.checkpoint import load, trained_tasks
 
     for name in names:
         if not Path(name).is_file():
@@ -104,7 +95,7 @@ def find_members(names: Sequence[str]) -> list[Member]:
 def check_members(members: Sequence[Member], options: EnsembleOptions) -> None:
     """See that what is asked for has a meaning with these members. Raises UserError where it has none."""
     from evaluation.ensembling import check_alike
-    from training.run_directory import load
+    from models.checkpoint import load
 
     for flag in ("select", "soup"):
         if getattr(options, flag) is not None and len(members) < 2:
@@ -174,7 +165,7 @@ def member_outputs(
     """
     from datasets import tokenise
     from evaluation.predict import predict
-    from training.run_directory import load_model
+    from models.checkpoint import load_model
 
     splits = {
         split: {name: examples for name, examples in by_task.items() if name in member.tasks}
@@ -206,7 +197,7 @@ def member_outputs(
 
 def as_probabilities(outputs: Outputs) -> Outputs:
     """One member's raw outputs as probabilities; similarities stay as they are."""
-    from evaluation.predict import probabilities
+    from evaluation.metrics import probabilities
 
     return {key: probabilities(TASKS[key[1]], own) for key, own in outputs.items()}
 
@@ -223,7 +214,7 @@ def soup_path(options: EnsembleOptions) -> Path:
 def soup_content(members: Sequence[Member], votes: Sequence[int]) -> dict[str, Any]:
     """A checkpoint with the average of the weights of the members that have votes; the rest is the first one's."""
     from evaluation.ensembling import average_weights
-    from training.run_directory import load
+    from models.checkpoint import load
 
     voting = [(member.path, count) for member, count in zip(members, votes, strict=True) if count]
     weights = average_weights((load(path, mmap=True)["weights"], count) for path, count in voting)
@@ -243,7 +234,7 @@ def make_soup(
     `alone` are the members' scores on `half`, the examples by which a greedy soup is chosen; None for a uniform one.
     """
     from evaluation.ensembling import greedy_soup, score_dev
-    from training.run_directory import load_model, model_checkpoint, save
+    from models.checkpoint import load_model, model_checkpoint, save
 
     path = soup_path(options)
 
@@ -321,7 +312,7 @@ def ensemble(members: Sequence[Member], splits: Splits, options: EnsembleOptions
     def scored(values: Outputs) -> dict[str, Any]:
         return score_dev(values, dev) | {name: score_dev(values, dev, half)["score"] for name, half in cut.items()}
 
-    device = choose_device(compute, say)
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
     outputs_of = partial(member_outputs, cache=Path(options.cache), device=device, batch_size=compute.eval_batch_size)
     by_member = [outputs_of(member, splits) for member in members]
     names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]
@@ -349,7 +340,7 @@ def report(
 
     Predictions are those of the last thing made.
     """
-    from evaluation.predict import score_and_write
+    from evaluation.prediction_files import score_and_write
     from training.logger import score_table
     from training.run_directory import RunDirectory
 
@@ -380,7 +371,8 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         raise UserError("--filepaths: name at least one checkpoint")
     from datasets import load_splits
-    from training.run_directory import RunDirectory, probe_folder
+    from training.run_directory import RunDirectory
+    from utils.files import probe_folder
 
     options = groups_of(given, groups)
     members = find_members(names)

@@ -7,26 +7,21 @@ without adapters; the trained tensors beside them are `lora_A`, `lora_B` and, in
 import hashlib
 import json
 import math
-import re
-import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from base_bert import misfits, reason
-from config import LoraOptions, UserError, highest
+from base_bert import misfits
+from config import LoraOptions, highest
 from kernels.dropout import Dropout
-from kernels.linear import linear, product
-from utils.files import read_json, shown, write_atomically, write_text
+from kernels.linear import linear
+from kernels.low_rank import _LowRankLinear, _own_precision, _updated
+from utils.errors import UserError
 
 # The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
@@ -192,70 +187,6 @@ def _names(value: Any) -> tuple[str, ...]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers
-
-
-def _own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast inside; nothing where there is none, since entering costs 50 microseconds."""
-    is_on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
-
-
-def _updated(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """V = W0 + s B A [out, in], in the parameters' own precision under autocast too."""
-    with _own_precision(weight.device):
-        return torch.addmm(weight, b, a, alpha=scaling)
-
-
-class _LowRankLinear(torch.autograd.Function):
-    """c * (V x) + bias with V = W0 + s B A and a factor c [out] or None, without a gradient of [out, in].
-
-    With many more tokens than features, adding s B A to the weight costs far less than adding s B A x to the output:
-    forward and the input's gradient are then one full matrix product each, as in a plain frozen linear. Autograd would
-    get the gradients of A and B from that of V, one more full product; here they are thin ones, written out. V is made
-    again in backward rather than kept, since it is as large as the weights of the whole model.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        factor: Tensor | None,
-    ) -> Tensor:
-        updated = _updated(weight, a, b, scaling)
-        y = linear(x, updated, None if factor is not None else bias)  # [T, out]
-        ctx.save_for_backward(x, weight, a, b, factor, None if factor is None else y)
-        ctx.scaling = scaling
-        if factor is None:
-            return y
-        return y * factor.to(y.dtype) if bias is None else torch.addcmul(bias.to(y.dtype), y, factor.to(y.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, factor, y = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _, needs_factor = ctx.needs_input_grad
-        grad_x = grad_a = grad_b = grad_factor = None
-        if needs_x:
-            updated = _updated(weight, a, b, ctx.scaling)
-            if factor is not None:
-                updated.mul_(factor[:, None])
-            grad_x = product(grad, updated.to(grad.dtype)).to(x.dtype)
-        grad, x = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)  # [T, out], [T, in]
-        scaled_b = ctx.scaling * (b if factor is None else factor[:, None] * b)  # [out, r]
-        # Thin products are made as [r, T]: the other way round they take up to four times as long on a CPU.
-        if needs_a:
-            grad_a = product(product(scaled_b.t().to(grad.dtype), grad.t()), x).to(a.dtype)  # [r, T] @ [T, in]
-        if needs_b:
-            grad_b = product(product(a.to(x.dtype), x.t()), grad).t().to(b.dtype) * ctx.scaling  # ([r, T] @ [T, out])^T
-            grad_b = grad_b if factor is None else grad_b * factor[:, None]
-        if needs_factor:
-            grad_factor = (grad * y.flatten(0, -2)).sum(0, dtype=factor.dtype)
-        return grad_x, None, None, grad_a, grad_b, None, grad_factor
 
 
 class LoRALinear(nn.Module):
@@ -554,12 +485,6 @@ def apply_adapter_policy(backbone: nn.Module, config: LoRAConfig, adapters_alway
 # ----------------------------------------------------------------------------------------------------------------------
 # Exchange with peft
 
-PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
-PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-PEFT_PREFIX = "base_model.model."
-# What peft saves beside the adapters of a sentence, token or question model, whatever its user asked for. Heads here
-# are others, and new.
-PEFT_HEADS = ("classifier", "score", "qa_outputs")
 # What a peft configuration may ask for and this module has not: each key with the values that ask for nothing.
 PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -571,118 +496,3 @@ PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
 }
-
-
-def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name: str) -> None:
-    """Write the adapters as peft.PeftModel.from_pretrained(BertModel, folder) reads them.
-
-    `base_name` is the hub name or folder of the base weights. Only adapters are written: where more of the backbone
-    was trained, export the merged backbone instead. Raises UserError for --dora_norm column, which peft has not.
-    """
-    if config.dora_norm == "column":
-        raise UserError(f"{folder}: peft has no DoRA with dora_norm column; export the merged backbone instead")
-    layers = "|".join(re.escape(TARGETS[name]) for name in config.linears)
-    values = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base_name,
-        "r": config.rank,
-        "lora_alpha": config.rank if config.alpha is None else config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "target_modules": rf"encoder\.layer\.\d+\.({layers})",
-        "bias": "none",
-        "inference_mode": True,
-    }
-    tensors = {_peft_name(name): _peft_shape(name, tensor) for name, tensor in adapter_state(backbone).items()}
-    write_text(folder / PEFT_FILES[0], json.dumps(values, indent=2) + "\n")
-    write_atomically(folder / PEFT_FILES[1], partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
-
-
-def _peft_name(name: str) -> str:
-    """E.g. bert_layers.0.out_dense.lora_A to base_model.model.encoder.layer.0.output.dense.lora_A.weight.
-
-    For a name of `adapter_state` of one backbone.
-    """
-    _, number, *_, target, own = name.split(".")
-    return f"{PEFT_PREFIX}encoder.layer.{number}.{TARGETS[target]}.{PEFT_NAMES[own]}"
-
-
-def _peft_shape(name: str, tensor: Tensor) -> Tensor:
-    """peft keeps magnitudes as [out], this module as [out, 1]."""
-    return (tensor.squeeze(1) if name.endswith("magnitude") else tensor).cpu().contiguous()
-
-
-def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """Options and tensors of a peft LoRA of a BERT, in our names, for `inject` and `load_adapter_state`.
-
-    As in peft the rest of the backbone is frozen (`-only`); a head beside the adapters is left out. Raises UserError
-    where a file cannot be read, where the adapter is of another kind than LoRA, rsLoRA or DoRA, or where it touches
-    more than the six linears of each layer.
-    """
-    path = folder / PEFT_FILES[0]
-    try:
-        values = read_json(path)
-        rank, alpha = values["r"], values["lora_alpha"]
-        values["modules_to_save"] = [own for own in values.get("modules_to_save") or () if own not in PEFT_HEADS]
-        saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
-    except Exception as error:  # the parsers raise many kinds for a bad file, and all of them mean just that
-        raise UserError(
-            f"{folder}: cannot be read as a peft adapter ({reason(error)}); "
-            f"name a folder with {' and '.join(PEFT_FILES)}"
-        ) from error
-    for key, plain in PEFT_PLAIN.items():
-        if values.get(key, plain[0]) not in plain:
-            raise UserError(
-                f"{path}: {key} is {reprlib.repr(values[key])}, which is not supported; train with {key} {plain[0]!r}"
-            )
-    tensors = _our_tensors(saved, rank, folder)
-    used = {name.split(".")[-2] for name in tensors}
-    linears = tuple(name for name in TARGETS if name in used)
-    mode = next((mode for mode in MODES if mode.endswith("-only") and MODES[mode] == linears), None)
-    try:
-        config = LoRAConfig(
-            mode=mode or "all-lin-only",
-            rank=rank,
-            alpha=alpha,
-            rslora=bool(values.get("use_rslora")),
-            dropout=values.get("lora_dropout") or 0.0,
-            dora=bool(values.get("use_dora")),
-            targets=() if mode else linears,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return config, tensors
-
-
-def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
-    """peft's tensors, but heads, in our names and shapes. Raises UserError for one of no adapter, or another rank."""
-    tensors: dict[str, Tensor] = {}
-    heads = tuple(f"{PEFT_PREFIX}{head}." for head in PEFT_HEADS)
-    for name, tensor in saved.items():
-        if name.startswith(heads):
-            continue
-        ours = _our_name(name)
-        if ours is None:
-            raise UserError(
-                f"{folder / PEFT_FILES[1]}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT layer"
-            )
-        if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
-            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
-        if ours.endswith("lora_A") and len(tensor) != rank:
-            raise UserError(f"{folder}: {name} has rank {len(tensor)}, but {PEFT_FILES[0]} says r {reprlib.repr(rank)}")
-        tensors[ours] = tensor[:, None] if ours.endswith("magnitude") else tensor
-    return tensors
-
-
-def _our_name(name: str) -> str | None:
-    """The inverse of `_peft_name`, also for a BERT inside a task model; None for any other tensor."""
-    paths, names = "|".join(map(re.escape, TARGETS.values())), "|".join(map(re.escape, PEFT_NAMES.values()))
-    prefix = re.escape(PEFT_PREFIX)
-    match = re.fullmatch(rf"{prefix}(?:bert\.)?encoder\.layer\.(\d+)\.({paths})\.({names})", name)
-    if match is None:
-        return None
-    target = next(ours for ours, theirs in TARGETS.items() if theirs == match[2])
-    own = next(ours for ours, theirs in PEFT_NAMES.items() if theirs == match[3])
-    inner = "self_attention." if target in MODES["attn"] else ""
-    return f"bert_layers.{match[1]}.{inner}{target}.{own}"

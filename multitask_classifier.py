@@ -15,8 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, ModelOptions, UserError, expand_arguments, names_of, parse, run_script, said_once, say
+from cli.checks import names_of
+from cli.parser import expand_arguments, parse
+from config import Config, ModelOptions
 from tasks import TASKS, Task
+from utils.console import run_script, said_once, say
+from utils.errors import UserError
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -36,10 +40,11 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
     import torch
 
     from base_bert import load_weights, read_config, resolve_pretrained
-    from lora import LoRAConfig, import_peft
+    from lora import LoRAConfig
+    from models.checkpoint import hand_over
     from models.multitask_bert import MultitaskBERT
+    from models.peft_exchange import import_peft
     from text.tokenizer import load_tokenizer
-    from training.run_directory import hand_over
 
     folder = resolve_pretrained(config.model.pretrained)
     dropout = config.model.backbone_dropout_prob
@@ -90,13 +95,15 @@ def train(config: Config, command: str, world: "World") -> None:
     """
     from datasets import load_splits, tokenise
     from lora import LoRAConfig
+    from models.checkpoint import git_commit, load
     from studies.results import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.cuda_graphs import check_device
     from training.dry_run import describe
     from training.pretraining import Pretrainer
-    from training.run_directory import RunDirectory, git_commit, load, probe_file
+    from training.run_directory import RunDirectory
     from training.trainer import Trainer
     from utils.device import choose_device
+    from utils.files import probe_file
 
     tasks = {name: TASKS[name] for name in config.tasks}
     # What is wrong is told before the data is read; but what --init_peft asks for is known when the model is made.
@@ -105,7 +112,7 @@ def train(config: Config, command: str, world: "World") -> None:
     LoRAConfig.from_options(config.lora)
     with world.one_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
-        device = choose_device(config.compute, say)
+        device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks)
         data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
@@ -139,7 +146,8 @@ def prepare_run(config: Config, model: "MultitaskBERT", world: "World") -> "RunD
     """The run directory, ready to be written by the process that leads."""
     from training.distributed import Unwritten
     from training.dry_run import checkpoint_bytes
-    from training.run_directory import RunDirectory, probe_file
+    from training.run_directory import RunDirectory
+    from utils.files import probe_file
 
     kind = RunDirectory if world.leads else Unwritten
     run = kind.named(config.run.run_dir, world.agreed(config.run.name or RunDirectory.fresh_name(config.model.arch)))
@@ -163,7 +171,8 @@ def report(
     world: "World",
 ) -> None:
     """Score dev, predict dev and test, print the scores and write all of it into the run directory."""
-    from evaluation.predict import probabilities, score_and_write
+    from evaluation.metrics import probabilities
+    from evaluation.prediction_files import score_and_write
     from training.logger import score_table
 
     values = {
@@ -184,7 +193,7 @@ def report(
 
 def trained_model(config: Config) -> "tuple[MultitaskBERT, Tokenizer, Config]":
     """The checkpoint that --evaluate names, as `load_model` returns it. Raises UserError for one of --mlm."""
-    from training.run_directory import load, load_model, trained_tasks
+    from models.checkpoint import load, load_model, trained_tasks
 
     path = Path(str(config.run.evaluate))
     content = load(path)
@@ -204,7 +213,7 @@ def evaluate(config: Config, world: "World") -> None:
     from utils.device import choose_device
 
     path = Path(str(config.run.evaluate))
-    device = choose_device(config.compute, say)
+    device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
     model, tokenizer, saved = trained_model(config)
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}
@@ -221,8 +230,10 @@ def export(config: Config) -> None:
     With --export_peft, write its adapters as peft reads them.
     """
     from base_bert import save_pretrained
-    from lora import export_peft, merged_state
-    from training.run_directory import load_model, probe_folder
+    from lora import merged_state
+    from models.checkpoint import load_model
+    from models.peft_exchange import export_peft
+    from utils.files import probe_folder
 
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
@@ -255,7 +266,8 @@ def export(config: Config) -> None:
 def label_sentences(config: Config) -> None:
     """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
     from datasets import Examples, tokenise
-    from evaluation.predict import decide, predict, probabilities
+    from evaluation.metrics import decide, probabilities
+    from evaluation.predict import predict
     from utils.device import choose_device
 
     model, tokenizer, saved = trained_model(config)
@@ -265,7 +277,7 @@ def label_sentences(config: Config) -> None:
             f"--task {config.run.task}: {config.run.evaluate} was not trained on it; "
             f"choose from {', '.join(model.tasks)}"
         )
-    device = choose_device(config.compute, say)
+    device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
     model.to(device.device)
     texts = read_lines(str(config.run.predict), task)
     ids = [str(i) for i in range(len(texts))]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config import UserError
+from utils.errors import UserError
 
 # 256 Ki float32 elements of a parameter, its gradient, two states and a temporary are 5 MiB of cache. Half of that
 # costs a tenth more time, an eighth half as much again, because threads start and meet once per operation; twice as

@@ -22,21 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import (
-    ComputeOptions,
-    DataOptions,
-    FileOptions,
-    TaskOptions,
-    UserError,
-    build_parser,
-    expand_arguments,
-    groups_of,
-    option,
-    run_script,
-    say,
-    task_options,
-)
+from cli.parser import build_parser, expand_arguments, groups_of, task_options
+from config import ComputeOptions, DataOptions, FileOptions, TaskOptions, option
 from tasks import TASKS
+from utils.console import run_script, say
+from utils.errors import UserError
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -102,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
     if bool(runs) == bool(checkpoints):
         raise UserError("name run directories or tables to report on, or two checkpoints behind --compare")
 
+    from models.checkpoint import git_commit
     from reporting.compare import compare
     from reporting.page import write
-    from training.run_directory import git_commit
 
     files = {name: task_options(given, task) for name, task in TASKS.items()}
     data = DataOptions(**vars(options["data"]))

@@ -21,21 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import (
-    ComputeOptions,
-    FileOptions,
-    TrainOptions,
-    UserError,
-    build_parser,
-    expand_arguments,
-    groups_of,
-    names_of,
-    option,
-    run_script,
-    say,
-    task_options,
-)
+from cli.checks import names_of
+from cli.parser import build_parser, expand_arguments, groups_of, task_options
+from config import ComputeOptions, FileOptions, TrainOptions, option
 from tasks import TASKS, Task
+from utils.console import run_script, say
+from utils.errors import UserError
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -135,8 +126,8 @@ def embeddings(
     """Mean embeddings of texts [N, H] float32."""
     import torch
 
-    from evaluation.predict import progress
     from text.packing import pack, ragged_rows
+    from utils.console import progress
 
     tokens = tokenizer.encode(texts)
     lengths = np.diff(tokens.offsets)
@@ -160,7 +151,7 @@ def told_by_embeddings(
     from text.tokenizer import load_tokenizer
     from utils.device import choose_device
 
-    device, folder = choose_device(compute, say), resolve_pretrained(pretrained)
+    device, folder = choose_device(compute.use_gpu, compute.amp, compute.threads, say), resolve_pretrained(pretrained)
     shape = read_config(folder)
     model = BertModel(shape)
     model.load_state_dict(load_weights(folder, shape))
@@ -220,8 +211,7 @@ def main(argv: Sequence[str]) -> None:
     topics = read_topics(Path(options.topics))
     from datasets import BadRows, find_file
     from training.logger import format_table
-    from training.run_directory import probe_file
-    from utils.files import write_text
+    from utils.files import probe_file, write_text
 
     path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")
     if path is None:

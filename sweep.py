@@ -45,23 +45,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from config import (
-    OUT_OF_MEMORY,
-    Config,
-    UserError,
-    assemble,
-    bar_style,
-    build_parser,
-    check_processes,
-    expand_arguments,
-    groups_of,
-    option,
-    run_script,
-    say,
-)
+from cli.checks import check_processes
+from cli.parser import assemble, build_parser, expand_arguments, groups_of
+from config import Config, option
 from studies.results import COLUMNS, Table, figures
 from studies.shared_study import OwnStudy, SharedStudy
 from tasks import TASKS
+from utils.console import bar_style, run_script, say
+from utils.errors import OUT_OF_MEMORY, UserError
 from utils.files import read_json
 
 SCRIPT = "multitask_classifier.py"
@@ -283,7 +274,7 @@ class Study:
 
     def refuse(self, trials: Sequence[Trial]) -> None:
         """Put combinations that cannot be into the table."""
-        from training.run_directory import git_commit
+        from models.checkpoint import git_commit
 
         commit = git_commit()
         self.table.add([row_of(trial, "refused", trial.refusal, commit) for trial in trials], key="trial")
@@ -336,8 +327,9 @@ class Study:
 
     def take(self, trial: Trial) -> Job | None:
         """Claim a trial and start it; None where another has it, a job of ours included, or where it has its row."""
+        from models.checkpoint import git_commit
         from training.distributed import cores
-        from training.run_directory import RunDirectory, git_commit
+        from training.run_directory import RunDirectory
 
         assert trial.config is not None
         folder = self.folder(trial)
@@ -421,7 +413,7 @@ def main(argv: Sequence[str]) -> None:
         say(f"{len(feasible)} trials, {len(trials) - len(feasible)} refused")
         return
 
-    from training.run_directory import probe_folder
+    from utils.files import probe_folder
 
     probe_folder(Path(options.out), "--out")
     study = Study(options, [flag for grid in grids for flag in grid])

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
 from datasets import Examples
-from evaluation.predict import Scores, overall, probabilities, progress, score_task
+from evaluation.metrics import Scores, overall, probabilities, score_task
 from lora import LoRAConfig
+from models.checkpoint import saved_config
 from tasks import TASKS, Task
-from training.run_directory import saved_config
+from utils.console import progress
+from utils.errors import UserError
 
 Outputs = Mapping[tuple[str, str], np.ndarray]  # (split, task) -> values [N, classes] or [N]
 Rows = Mapping[str, np.ndarray]  # task -> indices of its dev examples

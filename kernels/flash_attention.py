@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from config import first_line
+from utils.errors import first_line
 
 logger = logging.getLogger("minbert.flash")
 WIDEST = 256  # of a head; widths are multiples of 8

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from config import is_out_of_memory
+from utils.errors import is_out_of_memory
 
 # Multiplications of a product from which on oneDNN is asked: it compiles a kernel for each new shape, in some 0.7 ms,
 # which the six layers of a small BERT share.

@@ -1,20 +1,13 @@
 """MultitaskBERT: backbones, pair features, heads and freezing, assembled from `ModelOptions` and the task table."""
 
-import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import load_mlm_head
-from bert import Adapter, BertModel, Linear
-from config import BertConfig, ModelOptions, PalOptions, TrainOptions, UserError
-from kernels.dropout import Dropout
+from bert import Adapter, BertModel
+from config import BertConfig, ModelOptions, PalOptions, TrainOptions
 from lora import (
     LoRAConfig,
     adapter_state,
@@ -26,160 +19,13 @@ from lora import (
     load_adapter_state,
     restore,
 )
+from models.freezing import freezing_command, set_trainable
+from models.heads import CosineHead, PairLayer, build_head, pair_features
 from models.mlm import MaskedWordHead
 from models.pals import TaskAdapter
 from tasks import Task
 from text.packing import Batch, PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
-CONV_CHANNELS, CONV_WIDTH = 4, 3
-
-
-class SharedBatch(Protocol):
-    """What normalises a batch of which this process has a part only."""
-
-    def count(self, x: Tensor) -> int:
-        """Values for each channel in the whole batch, of which `x` [N, C] or [N, C, L] is a part."""
-
-    def batch_norm(
-        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, momentum: float,
-        eps: float,
-    ) -> Tensor:  # fmt: skip
-        """`x` normalised by the statistics of the whole batch, which also move the running ones by `momentum`."""
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over [N, C] or [N, C, L] with running statistics of their own for each name in `stats`.
-
-    A layer that several tasks share sees batches of all of them; with one set of statistics the task trained last
-    would set the scale on which every other task is evaluated. A batch with one value per channel has no variance and
-    is normalised with the running statistics.
-
-    Running statistics forget by `momentum`, or, while `batches` is a counter, are the equal-weight mean over the
-    batches since it was empty.
-
-    Where `shared` is set, statistics are those of a batch that several processes share.
-    """
-
-    momentum, eps = 0.1, 1e-5
-
-    def __init__(self, channels: int, stats: Sequence[str] = ("all",)) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        for name in stats:
-            self.register_buffer(f"running_mean_{name}", torch.zeros(channels))
-            self.register_buffer(f"running_var_{name}", torch.ones(channels))
-        self.batches: Counter[str] | None = None
-        self.shared: SharedBatch | None = None
-
-    def forward(self, x: Tensor, stats: str = "all") -> Tensor:
-        """The normalised `x`; in training also updates the running statistics of `stats`."""
-        mean, var = self.get_buffer(f"running_mean_{stats}"), self.get_buffer(f"running_var_{stats}")
-        count = x.numel() // x.shape[1] if self.shared is None else self.shared.count(x)
-        use_batch = self.training and count > 1
-        momentum = self.momentum
-        if use_batch and self.batches is not None:
-            self.batches[stats] += 1
-            momentum = 1 / self.batches[stats]
-        if use_batch and self.shared is not None:
-            return self.shared.batch_norm(x, mean, var, self.weight, self.bias, momentum, self.eps)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
-
-
-class PairLayer(nn.Module):
-    """The similarity feature layer that pair tasks share (R0, appendix I): Linear-[BN]-ReLU-Linear-[BN]."""
-
-    def __init__(self, width_in: int, width_out: int, batchnorm: bool, stats: Sequence[str]) -> None:
-        super().__init__()
-        self.stats = tuple(stats)
-        self.dense = Linear(width_in, width_out)
-        self.out = Linear(width_out, width_out)
-        self.norm = BatchNorm(width_out, stats) if batchnorm else None
-        self.out_norm = BatchNorm(width_out, stats) if batchnorm else None
-
-    def forward(self, features: Tensor, task: str) -> Tensor:
-        """[B, width_in] to [B, width_out]."""
-        stats = task if task in self.stats else self.stats[0]
-        hidden = self.dense(features)
-        hidden = F.relu(hidden if self.norm is None else self.norm(hidden, stats))
-        out = self.out(hidden)
-        return out if self.out_norm is None else self.out_norm(out, stats)
-
-
-class Convolution(nn.Conv1d):
-    """nn.Conv1d of one channel as products with sliding windows, which on a CPU take a tenth of the time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 1, L] to [N, C, L - width + 1]."""
-        assert self.bias is not None
-        width = self.weight.shape[2]
-        length = x.shape[2] - width + 1
-        windows = torch.cat([x[:, :, at : at + length] for at in range(width)], 1)  # [N, width, length]
-        # One product for each example: torch would make one of all by copying everything into another order.
-        weight = self.weight.squeeze(1).expand(len(x), -1, -1)  # [N, C, width]
-        return torch.baddbmm(self.bias[:, None], weight, windows)
-
-
-class CosineHead(nn.Module):
-    """Similarity as the scaled cosine of two embeddings, after an optional linear layer and activation (R3, R4).
-
-    A cosine of 1 is the `highest` label.
-    """
-
-    def __init__(self, width: int, options: ModelOptions, highest: float) -> None:
-        super().__init__()
-        self.highest = highest
-        self.projection = nn.Sequential(Dropout(options.hidden_dropout_prob))
-        if options.sts_projection:
-            self.projection.extend([Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Two [B, H] to [B, 1], between -highest and highest."""
-        return self.highest * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
-
-
-def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """A head from features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
-
-    linear: Linear. nonlinear: Linear(H/2)-[BN]-act-Linear. conv: Conv1d(1, 4, 3)-[BN]-Flatten, then --head_layers x
-    (Linear(H/2)-[BN]-act), Linear. mlp: --head_layers x (Linear(H)-act-Dropout), Linear. Dropout stands before each;
-    that before the last layer of an mlp can be another one (R4, section 4.2). --head_width stands for H or H/2.
-    """
-    layers: list[nn.Module] = [Dropout(options.hidden_dropout_prob)]
-    activation = ACTIVATIONS[str(options.head_activation)]
-    depth = {"linear": 0, "nonlinear": 1}.get(str(options.clf), options.head_layers or 0)
-    if options.clf == "conv":
-        layers += [nn.Unflatten(1, (1, width)), Convolution(1, CONV_CHANNELS, CONV_WIDTH)]
-        layers += [BatchNorm(CONV_CHANNELS)] if options.head_batchnorm else []
-        layers += [nn.Flatten()]
-        width = CONV_CHANNELS * (width - CONV_WIDTH + 1)
-    inner = options.head_width or (hidden if options.clf == "mlp" else hidden // 2)
-    dropouts = [options.hidden_dropout_prob] * depth
-    if options.output_dropout_prob is not None:
-        dropouts[-1] = options.output_dropout_prob
-    for dropout in dropouts:
-        layers += [Linear(width, inner)]
-        if options.clf == "mlp":
-            layers += [activation(), Dropout(dropout)]
-        else:
-            layers += [BatchNorm(inner)] if options.head_batchnorm else []
-            layers += [activation()]
-        width = inner
-    return nn.Sequential(*layers, Linear(width, outputs))
-
-
-def pair_features(u: Tensor, v: Tensor, names: Sequence[str]) -> Tensor:
-    """The named features of two embeddings [B, H], side by side: u, v, abs(u-v), u*v, cos [B, 1], v-u."""
-    made = {
-        "u": lambda: u,
-        "v": lambda: v,
-        "abs": lambda: (u - v).abs(),
-        "mul": lambda: u * v,
-        "cos": lambda: F.cosine_similarity(u, v)[:, None],
-        "diff": lambda: v - u,
-    }
-    return torch.cat([made[name]() for name in names], dim=1)
+from utils.errors import UserError
 
 
 class MultitaskBERT(nn.Module):
@@ -418,40 +264,3 @@ class MultitaskBERT(nn.Module):
         if self.pair_layer is not None and compared and not self.mlm:
             reached.append(self.pair_layer)
         return [parameter for module in reached for parameter in module.parameters()]
-
-
-def set_trainable(backbone: BertModel, structure: str) -> None:
-    """Apply one freezing command to one backbone; see MultitaskBERT.manage_freezing.
-
-    Raises UserError for an unknown command or for more layers than there are.
-    """
-    depth = len(backbone.bert_layers)
-    match = re.fullmatch(r"freezeall|unfreezeall|unfreezetop(\d+)", structure)
-    if match is None or int(match[1] or 0) > depth:
-        raise UserError(
-            f"unfreezing command {structure!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}"
-        )
-    backbone.requires_grad_(structure == "unfreezeall")
-    if match[1]:
-        backbone.pooler_dense.requires_grad_(True)
-        for layer in backbone.bert_layers[depth - int(match[1]) :]:
-            layer.requires_grad_(True)
-
-
-def layers_left_frozen(structure: str, depth: int) -> int:
-    """How many of the lowest of `depth` layers a freezing command leaves frozen."""
-    if structure == "freezeall":
-        return depth
-    return 0 if structure == "unfreezeall" else depth - int(structure.removeprefix("unfreezetop"))
-
-
-def freezing_command(fine_tune_mode: str, stage: int, depth: int) -> str:
-    """What trains in a `stage` (counted from 0; see TrainOptions.stage) of backbones with `depth` layers.
-
-    iterative (R0, B.2): heads only, then the top quarter, half and three quarters of the layers, then everything.
-    """
-    if fine_tune_mode == "last-layer":
-        return "freezeall"
-    if fine_tune_mode == "full-model" or stage >= 4:
-        return "unfreezeall"
-    return "freezeall" if stage == 0 else f"unfreezetop{math.ceil(depth * stage / 4)}"

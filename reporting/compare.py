@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from config import ComputeOptions, DataOptions, TaskOptions, UserError
+from config import ComputeOptions, DataOptions, TaskOptions
 from datasets import Examples, load_splits, tokenise
-from evaluation.predict import confusion, correlation, decide, linear_fit, predict, probabilities
+from evaluation.metrics import confusion, correlation, decide, linear_fit, probabilities
+from evaluation.predict import predict
+from models.checkpoint import load, load_model, trained_tasks
 from reporting.figures import confusion_figure, scatter_figure
 from reporting.measures import fitted, mcnemar, metric_of, paired_bootstrap
 from reporting.page import Piece, Report, Section
@@ -18,8 +20,8 @@ from reporting.tables import Column, Table, Value
 from reporting.trials import shared_command
 from tasks import TASKS, Task
 from training.logger import class_names
-from training.run_directory import load, load_model, trained_tasks
 from utils.device import Device, choose_device
+from utils.errors import UserError
 
 WORST = 15  # examples in a table
 
@@ -215,7 +217,7 @@ def compare(
     """
     tasks = shared_tasks(paths, say)
     dev: dict[str, Any] = load_splits(data, files, tasks, ["dev"], say)["dev"]
-    device = choose_device(compute, say)
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
     a, b = (predicted(path, dev, device, compute.eval_batch_size, say) for path in paths)
     pairs = [pair_of(dev[name], a.values[name], b.values[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]

@@ -6,9 +6,10 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from config import GROUPS, Config, ModelOptions, TaskOptions, UserError
+from config import GROUPS, Config, ModelOptions, TaskOptions
 from reporting.sources import defaults_of, flags_of
 from tasks import TASKS
+from utils.errors import UserError
 
 PER_TASK: dict[str, Field[Any]] = {
     spec.metadata["template"].format(task=task): spec for task in TASKS for spec in fields(TaskOptions)

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from evaluation.predict import confusion, correlation, linear_fit
+from evaluation.metrics import confusion, correlation, linear_fit
 from tasks import Task
 
 RESAMPLES = 1000

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, DataOptions, TaskOptions, UserError, first_line
+from config import Config, DataOptions, TaskOptions
 from datasets import BadRows, Examples, load_split
-from evaluation.predict import confusion, correlation, linear_fit, prediction_file
+from evaluation.metrics import confusion, correlation, linear_fit
+from evaluation.prediction_files import prediction_file
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
 from reporting.labels import titles_of
 from reporting.measures import RESAMPLES, errors_and_deviations, fitted, metric_of, rates
@@ -18,6 +19,7 @@ from reporting.tables import Column, Table, Value
 from reporting.trials import commits_of, shared_command, small_print
 from tasks import TASKS, Task
 from training.logger import class_names
+from utils.errors import UserError, first_line
 
 CURVES = 8  # runs in one figure, as many as there are colours
 

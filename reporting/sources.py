@@ -15,11 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, LoraOptions, ModelOptions, UserError, assemble, build_parser, first_line, flag_of
+from cli.checks import flag_of
+from cli.parser import assemble, build_parser
+from config import Config, LoraOptions, ModelOptions
 from lora import LoRAConfig
+from models.checkpoint import load
 from studies.results import FIGURES, per_task
 from tasks import TASKS
-from training.run_directory import load
+from utils.errors import UserError, first_line
 from utils.files import read_json
 
 SCRIPT = "multitask_classifier.py"

@@ -7,18 +7,18 @@ import csv
 import fcntl
 import io
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError
+from config import Config
 from tasks import TASKS
+from utils.errors import UserError
 from utils.files import write_text
 
 if TYPE_CHECKING:
-    from utils.device import Device
+    pass
 
 FIGURES = (
     "score",
@@ -38,37 +38,6 @@ BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-class StepClock:
-    """Seconds of a training step as the CPU sees it; a GPU may still be at work on it."""
-
-    def __init__(self, device: "Device") -> None:
-        self.device = device
-        self.started = 0.0
-
-    def start(self) -> None:
-        """Begin a step."""
-        self.started = time.perf_counter()
-
-    def stop(self) -> tuple[float, int]:
-        """The step's seconds, and the most bytes of memory during it (0 where that is not measured)."""
-        return time.perf_counter() - self.started, 0
-
-
-class StepGauge(StepClock):
-    """--benchmark: seconds until the device has done all of a step, and the most memory taken during it."""
-
-    def start(self) -> None:
-        """Begin a step."""
-        self.device.reset_peak_memory()
-        super().start()
-
-    def stop(self) -> tuple[float, int]:
-        """The step's seconds, and the most bytes of memory during it."""
-        self.device.synchronize()
-        seconds, _ = super().stop()
-        return seconds, self.device.peak_memory()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import UserError, first_line
+from utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -19,18 +19,23 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import multitask_classifier
-from bert import Linear, WordEmbedding
-from config import ComputeOptions, UserError, parse, run_script
+from bert import Linear
+from cli.parser import parse
+from config import ComputeOptions
 from datasets import TaskData, load_splits, tokenise
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from kernels.embedding import WordEmbedding
+from models.checkpoint import save
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from optimizer import local
 from tasks import TASKS
 from training import distributed, smart
 from training.distributed import Ranks, Reducer, World, joined, sum_rows
-from training.run_directory import save
 from training.sharding import Shards, gathered, parameters_of
 from training.trainer import Trainer
+from utils.console import run_script
 from utils.device import Device
+from utils.errors import UserError
 
 # Forked from a process that has imported what takes long, and never run anything.
 CONTEXT = multiprocessing.get_context("forkserver")

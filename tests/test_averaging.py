@@ -17,13 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import multitask_classifier
 from config import TrainOptions
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from models.checkpoint import load
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS
 from text.packing import PackedBatch
 from training import trainer as loop
 from training.averaging import AVERAGES, EMA, REFRESH_BATCHES, RunningAverage, averaged_tensors
 from training.dry_run import average_bytes, checkpoint_bytes, memory_bytes
-from training.run_directory import load
 from training.task_sampling import task_batches
 from training.trainer import Trainer
 

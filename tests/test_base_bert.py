@@ -27,8 +27,9 @@ from base_bert import (
     save_pretrained,
     weights_sha256,
 )
-from config import BertConfig, UserError
+from config import BertConfig
 from text.tokenizer import load_tokenizer
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = BertConfig(

@@ -32,11 +32,12 @@ from benchmark import (
     measure_speed,
 )
 from bert import BertModel
-from config import BertConfig, UserError
+from config import BertConfig
 from kernels import linear as products
 from tasks import DEFAULT_TASKS
 from text.packing import PackedBatch
 from training.task_sampling import Step
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FIFTY_STEPS_LR = 1e-4

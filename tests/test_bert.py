@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from base_bert import load_weights, read_config
-from bert import BertLayer, BertModel, BertSelfAttention, WordEmbedding, attention
+from bert import BertLayer, BertModel, BertSelfAttention, attention
 from config import BertConfig
+from kernels.embedding import WordEmbedding
 from text.packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs, unpack
 
 Models = tuple[BertModel, transformers.BertModel]

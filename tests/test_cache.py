@@ -14,13 +14,13 @@ from conftest import cut
 
 import datasets
 import multitask_classifier
-from config import UserError
 from datasets import BadRows, Examples, TaskData, read_examples
 from tasks import PARA, SST, STS, Task
 from text import token_cache as cache
 from text.cleaning import Cleaner
 from text.token_cache import CODE, Arrays, cache_key, cached, pack_texts, unpack_texts
 from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer
+from utils.errors import UserError
 from utils.files import cache_folder
 
 TEXTS = (["the plot is n't good", "a film", "it works !"], ["no plot", "the wolves ran " * 30, "a film"])

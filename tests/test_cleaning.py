@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import ensemble
 import multitask_classifier
-from config import Config, UserError
+from config import Config
 from datasets import Examples, TaskData
+from models.checkpoint import load, save
 from tasks import DEFAULT_TASKS, STS
 from text.cleaning import DATA, NEGATIONS, Cleaner, expand_contractions
 from text.tokenizer import load_tokenizer
-from training.run_directory import load, save
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,12 +12,12 @@ from test_report import page_of
 
 import multitask_classifier
 import report
-from config import UserError
 from datasets import BadRows, Examples, read_examples
-from evaluation.predict import confusion
+from evaluation.metrics import confusion
 from reporting.compare import WORST, classes_piece, figure_piece, gaps_piece, pair_of, scores_piece, worst_piece
 from reporting.page import Piece
 from tasks import PARA, SST, STS, TASKS, Task
+from utils.errors import UserError
 
 rng = np.random.default_rng
 TRAINED = {name: task for name, task in TASKS.items() if task.by_default}

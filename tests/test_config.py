@@ -16,19 +16,10 @@ from typing import Any
 import pytest
 
 import ensemble
-from config import (
-    ARCHS,
-    GROUPS,
-    ComputeOptions,
-    Config,
-    FileOptions,
-    TaskOptions,
-    UserError,
-    build_parser,
-    expand_arguments,
-    parse,
-)
+from cli.parser import build_parser, expand_arguments, parse
+from config import ARCHS, GROUPS, ComputeOptions, Config, FileOptions, TaskOptions
 from tasks import SST, TASKS, Task
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ROOT / "tests" / "options.txt"

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from processes import Child
 
 import datasets
-from config import DataOptions, TaskOptions, UserError, parse
-from datasets import BadRows, Examples, TaskData, fetch, find_file, git_blob_id, load_split, load_splits, read_examples
+from cli.parser import parse
+from config import DataOptions, TaskOptions
+from datasets import BadRows, Examples, TaskData, find_file, load_split, load_splits, read_examples
 from tasks import PARA, SST, STS, TASKS, Task
 from text.packing import unpack
 from text.tokenizer import load_tokenizer
+from utils.download import fetch, git_blob_id
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"

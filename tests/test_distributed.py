@@ -20,13 +20,14 @@ import torch.distributed as dist
 from ranks import launch
 from torch import nn
 
-from config import UserError, assemble, parse
+from cli.parser import assemble, parse
 from evaluation.predict import predict
-from models.multitask_bert import BatchNorm
+from models.checkpoint import load
+from models.heads import BatchNorm
 from tasks import DEFAULT_TASKS, TASKS
 from training import distributed
 from training.distributed import ONE, buckets_of, shard
-from training.run_directory import load
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20

@@ -15,10 +15,11 @@ import torch
 from test_training import make_trainer
 
 import multitask_classifier
-from config import UserError
-from studies.results import BENCHMARK_COLUMNS, COLUMNS, StepClock, StepGauge, Table, figures
+from studies.results import BENCHMARK_COLUMNS, COLUMNS, Table, figures
 from text.packing import PackedBatch
+from training.meters import StepClock, StepGauge
 from utils.device import Device
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import BertModel, BertTokenizer
 
 import multitask_classifier
-from config import parse
+from cli.parser import parse
+from models.checkpoint import load
 from tasks import DEFAULT_TASKS, TASKS
-from training.run_directory import load
 from training.task_sampling import ROUTINES, Plan
 
 FILES = {"sst": "ids-sst-{}.csv", "para": "quora-{}.csv", "sts": "sts-{}.csv"}

@@ -17,7 +17,6 @@ from test_scripts import _output, member_outputs, read_json, refusal
 
 import ensemble
 import multitask_classifier
-from config import UserError
 from ensemble import Member, cache_file
 from evaluation.ensembling import (
     average_weights,
@@ -29,10 +28,11 @@ from evaluation.ensembling import (
     vote,
     z_scores,
 )
-from evaluation.predict import correlation
+from evaluation.metrics import correlation
+from models.checkpoint import load, load_model, save
 from tasks import DEFAULT_TASKS, STS
-from training.run_directory import load, load_model, save
 from utils.device import Device
+from utils.errors import UserError
 
 Run = Callable[..., str]
 rng = np.random.default_rng

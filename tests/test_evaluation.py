@@ -10,23 +10,16 @@ from scipy.special import expit, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
-from config import ARCHS, DataOptions, ModelOptions, TaskOptions, UserError
+from config import ARCHS, DataOptions, ModelOptions, TaskOptions
 from datasets import Examples, TaskData, load_splits
 from evaluation.ensembling import vote, z_scores
-from evaluation.predict import (
-    correlation,
-    decide,
-    overall,
-    predict,
-    primary,
-    probabilities,
-    progress,
-    score_and_write,
-    score_task,
-    write_predictions,
-)
+from evaluation.metrics import correlation, decide, overall, primary, probabilities, score_task
+from evaluation.predict import predict
+from evaluation.prediction_files import score_and_write, write_predictions
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, PARA, SST, STS
+from utils.console import progress
+from utils.errors import UserError
 
 rng = np.random.default_rng
 
@@ -358,7 +351,7 @@ def test_one_member_decides_as_it_does_alone() -> None:
 
 def test_missing_members_are_named(tmp_path: Path) -> None:
     from ensemble import find_members
-    from training.run_directory import FORMAT, save
+    from models.checkpoint import FORMAT, save
 
     save(tmp_path / "a.pt", {"format": FORMAT, "tasks": ["sts"], "config": {"tasks": {}}})
     with pytest.raises(UserError, match="--filepaths .*b.pt: there is no such checkpoint"):

@@ -13,11 +13,13 @@ from test_datasets import HEADERS
 from test_training import changed, copied, load, make_trainer, metrics
 
 import multitask_classifier
-from config import Config, UserError, parse
+from cli.parser import parse
+from config import Config
 from datasets import load_splits, tokenise
 from tasks import TASKS
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.trainer import Trainer
+from utils.errors import UserError
 
 FILES = {task.name: task.files for task in TASKS.values()}
 LINE = {"sst": b"0\ta\tA film .\t3", "para": b"0\ta\tA film ?\tA film .\t1.0", "sts": b"0\ta\tA film .\tFilms .\t2.5"}

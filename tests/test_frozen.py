@@ -14,7 +14,7 @@ from torch import Tensor
 from bert import BertModel
 from config import BertConfig
 from lora import LoRAConfig, inject
-from models.multitask_bert import freezing_command, layers_left_frozen, set_trainable
+from models.freezing import freezing_command, layers_left_frozen, set_trainable
 from text.packing import EncodedBatch, PackedBatch, pack_padded
 from training import feature_cache as frozen
 from training.feature_cache import FrozenData

@@ -18,12 +18,12 @@ import multitask_classifier
 from bert import attention
 from kernels import flash_attention as flash
 from optimizer import OPTIMIZERS
-from studies.results import StepGauge
 from tasks import DEFAULT_TASKS
 from text.packing import with_tail
 from training.cuda_graphs import GraphedPasses, Recorder
 from training.health import Scaler
 from training.losses import LOSSES
+from training.meters import StepGauge
 from training.task_sampling import Step, interleave, task_batches
 from training.trainer import Trainer
 from utils.device import Device

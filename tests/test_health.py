@@ -12,15 +12,15 @@ from test_training import copied, make_trainer, metrics, tensors_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from config import UserError
 from datasets import TaskData
+from models.checkpoint import load
 from tasks import TASKS
 from training import trainer as loop
 from training.health import refuse_bad_losses, refuse_ruined
 from training.meters import TaskMeter
-from training.run_directory import load
 from training.trainer import LOG_EVERY, Trainer
 from utils.device import Device
+from utils.errors import UserError
 from utils.files import sha256
 
 CPU = torch.device("cpu")
@@ -317,7 +317,7 @@ def test_each_file_has_its_own_gate(tiny_flags: list[str], tmp_path: Path) -> No
 
 def test_a_ruined_checkpoint_predicts_nothing(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
     import multitask_classifier
-    from training.run_directory import save
+    from models.checkpoint import save
 
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
     trainer.fit()

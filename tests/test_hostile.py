@@ -25,14 +25,15 @@ from test_training import copied, make_trainer
 import ensemble
 import multitask_classifier
 from base_bert import load_weights, read_config
-from config import BertConfig, Config, UserError
-from lora import import_peft
+from config import BertConfig, Config
+from models.checkpoint import load, load_model, save
 from models.multitask_bert import MultitaskBERT
+from models.peft_exchange import import_peft
 from tasks import TASKS
 from text.token_cache import cached
 from text.tokenizer import MOST_BYTES, Tokenizer, load_tokenizer
-from training.run_directory import load, load_model, save
 from training.trainer import Trainer
+from utils.errors import UserError
 from utils.files import MOST_JSON, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,7 +359,7 @@ def oversized(folder: Path, checkpoint: Path, bert: Path) -> Iterator[tuple[str,
 
     def build() -> object:
         flags = ["--pretrained", str(copy), "--train_sst", "--max_length", "8"]
-        from config import parse
+        from cli.parser import parse
 
         return multitask_classifier.build_model(parse(flags, TASKS, "test", "Test."), {"sst": TASKS["sst"]})
 
@@ -726,7 +727,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     adapters: Path, tiny_flags: list[str], tmp_path: Path, change: str
 ) -> None:
     """--init_from with a checkpoint of adapters, one thing wrong in each."""
-    from training.run_directory import hand_over
+    from models.checkpoint import hand_over
 
     content, path = load(adapters / "run" / "best.pt"), tmp_path / "start.pt"
     weights = content["weights"]

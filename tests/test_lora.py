@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import lora
 from base_bert import load_weights, read_config, save_pretrained
 from bert import BertModel
-from config import BertConfig, UserError, check_values
+from config import BertConfig, check_values
 from kernels import linear as products
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
-from models.multitask_bert import set_trainable
+from models.freezing import set_trainable
+from utils.errors import UserError
 
 IN, OUT, ROWS = 12, 9, 17
 KINDS: dict[str, dict[str, Any]] = {

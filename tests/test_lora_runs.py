@@ -14,9 +14,9 @@ from test_training import assert_resumes, make_trainer, metrics
 
 import ensemble
 import multitask_classifier
-from config import UserError
 from lora import adapter_state, base_state
-from training.run_directory import load, load_model
+from models.checkpoint import load, load_model
+from utils.errors import UserError
 
 ADAPTERS = ["--lora_rank", "2"]
 

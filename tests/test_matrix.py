@@ -18,13 +18,15 @@ import torch
 from conftest import cut, make_bert
 from test_training import changed, copied, make_trainer, metrics, write_films
 
-from config import ARCHS, GROUPS, Config, TaskOptions, UserError, assemble, build_parser, expand_arguments
+from cli.parser import assemble, build_parser, expand_arguments
+from config import ARCHS, GROUPS, Config, TaskOptions
+from models.checkpoint import load_model, model_checkpoint, save
 from tasks import TASKS
 from training.pretraining import Pretrainer
-from training.run_directory import load_model, model_checkpoint, save
 from training.task_sampling import Step
 from training.trainer import Trainer
 from utils.device import Device
+from utils.errors import UserError
 
 Method = tuple[str, str]  # axis and name
 Row = dict[str, str]  # axis -> name

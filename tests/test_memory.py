@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import training.memory
 from conftest import make_bert
 from test_training import changed, copied, interrupted, make_trainer, metrics, tensors_of
 from torch import Tensor, nn
 
-from config import UserError, is_out_of_memory, run_script
+import training.grad_cache
 from evaluation.predict import predict
 from text.packing import EncodedBatch
 from training import trainer as loop
 from training.grad_cache import packed_of, parts_of
 from training.task_sampling import Step, task_batches
 from training.trainer import Trainer
+from utils.console import run_script
+from utils.errors import UserError, is_out_of_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = np.array([4, 1, 9, 2, 16])
@@ -126,7 +127,7 @@ def test_a_part_that_is_computed_again_has_the_same_dropout_masks(
     trainer = trainer_of(tiny_flags, tmp_path / "run", *more)
     trainer.memory.sizes = dict.fromkeys(trainer.tasks, 3)
     again = {task: gradients(trainer, task) for task in trainer.tasks}
-    monkeypatch.setattr(training.memory, "checkpoint", lambda run, *given, use_reentrant: run(*given))
+    monkeypatch.setattr(training.grad_cache, "checkpoint", lambda run, *given, use_reentrant: run(*given))
     for task in trainer.tasks:
         kept = gradients(trainer, task)
         assert list(kept) == list(again[task])
@@ -343,7 +344,7 @@ def test_mixed_precision_is_kept_where_a_part_is_computed_again(
     trainer.device = Device(torch.device("cpu"), precision)
     trainer.memory.sizes = {"sst": 3}
     again = gradients(trainer, "sst")
-    monkeypatch.setattr(training.memory, "checkpoint", lambda run, *given, use_reentrant: run(*given))
+    monkeypatch.setattr(training.grad_cache, "checkpoint", lambda run, *given, use_reentrant: run(*given))
     for name, own in gradients(trainer, "sst").items():
         torch.testing.assert_close(again[name], own, atol=1e-3, rtol=1e-2, msg=name)
 
@@ -436,7 +437,7 @@ sys.path.insert(0, sys.argv[1])
 import scipy.stats, sklearn.metrics
 import multitask_classifier
 from pathlib import Path
-from training.loop import Trainer
+from training.trainer import Trainer
 run_steps = Trainer.run_steps
 
 def limited(trainer, steps):

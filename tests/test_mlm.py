@@ -21,15 +21,16 @@ import ensemble
 import multitask_classifier
 import sweep
 from base_bert import load_mlm_head, load_weights
-from config import UserError, parse
+from cli.parser import parse
+from models.checkpoint import load, load_model
 from models.mlm import MaskedWordHead, Masking
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST, TASKS
 from text.packing import PackedBatch, pack, pack_padded
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.pretraining import Pretrainer
-from training.run_directory import load, load_model
 from training.task_sampling import Step
+from utils.errors import UserError
 
 HEAD = ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias")
 

@@ -11,21 +11,14 @@ from scipy.special import erf
 from torch import Tensor, nn
 
 from bert import Linear
-from config import ARCHS, BertConfig, ModelOptions, UserError
+from config import ARCHS, BertConfig, ModelOptions
 from kernels.dropout import Dropout
-from models.multitask_bert import (
-    BatchNorm,
-    Convolution,
-    CosineHead,
-    MultitaskBERT,
-    PairLayer,
-    build_head,
-    freezing_command,
-    pair_features,
-    set_trainable,
-)
+from models.freezing import freezing_command, set_trainable
+from models.heads import BatchNorm, Convolution, CosineHead, PairLayer, build_head, pair_features
+from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST, STS, Task
 from text.packing import PackedBatch, join_padded_pairs, pack_padded, stack_padded_pairs
+from utils.errors import UserError
 
 H, BATCH = 16, 6
 TINY = BertConfig(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import optimizer
-from config import UserError
 from optimizer import OPTIMIZERS, SCHEDULES, Adam, Adamax, AdamW, RAdam, Schedule, SparseAdam
+from utils.errors import UserError
 
 SHAPES: list[tuple[int, ...]] = [(41, 13), (), (7,), (5, 3), (300,), (2, 3, 4)]  # the first and fifth fill pieces
 

@@ -14,12 +14,13 @@ from test_training import State, assert_resumes, changed, copied, make_trainer, 
 from torch import Tensor, nn
 
 import multitask_classifier
-from config import BertConfig, PalOptions, UserError
+from config import BertConfig, PalOptions
 from lora import adapted_layers
+from models.checkpoint import load, load_model
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS
 from text.packing import EncodedBatch, pack_padded, unpack
-from training.run_directory import load, load_model
+from utils.errors import UserError
 
 DEPTH, SIZE, HEADS, LOW_RANK = 3, 12, 3, 10
 DEEP = replace(TINY, num_hidden_layers=DEPTH)

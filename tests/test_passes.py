@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training.passes
 from test_flash import by_formula
 from test_training import State, copied, make_trainer
 from torch import Tensor
 
 import multitask_classifier
-from config import UserError
+import training.cuda_graphs
 from kernels import flash_attention as flash
 from tasks import DEFAULT_TASKS
 from text.packing import Batch
@@ -22,6 +21,7 @@ from training.loader import Feed
 from training.task_sampling import Step, task_batches
 from training.trainer import Trainer
 from utils.device import Device
+from utils.errors import UserError
 
 FLAGS = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0]
 
@@ -244,7 +244,7 @@ def test_recordings_make_room_before_a_batch_is_cut(tiny_flags: list[str], tmp_p
 
 
 def test_not_more_graphs_than_are_kept(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.passes, "GRAPHS", 1)
+    monkeypatch.setattr(training.cuda_graphs, "GRAPHS", 1)
     trainer = make_trainer(tiny_flags, tmp_path / "run", *FLAGS, "--arch", "v1")
     passes = graphed(trainer)
     trainer.model.train()
@@ -269,13 +269,15 @@ def test_without_cuda_it_is_refused(tiny_flags: list[str], tmp_path: Path) -> No
 def test_which_tasks_are_recorded(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--sst_smart", 1, "--arch", "v1")
     trainer.config.train.cuda_graphs = True
-    monkeypatch.setattr(training.passes, "Recorder", lambda device: None)
+    monkeypatch.setattr(training.cuda_graphs, "Recorder", lambda device: None)
     widths: list[int] = []
     for kernel, wanted in (
         (True, {"sst": "with further losses"}),
         (False, dict.fromkeys(DEFAULT_TASKS, "whose attention is padded")),
     ):
-        monkeypatch.setattr(training.passes, "works", lambda device, dtype, width, k=kernel: widths.append(width) or k)
+        monkeypatch.setattr(
+            training.cuda_graphs, "works", lambda device, dtype, width, k=kernel: widths.append(width) or k
+        )
         device = Device(torch.device("cuda"), torch.bfloat16)
         passes = passes_of(trainer.config, trainer.model, device, trainer.terms, trainer.forward_backward, trainer.say)
         assert isinstance(passes, GraphedPasses) and passes.refusals == wanted

@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 
 import bert
 import lora
-from bert import BertModel, WordEmbedding
+from bert import BertModel
 from kernels import linear as products
+from kernels.embedding import WordEmbedding
 from lora import DoRALinear, LoRALinear
-from models.multitask_bert import Convolution
+from models.heads import Convolution
 from text.packing import Batch, EncodedBatch, PackedBatch
 from training.trainer import Trainer
 

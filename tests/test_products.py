@@ -161,11 +161,11 @@ def test_the_same_product_twice_is_the_same_to_the_bit(threads: int) -> None:
 
 
 GROWTH = """
-import random, torch, products
-from config import ComputeOptions
-from products import product
-from training.device import choose_device, process_peak
-choose_device(ComputeOptions(threads=1), print)
+import random, torch
+from kernels import linear as products
+from kernels.linear import product
+from utils.device import choose_device, process_peak
+choose_device(False, False, 1, print)
 x, w = torch.randn(1500, 128), torch.randn(128, 512)
 products.FEWEST = 1
 random.seed(0)

@@ -14,7 +14,8 @@ from processes import Child, kill_myself
 from test_config import DUALITY, ENSEMBLES, ROOT, YIN_YANG, configure, unwrapped
 
 import multitask_classifier
-from config import Config, expand_arguments
+from cli.parser import expand_arguments
+from config import Config
 from training.trainer import Trainer
 
 RECIPES = ROOT / "recipes"

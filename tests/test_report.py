@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from test_config import configure
 
 import report
-from config import Config, UserError
+from config import Config
 from reporting.figures import METHODS, seeds_figure, tick_labels
 from reporting.labels import settings, titles_of
 from reporting.page import Piece, png
@@ -38,6 +38,7 @@ from reporting.trials import (
     with_adapters,
 )
 from studies.results import COLUMNS
+from utils.errors import UserError
 
 FLAGS = ["lora_mode", "lora_rank", "dora", "fine_tune_mode", "batch_size", "amp", "seed"]
 BASE = "--train_sst --train_sts --lr 1e-4 --fine_tune_mode full-model"

@@ -9,7 +9,7 @@ from test_config import ROOT, configure
 
 import multitask_classifier
 from config import Config
-from training.run_directory import load
+from models.checkpoint import load
 
 RECIPES = ROOT / "recipes"
 REPORTS = ("r1", "r2", "r3", "r4")

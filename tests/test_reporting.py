@@ -26,9 +26,10 @@ from test_report import cells, drawn, page_of
 
 import multitask_classifier
 import report
-from config import DataOptions, TaskOptions, UserError
+from config import DataOptions, TaskOptions
 from datasets import BadRows, read_examples
-from evaluation.predict import confusion, correlation, linear_fit, write_predictions
+from evaluation.metrics import confusion, correlation, linear_fit
+from evaluation.prediction_files import write_predictions
 from reporting.figures import seeds_figure
 from reporting.measures import (
     RESAMPLES,
@@ -61,6 +62,7 @@ from studies.results import figures as row_of
 from tasks import PARA, SST, STS, TASKS, Task
 from training import logger as telemetry
 from training.run_directory import RunDirectory
+from utils.errors import UserError
 
 rng = np.random.default_rng
 TRAINED = {name: task for name, task in TASKS.items() if task.by_default}

@@ -20,13 +20,17 @@ from test_scripts import fill, small_disk
 from test_training import make_trainer
 
 import multitask_classifier
-from config import UserError, parse, run_script
+from cli.parser import parse
+from models.checkpoint import load, save
 from tasks import TASKS
-from training import frozen, loop
+from training import feature_cache as frozen
+from training import trainer as loop
 from training.health import Scaler
 from training.resume import SaveEvery, newest_state
-from training.run_directory import RunDirectory, load, save
+from training.run_directory import RunDirectory
 from training.trainer import Trainer
+from utils.console import run_script
+from utils.errors import UserError
 
 # Runs of nine steps an epoch (three of a joint routine) with all that has a state of its own.
 RUNS: dict[str, list[object]] = {

@@ -142,7 +142,7 @@ def test_addresses_do_not_run_into_each_other() -> None:
 def test_the_same_seed_gives_the_same_order_in_another_process() -> None:
     steps = interleave(PLAN, 6)
     code = (
-        "from training.routines import Plan, interleave\n"
+        "from training.task_sampling import Plan, interleave\n"
         f"steps = interleave(Plan(11711, 2, {SIZES!r}, {ROUNDS!r}), 6)\n"
         "print([(s.task, s.indices.tolist()) for s in steps])"
     )

@@ -25,10 +25,12 @@ from test_training import make_trainer
 
 import ensemble
 import multitask_classifier
-from config import UserError, run_script
+from models.checkpoint import load, save
 from training.resume import STATE, newest_state, save_state
-from training.run_directory import RunDirectory, load, probe_folder, save
-from utils.files import lock, write_atomically
+from training.run_directory import RunDirectory
+from utils.console import run_script
+from utils.errors import UserError
+from utils.files import lock, probe_folder, write_atomically
 
 # ------------------------------------------------------------------------------------------------------- while it saves
 

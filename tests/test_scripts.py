@@ -20,10 +20,10 @@ from test_training import make_trainer
 
 import ensemble
 import multitask_classifier
-from config import UserError
+from models.checkpoint import load, load_model, save
 from tasks import DEFAULT_TASKS
 from training import trainer as loop
-from training.run_directory import load, load_model, save
+from utils.errors import UserError
 from utils.files import write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent.parent

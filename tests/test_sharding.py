@@ -14,14 +14,15 @@ from ranks import launch
 from test_distributed import CASES as WITHOUT_FSDP
 from test_distributed import EXACT, as_text, check_files, small_run
 
-from config import UserError, parse
+from cli.parser import parse
 from evaluation.predict import predict
+from models.checkpoint import load, load_model
 from tasks import TASKS
 from training.cuda_graphs import check_device
 from training.distributed import ONE
-from training.run_directory import load, load_model
 from training.sharding import Shards
 from utils.device import Device
+from utils.errors import UserError
 
 STEPS = 20
 CASES: dict[str, list[Any]] = {

@@ -12,9 +12,9 @@ import pytest
 from test_sweep import by_trial, handlers, read_table, run, start  # noqa: F401
 
 import sweep
-from config import UserError
 from studies import shared_study
 from studies.shared_study import SharedStudy
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,13 @@ from processes import Child, kill_myself
 import config
 import multitask_classifier
 import sweep
-from config import UserError, expand_arguments, run_script
+from cli.parser import expand_arguments
 from sweep import make_trials, verdict
 from tasks import TASKS
 from training import distributed
 from training.trainer import Trainer
+from utils.console import run_script
+from utils.errors import UserError
 
 HUGE = "10000000000000"  # a rank whose matrices no machine can hold
 ONE, TWO = "lora_mode=attn-only,lora_rank=1", "lora_mode=attn-only,lora_rank=2"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import training.loop
 from test_training import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import training.smart
+import training.trainer
 from training.losses import LOSSES
 from training.task_sampling import Step
 from training.trainer import Trainer

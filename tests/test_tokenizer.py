@@ -12,9 +12,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from text import tokenizer
 from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer, longest_first
+from utils.errors import UserError
 
 WORDS = "the film was not good bad cafe café Film The un ##aff ##able ##s , . ! ' - 电 影 n ##t été 1 ##2 🙂"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *"abcdefgilmopqrst", "##a", "##b", "##o"]

@@ -19,17 +19,22 @@ from test_config import FILMS
 from torch import Tensor
 
 import multitask_classifier
-from config import Config, UserError, parse
+from cli.parser import parse
+from config import Config
 from datasets import load_splits, tokenise
 from evaluation.predict import predict
-from models.multitask_bert import BatchNorm, MultitaskBERT, freezing_command
+from models.checkpoint import copy, load, load_model, load_weights_into, model_checkpoint, save
+from models.freezing import freezing_command
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from optimizer import Schedule
 from tasks import DEFAULT_TASKS, SST, STS, TASKS, Task
 from training import trainer as loop
 from training.meters import TaskMeter
-from training.run_directory import RunDirectory, copy, load, load_model, load_weights_into, model_checkpoint, save
+from training.run_directory import RunDirectory
 from training.trainer import Trainer
 from utils.device import Device
+from utils.errors import UserError
 from utils.files import sha256, write_atomically, write_text
 
 CPU = Device(torch.device("cpu"))
@@ -497,7 +502,7 @@ def test_evaluating_less_often_trains_the_same(tiny_flags: list[str], tmp_path: 
 
 
 def test_dev_scores_are_those_of_the_model_at_hand(tiny_flags: list[str], tmp_path: Path) -> None:
-    from evaluation.predict import score_task
+    from evaluation.metrics import score_task
 
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
     trainer.fit()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from config import UserError
+from utils.errors import UserError
 
 logger = logging.getLogger("minbert")
 

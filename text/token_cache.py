@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError, first_line
+from utils.errors import UserError, first_line
 from utils.files import cache_folder, refuse_inflating, write_atomically
 
 logger = logging.getLogger("minbert")

@@ -13,7 +13,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from config import UserError
+from utils.errors import UserError
 from utils.files import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora's 283,000 pairs would take gigabytes

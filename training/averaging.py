@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from config import TrainOptions
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 
 # Batches of each task from which statistics are taken. Running ones with momentum .1 are worth 19 batches: 2/.1 - 1.
 REFRESH_BATCHES = 32

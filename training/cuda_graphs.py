@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bert import BertSelfAttention
-from config import Config, UserError, first_line
+from config import Config
 from kernels.flash_attention import works
 from text.packing import Batch, PackedBatch
 from training.seen import Term
 from training.task_sampling import Step
 from utils.device import Device
+from utils.errors import UserError, first_line
 
 # Loss and outputs [B] or [B, C], without their history, of a step's batch and labels [B]; gradients are added to those
 # that the parameters have.

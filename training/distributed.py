@@ -23,14 +23,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from config import GRACE, ComputeOptions, UserError, first_line, processes
+from config import ComputeOptions
 from datasets import Batches
 from evaluation.predict import predict
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from models.checkpoint import load_weights_into
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from text.packing import to_device
 from training import signals
-from training.run_directory import RunDirectory, load_weights_into
+from training.run_directory import RunDirectory
+from utils.console import GRACE, processes
 from utils.device import Device
+from utils.errors import UserError, first_line
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together; the size that torch's DistributedDataParallel has
 GPU_PACE = 10  # steps of GPUs from one agreement to the next: each makes the processes wait for one another

@@ -15,12 +15,14 @@ from torch import Tensor
 from bert import BertModel
 from config import Config
 from datasets import TaskData
-from evaluation.predict import halving, progress
+from evaluation.predict import halving
 from lora import merged
-from models.multitask_bert import MultitaskBERT, layers_left_frozen
+from models.freezing import layers_left_frozen
+from models.multitask_bert import MultitaskBERT
 from text.packing import Batch, EncodedBatch, PackedBatch, ragged_rows
 from training import signals
 from training.task_sampling import Step
+from utils.console import progress
 from utils.device import Device, free_memory
 
 SHARE = 0.5  # of the memory that is free before training

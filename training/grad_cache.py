@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import Config, UserError
+from config import Config
 from datasets import Batches
 from kernels.linear import ran_out_of_memory
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from text.packing import Batch, EncodedBatch, PackedBatch, take
 from training.task_sampling import Step
 from utils.device import random_state, set_random_state
+from utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config import UserError
 from datasets import Batches
 from optimizer import local
 from training.meters import TaskMeter
 from training.run_directory import BAD_BATCH, RunDirectory
 from training.task_sampling import Step
+from utils.errors import UserError
 
 MIN_SCALE = 1e-4  # of fp16 losses; below it gradients overflow by themselves (fairseq stops there too)
 REMEDY = "lower --lr or set --clip (the best.pt of an earlier epoch, if there is one, stands unharmed)"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import Config
-from evaluation.predict import Scores, confusion, decide, linear_fit, primary
+from evaluation.metrics import Scores, confusion, decide, linear_fit, primary
 from models.multitask_bert import MultitaskBERT
 from tasks import Task
 from training.run_directory import RunDirectory

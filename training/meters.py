@@ -1,14 +1,16 @@
 """What is measured of one task's training over an epoch."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evaluation.predict import Scores, probabilities, score_task
+from evaluation.metrics import Scores, probabilities, score_task
 from tasks import Task
 from training.logger import TaskEpoch
+from utils.device import Device
 
 
 class TaskMeter:
@@ -89,3 +91,34 @@ class TaskMeter:
         """Those of the training passes themselves, dropout on, which cost nothing."""
         values = probabilities(task, torch.cat(self.outputs).float().cpu().numpy())
         return score_task(task, values, torch.cat(self.labels).cpu().numpy())
+
+
+class StepClock:
+    """Seconds of a training step as the CPU sees it; a GPU may still be at work on it."""
+
+    def __init__(self, device: "Device") -> None:
+        self.device = device
+        self.started = 0.0
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.started = time.perf_counter()
+
+    def stop(self) -> tuple[float, int]:
+        """The step's seconds, and the most bytes of memory during it (0 where that is not measured)."""
+        return time.perf_counter() - self.started, 0
+
+
+class StepGauge(StepClock):
+    """--benchmark: seconds until the device has done all of a step, and the most memory taken during it."""
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.device.reset_peak_memory()
+        super().start()
+
+    def stop(self) -> tuple[float, int]:
+        """The step's seconds, and the most bytes of memory during it."""
+        self.device.synchronize()
+        seconds, _ = super().stop()
+        return seconds, self.device.peak_memory()

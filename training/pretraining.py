@@ -7,7 +7,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.predict import Scores
+from evaluation.metrics import Scores
 from models.mlm import Masking
 from tasks import Task
 from text.packing import PackedBatch, to_device

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from config import SAVE_EVERY, UserError
-from training.run_directory import RunDirectory, is_whole_file, load, save
+from config import SAVE_EVERY
+from models.checkpoint import is_whole_file, load, save
+from training.run_directory import RunDirectory
+from utils.errors import UserError
 from utils.files import cause
 
 # What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.

@@ -31,10 +31,10 @@ from torch.optim import Optimizer
 
 from bert import BertModel, Linear
 from datasets import Batches
+from models.checkpoint import refuse_misfits
 from models.multitask_bert import MultitaskBERT
 from optimizer import local
 from training.distributed import Ranks, Reducer
-from training.run_directory import refuse_misfits
 from utils.device import Device
 
 

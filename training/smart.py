@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import TrainOptions
-from models.multitask_bert import BatchNorm, MultitaskBERT
+from models.heads import BatchNorm
+from models.multitask_bert import MultitaskBERT
 from text.packing import EncodedBatch, PackedBatch
 from training.averaging import RunningAverage
 from training.seen import Seen, Term

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config import Config, UserError, first_line, is_out_of_memory
+from config import Config
 from datasets import Batches, TaskData
-from evaluation.predict import Scores, overall, probabilities, progress, score_task
+from evaluation.metrics import Scores, overall, probabilities, score_task
+from models.checkpoint import FORMAT, copy, load, model_checkpoint, refuse_other_base, save
 from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
-from studies.results import StepClock, StepGauge
 from tasks import Task
 from text.packing import Batch
 from text.tokenizer import Tokenizer
@@ -33,15 +33,17 @@ from training.health import Scaler, refuse_bad_losses, refuse_ruined, states_of
 from training.loader import Feed
 from training.logger import Epoch, Telemetry, describe_freezing, epoch_table, parameter_table
 from training.losses import LOSSES
-from training.meters import TaskMeter
+from training.meters import StepClock, StepGauge, TaskMeter
 from training.pcgrad import NoSurgery, PCGrad
 from training.profiling import Profiler
 from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
-from training.run_directory import FORMAT, RunDirectory, copy, load, model_checkpoint, refuse_other_base, save
+from training.run_directory import RunDirectory
 from training.seen import Seen
 from training.smart import Teacher
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
+from utils.console import progress
 from utils.device import Device, random_state
+from utils.errors import UserError, first_line, is_out_of_memory
 from utils.files import cause
 
 NOT_MEASURED = torch.tensor(math.nan)

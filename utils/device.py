@@ -12,8 +12,6 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from config import ComputeOptions
-
 # Kernels that oneDNN keeps: a compiled one of up to 3 MB for each shape of a product. A training step needs some 20,
 # and packed batches have ever new shapes; its own 1024 would take gigabytes.
 KERNELS = 64
@@ -114,22 +112,22 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def choose_device(options: ComputeOptions, say: Callable[[str], None]) -> Device:
+def choose_device(use_gpu: bool, amp: bool, threads: int | None, say: Callable[[str], None]) -> Device:
     """What --use_gpu, --amp and --threads ask for, as far as this machine has it; `say` gets a line for each lack.
 
     Of several GPUs, it is the one that this process has chosen.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if threads:
+        torch.set_num_threads(threads)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
         os.environ.setdefault(cache, str(KERNELS))
     kind = "cpu"
-    if options.use_gpu:
+    if use_gpu:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if kind == "cpu":
             say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    if not options.amp:
+    if not amp:
         return Device(device)
     if kind == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from config import UserError, first_line
+from utils.errors import UserError, first_line
 
 
 def cache_folder() -> Path:
@@ -130,3 +130,23 @@ def refuse_inflating(path: Path) -> None:
         claimed = sum(member.file_size for member in archive.infolist())
     if claimed > path.stat().st_size:
         raise ValueError(f"its members claim {claimed:,} bytes, more than the file has")
+
+
+def probe_folder(folder: Path, flag: str) -> None:
+    """Make a folder and see that files can be written there. Raises UserError, naming `flag`, where they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        try:
+            probe.write_text("x", encoding="utf-8")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another") from error
+
+
+def probe_file(path: Path, flag: str) -> None:
+    """See that a file can be written. Raises UserError, naming `flag`, where it cannot or is a folder or a device."""
+    probe_folder(path.parent, flag)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path}: is a folder or a device; name a file, which may be a new one")

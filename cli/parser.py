@@ -1,0 +1,222 @@
+"""The command line: words to a Config."""
+
+import argparse
+import math
+import re
+import shlex
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cli.checks import check, check_evaluate, check_processes, names_of
+from config import ARCHS, GROUPS, Config, TaskOptions, _value_type, out_of_bounds
+from tasks import Task
+from utils.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, since the usage of all flags would bury them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[str]:
+    """`argv` with @files replaced by the flags in them and every flag spelled --with_underscores.
+
+    A file holds flags as a shell would read them, over any number of lines, # starting a comment. The reports print
+    `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`: all are one spelling here.
+    """
+    out: list[str] = []
+    for word in argv:
+        if word.startswith("@"):
+            path = Path(word[1:]).resolve()
+            if path in seen:
+                raise UserError(f"{word}: the file includes itself; remove the line that names it")
+            try:
+                text = path.read_text(encoding="utf-8")
+                out += expand_arguments(shlex.split(without_comments(text)), (*seen, path))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
+        elif re.match(r"--?[A-Za-z]", word) and word != "-h":
+            name, equals, value = word.lstrip("-").partition("=")
+            out.append("--" + name.replace("-", "_") + equals + value)
+        else:
+            out.append(word)
+    return out
+
+
+def without_comments(text: str) -> str:
+    """Flags without what follows a # at the start of a word; one inside quotes is left alone."""
+    return re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", text, flags=re.MULTILINE)
+
+
+def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """A converter for argparse that also holds the option's bounds."""
+
+    def convert(text: str) -> Any:
+        if typing.get_origin(kind) is tuple:
+            items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+            if not items:
+                raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
+            for item in items:
+                if item not in metadata.get("choices", items):
+                    raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")
+            return items
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if problem := out_of_bounds(value, kind, metadata):
+            raise argparse.ArgumentTypeError(f"{text} is {problem}")
+        return value
+
+    return convert
+
+
+def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
+    """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
+    kind, metadata = _value_type(hint), spec.metadata
+    if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # 1 and 0.0 are to be shown
+        shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
+        help += f" (default: {shown})"
+    help = help.replace("%", "%%")
+    flags = [f"--{name}" for name in names]
+    common: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
+    if kind is bool:
+        # both exist, so that a later flag can undo a recipe's; help shows the one that changes the default
+        opposites = [f"--no_{name}" for name in names]
+        on, off = (argparse.SUPPRESS, f"do not {help}") if spec.default is True else (help, argparse.SUPPRESS)
+        group.add_argument(*flags, action="store_true", help=on, **common)
+        group.add_argument(*opposites, action="store_false", help=off, **common)
+        return
+    choices = metadata.get("choices")
+    many = typing.get_origin(kind) is tuple
+    values = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+    common["metavar"] = metadata.get("metavar", values)
+    group.add_argument(*flags, type=_checked(kind, metadata), choices=None if many else choices, help=help, **common)
+
+
+def add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
+    """A flag for each field of a dataclass, titled by its docstring."""
+    group = parser.add_argument_group((cls.__doc__ or name).strip().removesuffix("."))
+    hints = typing.get_type_hints(cls)
+    for spec in fields(cls):
+        add_option(group, [spec.name], f"{name}.{spec.name}", spec, hints[spec.name], spec.metadata["help"])
+
+
+def task_defaults(task: Task) -> TaskOptions:
+    """What the task table says of a task's options."""
+    return TaskOptions(lr_multiplier=task.lr_multiplier, weight_decay=task.weight_decay, loss=task.losses[0])
+
+
+def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = ()) -> None:
+    """A task's own flags, or `only` some of them."""
+    group = parser.add_argument_group(task.title)
+    hints = typing.get_type_hints(TaskOptions)
+    defaults = task_defaults(task)
+    for spec in fields(TaskOptions):
+        if only and spec.name not in only:
+            continue
+        names = [spec.metadata["template"].format(task=name) for name in (task.name, *task.aliases)]
+        shown = field(
+            default=getattr(defaults, spec.name),
+            metadata={**spec.metadata, **({"choices": task.losses} if spec.name == "loss" else {})},
+        )
+        help = spec.metadata["help"].format(title=task.title)
+        if spec.name == "loss" and task.kind == "similarity":
+            help += "; some of --arch have another default"
+        add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
+
+
+def build_parser(
+    prog: str,
+    description: str,
+    tasks: Mapping[str, Task],
+    groups: Mapping[str, type] = GROUPS,
+    only: Sequence[str] = (),
+) -> OneLineParser:
+    """A script's parser: a group of flags for each dataclass and for each row of the task table."""
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [flags] [@file-of-flags]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    for name, cls in groups.items():
+        add_group(parser, name, cls)
+    for task in tasks.values():
+        add_task(parser, task, only)
+    return parser
+
+
+def groups_of(given: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str, Any]:
+    """An instance of each dataclass from `given`, which maps "group.option" to values."""
+    return {
+        name: cls(**{key.split(".")[1]: value for key, value in given.items() if key.split(".")[0] == name})
+        for name, cls in groups.items()
+    }
+
+
+def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions | None = None) -> TaskOptions:
+    """A task's options from `given`, which maps "tasks.NAME.option" to values.
+
+    Those that are not given are `defaults`, by default the task table's.
+    """
+    prefix = f"tasks.{task.name}."
+    return replace(
+        defaults or task_defaults(task),
+        **{key.removeprefix(prefix): v for key, v in given.items() if key.startswith(prefix)},
+    )
+
+
+def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
+    """A Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
+
+    Raises UserError, naming all problems at once.
+    """
+    groups = groups_of(given, GROUPS)
+    similarity_loss = ARCHS[groups["model"].arch].similarity_loss
+    options = {}
+    for task in tasks.values():
+        defaults = task_defaults(task)
+        if task.kind == "similarity" and similarity_loss in task.losses:
+            defaults.loss = similarity_loss
+        options[task.name] = task_options(given, task, defaults)
+    if groups["train"].mlm and "train.fine_tune_mode" not in given:
+        groups["train"].fine_tune_mode = "full-model"
+    named = [name for name, chosen in options.items() if chosen.enabled]
+    default = [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
+    chosen = list(options) if "run.evaluate" in given else named or default  # a checkpoint knows its own tasks
+    if not chosen:
+        raise UserError("no task is left to train on; give at least one --train_NAME")
+    config = Config(tasks={name: replace(options[name], enabled=True) for name in chosen}, **groups)
+    problems = check(config, tasks) + check_evaluate(given)
+    if config.pal.pal_tasks is not None:
+        known = names_of(tasks)
+        config.pal.pal_tasks = tuple(dict.fromkeys(known.get(name, name) for name in config.pal.pal_tasks))
+    try:
+        config.model = config.model.resolved()
+    except UserError as error:
+        problems.insert(0, str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
+    """The configuration that a command line asks for.
+
+    Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
+    """
+    namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
+    config = assemble(vars(namespace), tasks)
+    check_processes(config)
+    return config

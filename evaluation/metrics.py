@@ -1,0 +1,92 @@
+"""Scores of predictions."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks import Task
+
+Scores = dict[str, Any]
+
+
+def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """Raw outputs as probabilities [N, classes] (classes) or [N] (binary); similarities stay as they are."""
+    if task.kind == "classes":
+        return torch.from_numpy(outputs).softmax(dim=1).numpy()
+    if task.kind == "binary":
+        return torch.from_numpy(outputs).sigmoid().numpy()
+    return outputs
+
+
+def decide(task: Task, values: np.ndarray) -> np.ndarray:
+    """Labels from probabilities (or similarities): the likeliest class, 1 from one half on, or the value itself."""
+    if task.kind == "classes":
+        return values.argmax(axis=1)
+    if task.kind == "binary":
+        return (values >= 0.5).astype(np.int64)
+    return values
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation in float64; 0 where one side is constant, since nothing was predicted."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = a - a.mean(), b - b.mean()
+    norm = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else 0.0
+
+
+def confusion(task: Task, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How often each true label (rows) was decided as each label (columns): counts [K, K]."""
+    count = int(task.label_range[1]) + 1
+    return np.bincount(labels.astype(np.int64) * count + decided.astype(np.int64), minlength=count**2).reshape(
+        count, -1
+    )
+
+
+def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line through y over x, in float64; the mean where x is constant."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    spread = x - x.mean()
+    slope = float(spread @ (y - y.mean()) / (spread @ spread)) if spread.any() else 0.0
+    return slope, float(y.mean() - slope * x.mean())
+
+
+def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Scores:
+    """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N], which must be there.
+
+    classes and binary: accuracy and f1 (macro for classes); similarity: pearson and spearman.
+    """
+    assert labels is not None, f"{task.name}: cannot be scored without labels"
+    decided = decide(task, values)
+    if task.kind == "similarity":
+        from scipy.stats import rankdata
+
+        return {
+            "pearson": correlation(decided, labels),
+            "spearman": correlation(rankdata(decided), rankdata(labels)),
+        }
+    from sklearn.metrics import f1_score
+
+    average = "macro" if task.kind == "classes" else "binary"
+    f1 = f1_score(labels, decided, average=average, zero_division=0.0)
+    return {"accuracy": float((decided == labels).mean()), "f1": float(f1)}
+
+
+def primary(task: Task, scores: Scores) -> float:
+    """The one figure a task is compared by: accuracy, or Pearson correlation."""
+    return float(scores[task.metric])
+
+
+def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
+    """The tasks' scores with `score`, the mean of accuracies and (1+r)/2, and `score_raw_r`, which averages r itself.
+
+    The first is the course leaderboard's and chooses the best checkpoint; R2 (tables 6 to 8) and R3 print the second.
+    """
+    raw = [primary(tasks[name], scores) for name, scores in by_task.items()]
+    normalised = [
+        (1 + value) / 2 if tasks[name].kind == "similarity" else value for name, value in zip(by_task, raw, strict=True)
+    ]
+    return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}

@@ -1,0 +1,56 @@
+"""Prediction files in the course's format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from datasets import Examples
+from evaluation.metrics import Scores, decide, overall, score_task
+from tasks import TASKS, Task
+from utils.errors import UserError, first_line
+from utils.files import write_text
+
+
+def prediction_file(folder: Path, task: str, split: str) -> Path:
+    """Where a run in `folder` has its predictions of a split of a task."""
+    return folder / "predictions" / f"{task}-{split}-output.csv"
+
+
+def remove_predictions(folder: Path) -> None:
+    """Remove a run's predictions from `folder`, and nothing else. Raises UserError where they cannot be."""
+    try:
+        for task in TASKS:
+            for split in ("dev", "test"):
+                prediction_file(folder, task, split).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / 'predictions'}: cannot be written ({first_line(error)}); choose another") from error
+
+
+def score_and_write(
+    tasks: Mapping[str, Task],
+    values: Mapping[tuple[str, str], np.ndarray],
+    splits: Mapping[str, Mapping[str, Examples]],
+    folder: Path,
+) -> Scores:
+    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task); returns the dev scores.
+
+    Predictions of an earlier run in the same folder are removed, lest they be taken for this one's.
+    """
+    remove_predictions(folder)
+    scores: dict[str, Scores] = {}
+    for (split, name), own in values.items():
+        examples = splits[split][name]
+        write_predictions(prediction_file(folder, name, split), tasks[name], examples.ids, own)
+        if split == "dev":
+            scores[name] = score_task(tasks[name], own, examples.labels)
+    return overall(tasks, scores)
+
+
+def write_predictions(path: Path, task: Task, ids: list[str], values: np.ndarray) -> None:
+    """Write labels for `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`.
+
+    Raises UserError where the file cannot be written.
+    """
+    rows = [f"{example} , {label} \n" for example, label in zip(ids, decide(task, values).tolist(), strict=True)]
+    write_text(path, f"id \t {task.prediction_column} \n" + "".join(rows))

@@ -1,0 +1,127 @@
+"""The console: lines that people read, progress bars, and how a script ends."""
+
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from utils.errors import UserError, first_line, is_out_of_memory
+
+T = TypeVar("T")
+GRACE = 5.0  # seconds that the process which says what went wrong has before the others end
+
+
+def processes() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
+
+
+def speaks() -> bool:
+    """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Inside, what is wrong is wrong in all processes, and only the first one says so."""
+    if speaks():
+        yield
+        return
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    except (UserError, SystemExit) as error:
+        time.sleep(GRACE)  # torchrun ends all when one has ended
+        sys.exit(error.code if isinstance(error, SystemExit) else 2)
+
+
+def say(line: str) -> None:
+    """Print a line at once, even into a file."""
+    if speaks():
+        print(line, flush=True)
+
+
+class LogLines:
+    """Standard error for a bar of tqdm that goes into a file or a pipe: each of its states becomes a line there."""
+
+    def write(self, text: str) -> None:
+        """Print what is no white space, with which a terminal's bar is drawn over."""
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """As tqdm asks for it."""
+        sys.stderr.flush()
+
+
+def bar_style() -> dict[str, Any]:
+    """How tqdm shows a bar: drawn over and over for people, a line every half minute in a file or a pipe."""
+    if sys.stderr.isatty():
+        return {"dynamic_ncols": True}
+    numbers = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return {"file": LogLines(), "bar_format": numbers, "mininterval": 30.0}
+
+
+def drop_output() -> None:
+    """Let go of output that cannot be written, since else the interpreter complains at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("minbert").setLevel(logging.INFO if speaks() else logging.WARNING)
+    try:
+        try:
+            main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)  # here, where an error of it is seen; there may be no standard output
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({first_line(error):.200}); lower --eval_batch_size, --batch_size or --max_length, "
+            "or choose a smaller model or an --optim with less state",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except BrokenPipeError:  # who read our output, such as head, has gone
+        drop_output()
+        sys.exit(1)
+    except OSError as error:  # such as a full disk, which may be that of standard output
+        drop_output()
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":
+    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay.
+
+    So many items were `done` before these.
+    """
+    return tqdm(
+        items,
+        desc=description,
+        unit=unit,
+        leave=leave,
+        initial=done,
+        total=done + len(items),
+        disable=(not leave and not sys.stderr.isatty()) or not speaks(),
+        **bar_style(),
+    )
