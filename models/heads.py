@@ -1,8 +1,7 @@
 """Heads: from sentence embeddings to the outputs of a task."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +12,16 @@ from config import ModelOptions
 from kernels.dropout import Dropout
 
 
-class SharedBatch(Protocol):
-    """What normalises a batch of which this process has a part only."""
-
-    def count(self, x: Tensor) -> int:
-        """Values for each channel in the whole batch, of which `x` [N, C] or [N, C, L] is a part."""
-
-    def batch_norm(
-        self, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, momentum: float,
-        eps: float,
-    ) -> Tensor:  # fmt: skip
-        """`x` normalised by the statistics of the whole batch, which also move the running ones by `momentum`."""
-
-
 class BatchNorm(nn.Module):
-    """Batch normalisation over [N, C] or [N, C, L] with running statistics of their own for each name in `stats`.
+    """Batch normalisation over [N, C] or [N, C, L] with running statistics for each name in `stats`.
 
-    A layer that several tasks share sees batches of all of them; with one set of statistics the task trained last
-    would set the scale on which every other task is evaluated. A batch with one value per channel has no variance and
+    A layer that several tasks share sees batches of all of them. With one set of statistics, the task trained last
+    would set the scale on which every other task is evaluated. A batch with one value per channel has no variance; it
     is normalised with the running statistics.
 
-    Running statistics forget by `momentum`, or, while `batches` is a counter, are the equal-weight mean over the
-    batches since it was empty.
-
-    Where `shared` is set, statistics are those of a batch that several processes share.
+    Running statistics forget by `momentum`. While `batches` is a counter, they are the equal-weight mean over the
+    batches since the counter was empty. If `sum_over_ranks` is set, a batch is spread over several processes, and its
+    statistics are those of all of it.
     """
 
     momentum, eps = 0.1, 1e-5
@@ -49,20 +34,40 @@ class BatchNorm(nn.Module):
             self.register_buffer(f"running_mean_{name}", torch.zeros(channels))
             self.register_buffer(f"running_var_{name}", torch.ones(channels))
         self.batches: Counter[str] | None = None
-        self.shared: SharedBatch | None = None
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, stats: str = "all") -> Tensor:
-        """The normalised `x`; in training also updates the running statistics of `stats`."""
+        """Return the normalised `x`; in training, also update the running statistics of `stats`."""
         mean, var = self.get_buffer(f"running_mean_{stats}"), self.get_buffer(f"running_var_{stats}")
-        count = x.numel() // x.shape[1] if self.shared is None else self.shared.count(x)
-        use_batch = self.training and count > 1
+        spread = self.sum_over_ranks is not None
+        use_batch = self.training and (spread or x.numel() // x.shape[1] > 1)
         momentum = self.momentum
         if use_batch and self.batches is not None:
             self.batches[stats] += 1
             momentum = 1 / self.batches[stats]
-        if use_batch and self.shared is not None:
-            return self.shared.batch_norm(x, mean, var, self.weight, self.bias, momentum, self.eps)
+        if use_batch and spread:
+            return self.normalise_over_ranks(x, mean, var, momentum)
         return F.batch_norm(x, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
+
+    def normalise_over_ranks(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
+        """Return what F.batch_norm returns in training for the batch of all ranks, of which `x` is this rank's part.
+
+        Sums are taken in float64: there, the mean of squares less the square of the mean loses nothing that fp32 had.
+        """
+        assert self.sum_over_ranks is not None
+        dims, wide = [0, *range(2, x.dim())], x.double()
+        total = wide.sum(dims)  # [C]
+        values = torch.full_like(total, x.shape[0] * x.shape[2:].numel())  # of each channel, on this rank
+        total, squares, values = self.sum_over_ranks(torch.stack([total, wide.square().sum(dims), values]))
+        mean = torch.where(values > 1, total / values, running_mean)
+        var = torch.where(values > 1, squares / values - mean.square(), running_var)
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = var * values / (values - 1).clamp_min(1)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        shape = (-1, *[1] * (x.dim() - 2))  # of a channel's values beside x
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
 
 
 class PairLayer(nn.Module):

@@ -138,11 +138,14 @@ class MultitaskBERT(nn.Module):
         join = stack_padded_pairs if self.is_siamese(task) else join_padded_pairs
         return self(task, join(first, *rest))
 
-    def masked_words(self, task: str, batch: PackedBatch, rows: Tensor) -> Tensor:
-        """Logits [M, V] of the words at `rows` [M] of a packed batch of `task`."""
+    def hidden_rows(self, task: str, batch: PackedBatch, rows: Tensor) -> Tensor:
+        """Return the last hidden states [M, H] at `rows` [M] of a packed batch of `task`."""
         backbone = self.backbone(task)
-        hidden = backbone.encode(backbone.embed(batch), batch, adapters=self.adapters(task))  # [T, H]
-        return self.mlm[self.backbone_of[task]](hidden[rows], backbone.word_embedding.weight)
+        return backbone.encode(backbone.embed(batch), batch, adapters=self.adapters(task))[rows]
+
+    def masked_words(self, task: str, hidden: Tensor) -> Tensor:
+        """Return the logits [M, V] of the words whose last hidden states are `hidden` [M, H]."""
+        return self.mlm[self.backbone_of[task]](hidden, self.backbone(task).word_embedding.weight)
 
     def add_adapters(self, config: LoRAConfig) -> None:
         """Wrap linears of every backbone, whose pretrained weights must be there already; heads are never wrapped."""

@@ -1,79 +1,80 @@
-"""Terms: what a task's loss can have beside the loss itself, as functions of all that one training pass has seen."""
+"""Auxiliary losses: what a task's loss can have beside the loss of its outputs, as functions of a forward pass."""
 
 from torch import Tensor
 
 from config import Config
 from text.packing import PackedBatch
 from training.losses import contrastive, cosine_embedding, multiple_negatives_ranking, simcse
-from training.seen import Seen, Term
-from training.smart import bregman_term, smart_term
+from training.objective import AuxiliaryLoss, ForwardResult
+from training.smart import bregman_loss, smart_loss
 
 
-def contrastive_term(seen: Seen) -> Tensor:
-    """`contrastive` of a siamese pair batch; a similarity counts as the share of its highest label."""
-    first, second = seen.gather_texts(seen.embedding).chunk(2)  # [B, H] each
-    return contrastive(first, second, label_shares(seen))
+def contrastive_loss(result: ForwardResult) -> Tensor:
+    """Return `contrastive` of a siamese pair batch; a similarity counts as its share of the highest label."""
+    first, second = result.gather_texts(result.embedding).chunk(2)  # [B, H] each
+    return contrastive(first, second, label_shares(result))
 
 
-def simcse_term(seen: Seen) -> Tensor:
-    """`simcse` of the batch's embeddings and of those that a second pass gives under other dropout masks."""
-    again = seen.model.embed(seen.task, seen.batch)
-    return simcse(seen.gather_texts(seen.embedding), seen.gather_texts(again))
+def simcse_loss(result: ForwardResult) -> Tensor:
+    """Return `simcse` of the batch's embeddings and of those of a second pass with other dropout masks."""
+    again = result.objective.embed(result.batch, result.batch.inputs, view=1)
+    return simcse(result.gather_texts(result.embedding), result.gather_texts(again))
 
 
 # As shares of the highest similarity: 4, 3.5 and 1 of 5 (R4, section 4.3).
 EQUIVALENT, SIMILAR, DIFFERENT = 0.8, 0.7, 0.2
 
 
-def label_shares(seen: Seen) -> Tensor:
-    """The labels [B] as shares of the task's highest one."""
-    return seen.labels / seen.model.tasks[seen.task].label_range[1]
+def label_shares(result: ForwardResult) -> Tensor:
+    """Return the labels [B] as shares of the task's highest label."""
+    return result.batch.labels / result.objective.model.tasks[result.batch.task].label_range[1]
 
 
 def text_hashes(batch: PackedBatch) -> Tensor:
-    """A number [S] for each sequence in the caller's order that equal token sequences share, and others hardly ever."""
+    """Return a number [S] for each sequence, in the caller's order: equal for equal sequences, and hardly ever else."""
     mixed = (batch.input_ids + 1) * (batch.position_ids * 0x9E3779B97F4A7C1 + 0x2545F4914F6CDD1D)  # wraps around
     mixed = (mixed ^ (mixed >> 29)) * 0x3C79AC492BA7B653  # or a text's mirror image would have the same sum
     sums = mixed.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, mixed)
     return sums[batch.restore]
 
 
-def ranking_term(seen: Seen) -> Tensor:
-    """`multiple_negatives_ranking` of the equivalent pairs of a siamese batch."""
-    assert isinstance(seen.batch, PackedBatch)
-    first, second = seen.gather_texts(seen.embedding).chunk(2)  # [B, H] each
-    a, b = seen.gather_texts(text_hashes(seen.batch)).chunk(2)
+def ranking_loss(result: ForwardResult) -> Tensor:
+    """Return `multiple_negatives_ranking` of the equivalent pairs of a siamese batch."""
+    assert isinstance(result.batch.inputs, PackedBatch)
+    first, second = result.gather_texts(result.embedding).chunk(2)  # [B, H] each
+    a, b = result.gather_texts(text_hashes(result.batch.inputs)).chunk(2)
     same = (a[:, None] == a) | (b[:, None] == b) | (a[:, None] == b) | (b[:, None] == a)
-    return multiple_negatives_ranking(first, second, label_shares(seen) >= EQUIVALENT, same)
+    return multiple_negatives_ranking(first, second, label_shares(result) >= EQUIVALENT, same)
 
 
-def cosine_term(seen: Seen) -> Tensor:
-    """`cosine_embedding` of the clearly similar and the clearly different pairs of a siamese batch."""
-    first, second = seen.gather_texts(seen.embedding).chunk(2)
-    shares = label_shares(seen)
+def cosine_loss(result: ForwardResult) -> Tensor:
+    """Return `cosine_embedding` of the clearly similar and the clearly different pairs of a siamese batch."""
+    first, second = result.gather_texts(result.embedding).chunk(2)  # [B, H] each
+    shares = label_shares(result)
     return cosine_embedding(first, second, shares >= SIMILAR, shares < DIFFERENT)
 
 
-EMBEDDING_TERMS: dict[str, Term] = {
-    "contrastive": contrastive_term,
-    "simcse": simcse_term,
-    "ranking": ranking_term,
-    "cosine": cosine_term,
+EMBEDDING_LOSSES: dict[str, AuxiliaryLoss] = {
+    "contrastive": contrastive_loss,
+    "simcse": simcse_loss,
+    "ranking": ranking_loss,
+    "cosine": cosine_loss,
 }
 
 
-def weighted(term: Term, weight: float) -> Term:
-    """`term` times `weight`."""
-    return lambda seen: weight * term(seen)
+def weighted(loss: AuxiliaryLoss, weight: float) -> AuxiliaryLoss:
+    """Return `loss` times `weight`."""
+    return lambda result: weight * loss(result)
 
 
-def terms_of(config: Config, task: str) -> list[Term]:
-    """The terms that the options ask for in the loss of `task`."""
-    own, out = config.tasks[task], []
-    if own.embedding_loss != "none":
-        out.append(weighted(EMBEDDING_TERMS[own.embedding_loss], own.embedding_weight))
-    if own.smart > 0.0:
-        out.append(weighted(smart_term(config.train), own.smart))
-    if own.bregman > 0.0:
-        out.append(weighted(bregman_term, own.bregman))
-    return out
+def build_auxiliary_losses(config: Config) -> dict[str, list[AuxiliaryLoss]]:
+    """Return the auxiliary losses of each task that the options ask for."""
+    losses: dict[str, list[AuxiliaryLoss]] = {name: [] for name in config.tasks}
+    for name, options in config.tasks.items():
+        if options.embedding_loss != "none":
+            losses[name].append(weighted(EMBEDDING_LOSSES[options.embedding_loss], options.embedding_weight))
+        if options.smart > 0.0:
+            losses[name].append(weighted(smart_loss(config.train), options.smart))
+        if options.bregman > 0.0:
+            losses[name].append(weighted(bregman_loss, options.bregman))
+    return losses

@@ -1,12 +1,12 @@
-"""Running averages of the weights, which evaluation and best.pt see in place of the weights that train.
+"""Running averages of the weights. Evaluation and best.pt see them in place of the weights that train.
 
 Exponential moving average (R0, appendix E; Polyak averaging) and stochastic weight averaging (SWA: Izmailov et al.
-2018, section 3). Training itself never sees the average: its weights and random numbers are those of a run without.
+2018, section 3). Training never sees the average: its weights and random numbers are those of a run without one.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,53 +21,32 @@ REFRESH_BATCHES = 32
 
 
 def averaged_tensors(model: MultitaskBERT, options: TrainOptions) -> dict[str, Tensor]:
-    """The model's own tensors that an average needs a copy of: parameters that train at some time, and float buffers.
+    """Return the model's tensors that an average copies: parameters that train at some time, and float buffers.
 
-    What never trains is its own average. Integer buffers are not averaged: the model's present ones are used. The model
-    is left as the last epoch freezes it.
+    A parameter that never trains is its own average. Integer buffers are not averaged: the model's present ones are
+    used. The model is left frozen as in the last epoch.
     """
     saved = model.state_dict()
-    buffers = {name: own for name, own in model.named_buffers() if name in saved and own.is_floating_point()}
+    buffers = {
+        name: buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()
+    }
     return {**model.trained(options), **buffers}
 
 
-class NoAverage:
-    """What the loop talks to, and the choice `none`: evaluation sees the weights that train."""
+class RunningAverage:
+    """An average that moves towards the weights at each update. It begins as the start weights."""
 
-    def __init__(self, model: MultitaskBERT, options: TrainOptions, pass_batches: Callable[[], None]) -> None:
-        """Average the weights that `model` has from now on; `pass_batches` runs training batches through it."""
-        self.model, self.options, self.pass_batches = model, options, pass_batches
-
-    def after_step(self) -> None:
-        """Take note of an optimizer step."""
-
-    def after_epoch(self, epoch: int) -> None:
-        """Take note of the end of an epoch, counted from 1."""
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Inside, the model has the averaged weights; after it, those that train again, to the bit."""
-        return refreshed_batchnorm(self.model, self.pass_batches) if self.options.refresh_batchnorm else nullcontext()
-
-    def swapped(self) -> AbstractContextManager[None]:
-        """The same, with the statistics of BatchNorm left alone."""
-        return nullcontext()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
-
-
-class RunningAverage(NoAverage):
-    """An average that moves towards the weights at each update; at first it is the start weights."""
-
-    def __init__(self, model: MultitaskBERT, options: TrainOptions, pass_batches: Callable[[], None]) -> None:
-        super().__init__(model, options, pass_batches)
+    def __init__(self, model: MultitaskBERT, options: TrainOptions) -> None:
+        self.options = options
         self.tensors = averaged_tensors(model, options)
         self.averages = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         self.updates = 0
+
+    def after_step(self) -> None:
+        """Update the average after an optimizer step, if the kind of average does that."""
+
+    def after_epoch(self, epoch: int) -> None:
+        """Update the average after `epoch`, counted from 1, if the kind of average does that."""
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
@@ -76,21 +55,8 @@ class RunningAverage(NoAverage):
         self.updates += 1
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights and statistics of BatchNorm that belong to them.
-
-        Before the first update it keeps its own weights, as without an average.
-        """
-        if self.updates:
-            with self.swapped(), refreshed_batchnorm(self.model, self.pass_batches):
-                yield
-        else:
-            with super().applied():
-                yield
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights, and their statistics of BatchNorm as they are."""
+    def averaged_weights(self) -> Iterator[None]:
+        """Give the model the averaged weights inside, and its training weights afterwards, to the bit."""
         self.swap()
         try:
             yield
@@ -98,40 +64,37 @@ class RunningAverage(NoAverage):
             self.swap()
 
     def swap(self) -> None:
-        """Exchange the memory of weights and averages: no copy, and nothing is rounded."""
+        """Exchange the memory of weights and averages. Nothing is copied or rounded."""
         for tensor, average in zip(self.tensors.values(), self.averages.values(), strict=True):
             tensor.data, average.data = average.data, tensor.data
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: the average and its number of updates."""
+        """Return the average and its number of updates."""
         return {"updates": self.updates, "averages": self.averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.updates = state["updates"]
         for name, average in self.averages.items():
             average.copy_(state["averages"][name])
 
 
 class EMA(RunningAverage):
-    """s = d s + (1 - d) th after every step or epoch, from the start weights on (R0, appendix E, listing 3)."""
+    """s = d s + (1 - d) theta after every step or epoch, from the start weights on (R0, appendix E, listing 3)."""
 
     def after_step(self) -> None:
-        """Update, if --ema_every says so."""
-        self.update_every("step")
+        """Update the average if --ema_every is step."""
+        if self.options.ema_every == "step":
+            self.update(1 - self.decay(self.updates + 1))
 
     def after_epoch(self, epoch: int) -> None:
-        """Update, if --ema_every says so."""
-        self.update_every("epoch")
-
-    def update_every(self, unit: str) -> None:
-        """Update after a `unit`, step or epoch, if --ema_every names it."""
-        if self.options.ema_every == unit:
+        """Update the average if --ema_every is epoch."""
+        if self.options.ema_every == "epoch":
             self.update(1 - self.decay(self.updates + 1))
 
     def decay(self, number: int) -> float:
-        """d of update `number`, counted from 1; --ema_warmup begins with 2/11 and soon forgets the start weights."""
+        """Return d of an update, counted from 1; --ema_warmup begins with 2/11 and soon forgets the start weights."""
         warm = (1 + number) / (10 + number)
         return min(self.options.ema_decay, warm) if self.options.ema_warmup else self.options.ema_decay
 
@@ -140,12 +103,33 @@ class SWA(RunningAverage):
     """The equal-weight mean of the weights at the ends of epochs, from --swa_from_epoch on (Izmailov et al. 2018)."""
 
     def after_epoch(self, epoch: int) -> None:
-        """Take the weights into the mean; the first ones replace the start weights."""
+        """Add the weights to the mean; the first ones replace the start weights."""
         if epoch >= self.options.swa_from_epoch:
             self.update(1 / (self.updates + 1))
 
 
-AVERAGES: dict[str, type[NoAverage]] = {"none": NoAverage, "ema": EMA, "swa": SWA}
+def make_average(model: MultitaskBERT, options: TrainOptions) -> RunningAverage | None:
+    """Return the average that --average names; None where it names none."""
+    kinds: dict[str, type[RunningAverage]] = {"ema": EMA, "swa": SWA}
+    return None if options.average == "none" else kinds[options.average](model, options)
+
+
+class MomentumModel(RunningAverage):
+    """The slow average theta' = b theta' + (1 - b) theta that the Bregman term compares with.
+
+    b is .99 for the first tenth of the run, then .999 (SMART: Jiang et al. 2020, section 4.1).
+    """
+
+    early, late, change = 0.99, 0.999, 0.1
+
+    def __init__(self, model: MultitaskBERT, options: TrainOptions, steps: int) -> None:
+        """`steps` is the number of optimizer steps of the whole run."""
+        super().__init__(model, options)
+        self.steps = steps
+
+    def after_step(self) -> None:
+        """Move the average towards the weights."""
+        self.update(1 - (self.early if self.updates < self.change * self.steps else self.late))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +138,7 @@ AVERAGES: dict[str, type[NoAverage]] = {"none": NoAverage, "ema": EMA, "swa": SW
 
 @contextmanager
 def refreshed_batchnorm(model: MultitaskBERT, pass_batches: Callable[[], None]) -> Iterator[None]:
-    """Inside, running statistics are those of training batches under the weights that the model has now.
+    """Give the model, inside, running statistics of training batches under the weights that it has now.
 
     An average of statistics is not the statistics of the averaged weights (Izmailov et al. 2018, section 3.2).
     """
@@ -171,12 +155,12 @@ def refreshed_batchnorm(model: MultitaskBERT, pass_batches: Callable[[], None]) 
 
 @torch.no_grad()
 def refresh_statistics(model: MultitaskBERT, norms: list[BatchNorm], pass_batches: Callable[[], None]) -> None:
-    """Make the running statistics of `norms` the mean over the batches, each counting alike.
+    """Make the running statistics of `norms` the equal-weight mean over the batches that `pass_batches` passes.
 
-    Unlike in torch.optim.swa_utils.update_bn, dropout is off, as in the evaluation that the statistics are for. Dropout
-    widens what reaches a BatchNorm (Li et al. 2019, "variance shift") and moves the features of a siamese pair: even
-    two equal texts then differ. After 171 steps of yin-yang from MiniLM, Quora dev accuracy was .640 with statistics
-    under dropout and .777 without. A set of statistics that no batch reaches stays as it is.
+    Unlike in torch.optim.swa_utils.update_bn, dropout is off, as it is in the evaluation that uses the statistics.
+    Dropout widens the input of a BatchNorm (Li et al. 2019, "variance shift") and moves the features of a siamese pair,
+    so that even two equal texts differ. After 171 steps of yin-yang from MiniLM, Quora dev accuracy was .640 with
+    statistics under dropout and .777 without. Statistics that no batch reaches stay as they are.
     """
     training = model.training
     try:

@@ -1,13 +1,13 @@
-"""One pass of a training step, forward and backward: run as it is written, or replayed from CUDA graphs.
+"""CUDA graphs (--cuda_graphs): replay the forward and backward pass of a batch.
 
-A small BERT keeps a GPU busy for less time than Python needs to start its some two thousand kernels. A CUDA graph is a
-recording of them that starts at once. It has fixed shapes and fixed memory, so that batches get a tail up to one of a
-few token counts (packing.bucket) and are copied to where the recording reads them.
+Python needs more time to start the two thousand kernels of a step than a GPU needs to run them for a small BERT. A CUDA
+graph starts all of them at once. It has fixed shapes and fixed memory: batches are padded to one of a few token counts
+(`text.packing.bucket`) and copied to where the graph reads them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +15,21 @@ from torch import Tensor, nn
 from bert import BertSelfAttention
 from config import Config
 from kernels.flash_attention import works
-from text.packing import Batch, PackedBatch
-from training.seen import Term
-from training.task_sampling import Step
+from text.packing import PackedBatch
+from training.auxiliary_losses import build_auxiliary_losses
+from training.loader import LoadedBatch
 from utils.device import Device
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, is_out_of_memory
 
-# Loss and outputs [B] or [B, C], without their history, of a step's batch and labels [B]; gradients are added to those
-# that the parameters have.
-Compute = Callable[[Step, Batch, Tensor], tuple[Tensor, Tensor]]
+USES = 3  # of a shape until it is captured: rare ones, such as an epoch's last batch, are not worth the second it takes
+GRAPHS = 32  # at most; each keeps gradients of its own, and all share the rest of their memory
 
-USES = 3  # of a shape until it is recorded: rare ones, as an epoch's last batch, are not worth the second it takes
-GRAPHS = 32  # at most; each keeps gradients of its own, the rest of their memory is shared
-
-
-class Passes:
-    """What the loop talks to, and the choice without --cuda_graphs."""
-
-    def __init__(self, compute: Compute) -> None:
-        self.compute = compute
-
-    def __call__(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and outputs of a batch; gradients are added to those that the parameters have."""
-        return self.compute(step, batch, labels)
-
-    def report(self) -> str | None:
-        """What there is to tell of the passes since the last report."""
-        return None
-
-    def release(self) -> bool:
-        """Free the memory that is held for speed alone; whether there was any."""
-        return False
-
-    def refuse(self, task: str, reason: str) -> None:
-        """From now on the passes of a task run as written, for this reason."""
+# Computes the loss and outputs of a batch, without their history, and adds its gradients, scaled, to the parameters'.
+Compute = Callable[[LoadedBatch, float], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Recording:
+class CapturedGraph:
     """A pass with fixed memory: `replay` reads `inputs` and writes the rest."""
 
     inputs: list[Tensor]
@@ -62,13 +39,13 @@ class Recording:
     replay: Callable[[], None]
 
 
-Recorded = tuple[Tensor, Tensor, list[tuple[nn.Parameter, Tensor]]]  # loss, outputs, gradients
+Captured = tuple[Tensor, Tensor, list[tuple[nn.Parameter, Tensor]]]  # loss, outputs, gradients
 
 
-class Recorder:
-    """Records by CUDA's stream capture.
+class Capturer:
+    """Captures work of a CUDA stream.
 
-    All recordings share one pool of memory, since one runs at a time: a replay writes to all that others have there.
+    All graphs share one pool of memory, since one runs at a time: a replay writes to the memory of all others.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,161 +53,151 @@ class Recorder:
         self.renew()
 
     def renew(self) -> None:
-        """Begin another pool, as torch demands once the recordings of one are gone."""
+        """Begin a new pool; torch demands it once the graphs of the old pool are gone."""
         torch.cuda.synchronize(self.device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Recorded]) -> tuple[Recorded, Callable[[], None]]:
-        """What `function` returns, once the function behind it has run, which does its work again."""
+    def __call__(self, function: Callable[[], Captured]) -> tuple[Captured, Callable[[], None]]:
+        """Return what `function` returns and a function that does its work again, which must run first."""
         graph, computing = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # "thread_local", since other threads may pin memory meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                recorded = function()
+                captured = function()
         except BaseException:
-            torch.cuda.set_stream(computing)  # which a capture that fails at its very begin or end does not do
+            torch.cuda.set_stream(computing)  # a capture that fails at its beginning or end does not do this
             raise
-        return recorded, graph.replay
+        return captured, graph.replay
 
 
-class GraphedPasses(Passes):
-    """Records the pass of each task and shape at its third use and replays it from then on; the others run as written.
+class CudaGraphRunner:
+    """Captures the pass of each task and shape at its third use, replays it from then on, and runs the others eagerly.
 
-    A recording holds for what it was made under: task, share of the loss, shapes, which parameters train and where
-    they are, and whether the model is in training mode. Autocast and the terms of the loss are the same in a whole run.
+    A graph holds for what it was captured under: the task, the scale of the loss, the shapes, which parameters train and
+    where they are, and whether the model is in training mode. Autocast and the auxiliary losses stay the same in a run.
     """
 
     def __init__(
         self,
         compute: Compute,
         model: nn.Module,
-        recorder: Recorder,
+        capturer: Capturer,
         refusals: dict[str, str],
         say: Callable[[str], None],
     ) -> None:
-        """`refusals` has, for the tasks that cannot be recorded, the reason."""
-        super().__init__(compute)
-        self.model, self.recorder, self.refusals, self.say = model, recorder, refusals, say
+        """`refusals` maps each task that cannot be captured to the reason."""
+        self.compute, self.model, self.capturer, self.refusals, self.say = compute, model, capturer, refusals, say
         self.parameters = list(model.parameters())
-        self.recordings: dict[Hashable, Recording] = {}
+        self.graphs: dict[Hashable, CapturedGraph] = {}
         self.uses: Counter[Hashable] = Counter()
         self.state: Hashable = None
         self.counts: Counter[str] = Counter()
         self.most = GRAPHS
 
-    def __call__(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and outputs of a batch; gradients are added to those that the parameters have."""
-        assert isinstance(batch, PackedBatch)
-        key, reason = self.key(step, batch, labels), self.refusals.get(step.task)
-        recording = self.recordings.get(key) if reason is None else None
-        if reason is None and recording is None:
+    def __call__(self, batch: LoadedBatch, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss and outputs of a batch and add its gradients to those of the parameters.
+
+        With `keep`, the gradients must survive passes of other batches.
+        """
+        key, reason = self.key(batch, scale), self.refusals.get(batch.task)
+        graph = self.graphs.get(key) if reason is None else None
+        if reason is None and graph is None:
             self.uses[key] += 1
             if self.uses[key] < USES:
                 reason = "of a rare shape"
-            elif len(self.recordings) >= self.most:
+            elif len(self.graphs) >= self.most:
                 reason = f"beyond the {self.most} graphs that are kept"
             else:
-                recording = self.record(key, step, batch, labels)
-                reason = self.refusals.get(step.task)
-        if recording is None:
+                graph = self.capture(key, batch, scale)
+                reason = self.refusals.get(batch.task, "for lack of memory")
+        if graph is None:
             self.counts[str(reason)] += 1
-            return self.compute(step, batch, labels)
+            return self.compute(batch, scale)
         self.counts["replayed"] += 1
-        return self.replay(recording, step, batch, labels)
+        return self.replay(graph, batch, keep)
 
-    def key(self, step: Step, batch: PackedBatch, labels: Tensor) -> Hashable:
-        """All that a recording of this pass would hold for; forgets the recordings that hold no longer."""
-        state = tuple((own.requires_grad, own.data_ptr()) for own in self.parameters), self.model.training
-        if state != self.state:
-            self.state = state
-            self.forget()
-        return step.task, step.share, batch.num_tokens, batch.num_sequences, batch.max_seqlen, len(labels)
+    def key(self, batch: LoadedBatch, scale: float) -> Hashable:
+        """Return all that a graph of this pass would hold for; drop the graphs that hold no longer."""
+        state = tuple((parameter.requires_grad, parameter.data_ptr()) for parameter in self.parameters)
+        if (state, self.model.training) != self.state:
+            self.state = state, self.model.training
+            self.drop_graphs()
+        packed = batch.inputs
+        assert isinstance(packed, PackedBatch)
+        return batch.task, scale, packed.num_tokens, packed.num_sequences, packed.max_seqlen, len(batch.labels)
 
-    def record(self, key: Hashable, step: Step, batch: PackedBatch, labels: Tensor) -> Recording | None:
-        """Record the pass of a batch; None where that fails, and then its task is not tried again."""
-        inputs = {name: own.clone() for name, own in batch.tensors().items()}
-        own_labels = labels.clone()
-        kept = [parameter.grad for parameter in self.parameters]
+    def capture(self, key: Hashable, batch: LoadedBatch, scale: float) -> CapturedGraph | None:
+        """Capture the pass of a batch; return None where that fails.
 
-        def run() -> Recorded:
-            loss, outputs = self.compute(step, batch.with_tensors(inputs), own_labels)
-            return loss, outputs, [(own, own.grad) for own in self.parameters if own.grad is not None]
+        After a lack of memory half as many graphs are kept. After another failure the task is not tried again.
+        """
+        assert isinstance(batch.inputs, PackedBatch)
+        inputs = {name: tensor.clone() for name, tensor in batch.inputs.tensors().items()}
+        copied = replace(batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone())
+        waiting = [parameter.grad for parameter in self.parameters]
+
+        def run() -> Captured:
+            loss, outputs = self.compute(copied, scale)
+            return loss, outputs, [(p, p.grad) for p in self.parameters if p.grad is not None]
 
         try:
             for parameter in self.parameters:
-                parameter.grad = None  # so that the recording writes gradients and adds to none
-            (loss, outputs, gradients), replay = self.recorder(run)
+                parameter.grad = None  # so that the graph writes gradients and adds to none
+            (loss, outputs, gradients), replay = self.capturer(run)
         except RuntimeError as error:
-            self.refuse(step.task, "that could not be recorded")
-            self.forget()  # a failed capture may have taken memory that other recordings count on
-            self.say(f"--cuda_graphs: {step.task} cannot be recorded and runs without ({first_line(error)})")
+            if is_out_of_memory(error):
+                self.most = len(self.graphs) // 2
+            else:
+                self.refusals[batch.task] = "that could not be captured"
+            self.drop_graphs()  # a failed capture may have taken memory that other graphs count on
+            self.say(f"--cuda_graphs: a pass of {batch.task} could not be captured ({first_line(error)})")
             return None
         finally:
-            for parameter, gradient in zip(self.parameters, kept, strict=True):
+            for parameter, gradient in zip(self.parameters, waiting, strict=True):
                 parameter.grad = gradient
-        self.recordings[key] = Recording([*inputs.values(), own_labels], loss, outputs, gradients, replay)
-        return self.recordings[key]
+        self.graphs[key] = CapturedGraph([*inputs.values(), copied.labels], loss, outputs, gradients, replay)
+        return self.graphs[key]
 
-    def replay(self, recording: Recording, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and outputs by a recording; gradients stay in its memory, unless they wait for another pass."""
-        torch._foreach_copy_(recording.inputs, [*batch.tensors().values(), labels])
-        recording.replay()
-        for parameter, gradient in recording.gradients:
-            own = gradient if step.moves else gradient.clone()
-            parameter.grad = own if parameter.grad is None else parameter.grad + own
-        return recording.loss.clone(), recording.outputs.clone()
+    def replay(self, graph: CapturedGraph, batch: LoadedBatch, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss and outputs of a batch by a graph. Gradients stay in its memory unless they must `keep`."""
+        torch._foreach_copy_(graph.inputs, [*batch.inputs.tensors().values(), batch.labels])
+        graph.replay()
+        for parameter, computed in graph.gradients:
+            gradient = computed.clone() if keep else computed
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return graph.loss.clone(), graph.outputs.clone()
 
-    def forget(self) -> None:
-        """Drop all recordings, and the memory that they share."""
-        self.recordings.clear()
+    def drop_graphs(self) -> None:
+        """Drop all graphs and the memory that they share."""
+        self.graphs.clear()
         self.uses.clear()
-        self.recorder.renew()
+        self.capturer.renew()
 
-    def release(self) -> bool:
-        """Drop all recordings; half as many are made from then on."""
-        self.most = len(self.recordings) // 2
-        there = bool(self.recordings)
-        self.forget()
-        return there
-
-    def refuse(self, task: str, reason: str) -> None:
-        """From now on the passes of a task run as written, for this reason."""
-        self.refusals[task] = reason
-
-    def report(self) -> str | None:
-        """How many passes were replayed since the last report, and why the others were not."""
+    def report(self) -> str:
+        """Return how many passes were replayed since the last report, and why the others were not."""
         counts, self.counts = self.counts, Counter()
         replayed = counts.pop("replayed", 0)
         others = "".join(f", {count:,} {reason}" for reason, count in counts.items())
-        return f"--cuda_graphs: {replayed:,} passes replayed from {len(self.recordings)} graphs{others}"
+        return f"--cuda_graphs: {replayed:,} passes replayed from {len(self.graphs)} graphs{others}"
 
 
 def check_device(config: Config, device: Device) -> None:
     """Raise UserError where an option asks for what the device lacks."""
     if config.train.cuda_graphs and device.device.type != "cuda":
         raise UserError(f"--cuda_graphs: the device is {device.device.type}, which has none; drop it")
-    if config.run.fsdp and device.scaled:
-        raise UserError(
-            "--fsdp: this GPU has no bf16, and an overflow of the fp16 gradients of --amp would be seen by the process "
-            "alone in whose shard it is; drop --amp"
-        )
 
 
-def passes_of(
-    config: Config,
-    model: nn.Module,
-    device: Device,
-    terms: Mapping[str, Sequence[Term]],
-    compute: Compute,
-    say: Callable[[str], None],
-) -> Passes:
-    """What --cuda_graphs asks for. Raises UserError as `check_device` does."""
+def make_cuda_graph_runner(
+    config: Config, model: nn.Module, device: Device, compute: Compute, say: Callable[[str], None]
+) -> CudaGraphRunner | None:
+    """Return what --cuda_graphs asks for; None without it. Raises UserError as `check_device` does."""
     check_device(config, device)
     if not config.train.cuda_graphs:
-        return Passes(compute)
-    refusals = {task: "with further losses" for task, own in terms.items() if own}
+        return None
+    auxiliary = build_auxiliary_losses(config)
+    refusals = {task: "with auxiliary losses" for task, losses in auxiliary.items() if losses}
     layers = [module for module in model.modules() if isinstance(module, BertSelfAttention)]
     widths = {len(layer.query.weight) // layer.heads for layer in layers}
     if device.amp is None or not all(works(device.device, device.amp, width) for width in widths):
-        refusals = dict.fromkeys(terms, "whose attention is padded")  # to shapes of each batch's own
-    return GraphedPasses(compute, model, Recorder(device.device), refusals, say)
+        refusals = dict.fromkeys(config.tasks, "whose attention is padded")  # to shapes of each batch's own
+    return CudaGraphRunner(compute, model, Capturer(device.device), refusals, say)

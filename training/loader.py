@@ -1,56 +1,128 @@
-"""Batches on their way to the device: while a GPU computes, the next one is made and copied beside it."""
+"""Batches on their way to the device: shards, masked words, and the next batch while a GPU computes."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import Batches
+from datasets import Batches, TaskData
+from models.mlm import Masking
 from text.packing import Batch, PackedBatch, to_device, with_tail
-from training.distributed import ONE, World
-from training.task_sampling import Step
+from training.distributed import DistributedContext, Shard
+from training.feature_cache import FeatureCache
+from training.task_sampling import Step, TaskBatch
 
 
-class Feed:
-    """Hands out the batches of steps on the device that computes.
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A batch of one task on the device that computes.
 
-    A GPU works through what it was given while the host goes on: `expect` makes and copies the batch of the coming
-    step in that time, on a stream of its own, so that the copy waits for none of the work at hand. A CPU has nothing to
-    do it beside, and makes a batch when it is taken.
+    Of several processes each has its `shard` in `inputs`, and the labels of the whole batch. `number` counts the
+    batches of the run before this one: it addresses masks and noise. A batch for masked-LM has the packed rows of its
+    masked words in `masked_rows` [M] and the words themselves in `labels` [M].
+    """
+
+    task: str
+    inputs: Batch
+    labels: Tensor  # [B]
+    number: int
+    shard: Shard | None = None
+    masked_rows: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the batch."""
+        rows = [] if self.masked_rows is None else [self.masked_rows]
+        return [*self.inputs.tensors().values(), self.labels, *rows]
+
+
+class Loader:
+    """Makes batches and copies them to the device.
+
+    A GPU works through what it was given while the host goes on. In that time `prefetch` makes the next batch and
+    copies it on a stream of its own. A CPU has nothing to do it beside and makes a batch when it is needed.
     """
 
     def __init__(
-        self, data: Mapping[str, Batches], device: torch.device, tails: bool = False, world: World = ONE
+        self,
+        train: Mapping[str, TaskData],
+        dev: Mapping[str, TaskData],
+        device: torch.device,
+        seed: int,
+        context: DistributedContext,
+        pad_to_bucket: bool = False,
+        masking: Masking | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
-        """With `tails`, packed batches get one (see packing.with_tail); a process of several gets its shard."""
-        self.data, self.device, self.tails, self.world = data, device, tails, world
+        """With `pad_to_bucket`, packed batches grow to one of a few sizes; with `masking`, they are for masked-LM."""
+        self.examples = train
+        self.train: Mapping[str, Batches] = train if feature_cache is None else feature_cache.train
+        self.dev: Mapping[str, Batches] = dev if feature_cache is None else feature_cache.dev
+        self.device, self.seed, self.context = device, seed, context
+        self.pad_to_bucket, self.masking, self.feature_cache = pad_to_bucket, masking, feature_cache
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ahead = self.stream is not None
-        self.ready: tuple[Step, Batch, Tensor] | None = None
+        self.upcoming: deque[tuple[TaskBatch, int]] = deque()
+        self.ready: tuple[TaskBatch, LoadedBatch] | None = None
 
-    def expect(self, step: Step) -> None:
-        """Make the batch of `step`, which is taken next."""
-        if self.ahead:
-            self.ready = step, *self.make(step)
+    def begin_epoch(self, steps: Sequence[Step], done: int, number: int) -> None:
+        """Expect the batches of an epoch's `steps`, of which `done` are done; `number` counts the run's batches so far."""
+        if self.feature_cache is not None:
+            self.feature_cache.begin_epoch(steps)
+        remaining = (batch for step in steps[done:] for batch in step.batches)
+        self.upcoming, self.ready = deque(zip(remaining, count(number))), None  # noqa: B905  count has no end
 
-    def take(self, step: Step) -> tuple[Batch, Tensor]:
-        """The batch and the labels [B] of `step` on the device; of a shard, the labels of the whole batch."""
+    def next(self, batch: TaskBatch, number: int) -> LoadedBatch:
+        """Return a batch on the device; `number` counts the batches of the run before it."""
         ready, self.ready = self.ready, None
-        batch, labels = ready[1:] if ready is not None and ready[0] is step else self.make(step)
+        if ready is not None and ready[0] is batch:
+            loaded = ready[1]
+        else:
+            if self.upcoming and self.upcoming[0][0] is batch:
+                self.upcoming.popleft()
+            loaded = self.load(batch, number)
         if self.stream is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(self.stream)
-            for tensor in (*batch.tensors().values(), labels):
-                tensor.record_stream(computing)  # its memory was taken on the other stream
-        return batch, labels
+            for tensor in loaded.tensors():
+                tensor.record_stream(computing)  # its memory was allocated on the other stream
+        return loaded
 
-    def make(self, step: Step) -> tuple[Batch, Tensor]:
-        """The same, on their way."""
-        data = self.data[step.task]
-        own = self.world.shard(step.indices, data.lengths)
-        batch, labels = data.batch(own), data.labels(step.indices)
-        if self.tails and isinstance(batch, PackedBatch):
-            batch = with_tail(batch)
+    def prefetch(self) -> None:
+        """Make the next batch of the epoch while a GPU computes; a CPU does nothing."""
+        if self.stream is not None and self.upcoming:
+            batch, number = self.upcoming.popleft()
+            self.ready = batch, self.load(batch, number)
+
+    def load(self, batch: TaskBatch, number: int) -> LoadedBatch:
+        """Return a batch whose copy to the device has begun."""
+        data = self.train[batch.task]
+        indices, shard = self.context.shard(batch.indices, data.lengths)
+        inputs, labels, rows = data.batch(indices), data.labels(batch.indices), None
+        if self.masking is not None:
+            assert isinstance(inputs, PackedBatch)
+            generator = np.random.default_rng([self.seed, *b"mlm", number])  # so that a resumed run masks alike
+            inputs, rows, labels = self.masking(inputs, generator)
+        if self.pad_to_bucket and isinstance(inputs, PackedBatch):
+            inputs = with_tail(inputs)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            return batch.to(self.device), to_device(labels, self.device)
+            rows = None if rows is None else to_device(rows, self.device)
+            return LoadedBatch(
+                batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows
+            )
+
+    def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
+        """Yield the task and the inputs of this rank's shard of each batch, on the device."""
+        for batch in batches:
+            data = self.train[batch.task]
+            indices, _ = self.context.shard(batch.indices, data.lengths)
+            yield batch.task, data.batch(indices).to(self.device)
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Hash of the training examples of each task in their order."""
+        return {name: data.sha256() for name, data in self.examples.items()}

@@ -6,63 +6,43 @@ memory go to timing.jsonl.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from config import Config
+from datasets import Batches
 from evaluation.metrics import Scores, confusion, decide, linear_fit, primary
 from models.multitask_bert import MultitaskBERT
 from tasks import Task
+from training.meters import (
+    EpochRecord,
+    StepResult,
+    StepTimer,
+    SyncedStepTimer,
+    TaskEpoch,
+    TaskMeter,
+    check_losses_finite,
+)
+from training.profiling import Profiler
 from training.run_directory import RunDirectory
+from training.task_sampling import Step
+from utils.console import progress
+from utils.device import Device
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Of a task in a run, about: one takes a tenth of a second, as long as an epoch of a small or frozen model does, and
 # TensorBoard itself shows ten.
 MOST_FIGURES = 20
-
-
-@dataclass
-class TaskEpoch:
-    """What one epoch did for one task."""
-
-    steps: int = 0
-    examples: int = 0
-    loss: float = 0.0
-    lr: float = 0.0
-    seconds: float = 0.0
-    tokens: int = 0
-    peak_memory: int = 0  # bytes during its steps; 0 without --benchmark
-    train: Scores = field(default_factory=dict)
-
-
-@dataclass
-class Epoch:
-    """One epoch's figures; `number` counts from 1. `dev` has the tasks evaluated, and the score where all were."""
-
-    number: int
-    trains: str
-    step: int
-    tasks: dict[str, TaskEpoch]
-    dev: Scores = field(default_factory=dict)
-    seconds: float = 0.0
-    peak_memory: int = 0
-    trainable_parameters: int = 0
-    device: str = ""
-    is_best: bool = False
-    conflicts: float | None = None  # share of the pairs of tasks whose gradients work against each other
-    skipped_steps: int | None = None  # whose gradients overflowed fp16; None where nothing is scaled
-
-    @property
-    def examples_per_second(self) -> float:
-        """Training examples per second of training, evaluation left out."""
-        seconds = sum(task.seconds for task in self.tasks.values())
-        return sum(task.examples for task in self.tasks.values()) / max(seconds, 1e-9)
+LOG_EVERY = 10  # batches of a task between two points of its curves
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -78,7 +58,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
+def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> str:
     """The table printed after each epoch."""
     title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
     rows = []
@@ -145,7 +125,7 @@ def parameter_table(model: MultitaskBERT) -> str:
     return format_table(["part", "parameters", "trainable", "share"], text)
 
 
-def metrics_line(epoch: Epoch) -> dict[str, Any]:
+def metrics_line(epoch: EpochRecord) -> dict[str, Any]:
     """The line of metrics.jsonl: everything that the seed decides, nothing that the clock does."""
     train = {
         name: {"loss": done.loss, "lr": done.lr, "steps": done.steps, **done.train}
@@ -154,7 +134,7 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
     more = {"conflicts": epoch.conflicts, "skipped_steps": epoch.skipped_steps}
     return {
         "epoch": epoch.number,
-        "step": epoch.step,
+        "step": epoch.batches,
         "trains": epoch.trains,
         "trainable_parameters": epoch.trainable_parameters,
         "train": train,
@@ -163,7 +143,7 @@ def metrics_line(epoch: Epoch) -> dict[str, Any]:
     }
 
 
-def timing_line(epoch: Epoch) -> dict[str, Any]:
+def timing_line(epoch: EpochRecord) -> dict[str, Any]:
     """The line of timing.jsonl: seconds, tokens, speed, bytes, and the device that they were measured on."""
     seconds = {name: round(done.seconds, 3) for name, done in epoch.tasks.items()}
     peaks = {name: done.peak_memory for name, done in epoch.tasks.items() if done.peak_memory}
@@ -229,72 +209,160 @@ def residual_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figu
     return figure
 
 
-class Telemetry:
-    """Writes a run's curves: metrics.jsonl and timing.jsonl always, TensorBoard unless it is switched off."""
+class Logger:
+    """Records a run: metrics.jsonl and timing.jsonl always, TensorBoard unless it is switched off, bars and tables."""
 
-    def __init__(self, run: RunDirectory, config: Config, tasks: Mapping[str, Task]) -> None:
-        self.run, self.config, self.tasks = run, config, tasks
-        self.writer = None
-        if config.run.tensorboard:
+    def __init__(
+        self,
+        config: Config,
+        tasks: Mapping[str, Task],
+        run: RunDirectory,
+        device: Device,
+        say: Callable[[str], None],
+        is_main_process: bool,
+    ) -> None:
+        self.config, self.tasks, self.run, self.device, self.say = config, tasks, run, device, say
+        self.timer = (StepTimer if config.run.benchmark is None else SyncedStepTimer)(device)
+        self.profiler = Profiler(run.path, device, say) if config.run.profile and is_main_process else None
+        self.meters: dict[str, TaskMeter] = {}  # of the tasks of the epoch at hand
+        self.unchecked: list[Tensor] = []  # losses that nobody has looked at yet
+        self.writer: Any = None
+
+    def open(self) -> None:
+        """Open TensorBoard's file, when a resumed run has cut the older ones back."""
+        if self.config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run.tensorboard))
-            if not config.run.resume:
-                self.writer.add_text("config", f"```json\n{json.dumps(config.to_dict(), indent=2)}\n```")
+            self.writer = SummaryWriter(str(self.run.tensorboard))
+            if not self.config.run.resume:
+                self.writer.add_text("config", f"```json\n{json.dumps(self.config.to_dict(), indent=2)}\n```")
 
-    def step(self, number: int, task: str, loss: float, lr: float, grad_norm: float) -> None:
-        """Curves within an epoch."""
+    # Steps
+
+    def begin_steps(self, steps: Sequence[Step], done: int, epoch: int, data: Mapping[str, Batches]) -> "tqdm[Step]":
+        """Return a bar over the steps of `epoch`, counted from 0, of which `done` are done."""
+        self.epoch, self.data = epoch, data
+        self.batches = [batch for step in steps for batch in step.batches]
+        named = {batch.task for batch in self.batches}
+        scored = not self.config.train.mlm
+        self.meters = {name: self.meters.get(name) or TaskMeter(scored) for name in self.tasks if name in named}
+        name = f"epoch {epoch + 1}/{self.config.train.epochs}"
+        self.bar = progress(steps[done:], name, "step", done=done)
+        return self.bar
+
+    def wants_norm(self, step: Step) -> bool:
+        """Whether the curves get a point from this step, which costs a pass over memory for the gradient's norm."""
+        return any(self._is_due(batch.task) for batch in step.batches)
+
+    def _is_due(self, task: str) -> bool:
+        return len(self.meters[task].results) % LOG_EVERY == 0
+
+    def add_step(
+        self, step: Step, number: int, batches_before: int, result: StepResult, rates: Mapping[str, float]
+    ) -> None:
+        """Add the results of a step.
+
+        `number` counts the batches of the epoch before it, `batches_before` those of the run. Raises UserError for a loss
+        that is not finite.
+        """
+        seconds, peak_memory = self.timer.stop()
+        for i, (batch, done) in enumerate(zip(step.batches, result.batches, strict=True)):
+            due = self._is_due(batch.task)
+            lr, share = rates[batch.task], seconds / len(step.batches)
+            self.meters[batch.task].add(number + i, done, len(batch.indices), lr, share, peak_memory)
+            self.unchecked.append(done.loss)
+            if due:
+                self.check_losses()
+                self.bar.set_postfix_str(f"{batch.task} loss {done.loss.item():.3f}", refresh=False)
+                self._curves(batches_before + i, batch.task, done.loss.item(), lr, result.norm)
+
+    def _curves(self, number: int, task: str, loss: float, lr: float, norm: Tensor | None) -> None:
         if self.writer is not None:
             self.writer.add_scalar(f"{task}/loss", loss, number)
             self.writer.add_scalar(f"{task}/lr", lr, number)
-            if math.isfinite(grad_norm):
-                self.writer.add_scalar(f"{task}/gradient_norm", grad_norm, number)
+            if norm is not None and math.isfinite(norm):
+                self.writer.add_scalar(f"{task}/gradient_norm", float(norm), number)
 
-    def epoch(self, epoch: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    def check_losses(self) -> None:
+        """Raise UserError if a loss that nobody has looked at yet is not finite; waits for the device."""
+        if self.unchecked and not torch.stack(self.unchecked).isfinite().all():
+            check_losses_finite(self.meters, self.batches, self.epoch + 1, self.data, self.run)
+        self.unchecked.clear()
+
+    def end_steps(self) -> None:
+        """Wait until the device has done all steps of the epoch, and complete the tasks' figures."""
+        started = time.perf_counter()
+        self.device.synchronize()
+        self.meters[self.batches[-1].task].seconds += time.perf_counter() - started
+        for name, meter in self.meters.items():
+            drawn = np.concatenate([batch.indices for batch in self.batches if batch.task == name])
+            meter.tokens = int(self.data[name].lengths[drawn].sum())
+        self.check_losses()
+
+    def epoch_figures(self) -> dict[str, TaskEpoch]:
+        """Return the training figures of each task in the epoch at hand."""
+        return {name: meter.epoch_figures(self.tasks[name]) for name, meter in self.meters.items()}
+
+    # Epochs
+
+    def end_epoch(self, epoch: EpochRecord, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Record an epoch. `dev` maps tasks to values and labels on dev, for the figures."""
+        self.meters = {}
         self.run.append_json("metrics.jsonl", metrics_line(epoch))
         self.run.append_json("timing.jsonl", timing_line(epoch))
         if self.writer is None:
             return
-        for name, done in epoch.tasks.items():
-            if done.train:
-                self._scalars(f"{name}/train", done.train, epoch.step)
-        self.writer.add_scalar("speed/examples_per_second", epoch.examples_per_second, epoch.step)
-        self.writer.add_scalar("memory/peak_gigabytes", epoch.peak_memory / 1e9, epoch.step)
-        if epoch.conflicts is not None:
-            self.writer.add_scalar("gradients/conflicting_pairs", epoch.conflicts, epoch.step)
-        if epoch.skipped_steps is not None:
-            self.writer.add_scalar("gradients/skipped_steps", epoch.skipped_steps, epoch.step)
-        if "score" in epoch.dev:
-            self.writer.add_scalar("score/dev", epoch.dev["score"], epoch.step)
+        for name, figures in epoch.tasks.items():
+            if figures.train:
+                self._scalars(f"{name}/train", figures.train, epoch.batches)
+        scalars = {
+            "speed/examples_per_second": epoch.examples_per_second,
+            "memory/peak_gigabytes": epoch.peak_memory / 1e9,
+            "gradients/conflicting_pairs": epoch.conflicts,
+            "gradients/skipped_steps": epoch.skipped_steps,
+            "score/dev": epoch.dev.get("score"),
+        }
+        for tag, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(tag, value, epoch.batches)
         for name, (values, labels) in dev.items():
-            self._scalars(f"{name}/dev", epoch.dev[name], epoch.step)
-            if not self._has_figures(epoch.number):
-                continue
-            similarity = self.tasks[name].kind == "similarity"
-            figure = (residual_figure if similarity else confusion_figure)(self.tasks[name], values, labels)
-            kind = "residuals" if similarity else "confusion"
-            self.writer.add_figure(f"{name}/{kind}", figure, epoch.step)
+            self._scalars(f"{name}/dev", epoch.dev[name], epoch.batches)
+            if self._has_figures(epoch.number):
+                self._figure(name, values, labels, epoch.batches)
         self.writer.flush()
 
+    def _figure(self, task: str, values: np.ndarray, labels: np.ndarray, number: int) -> None:
+        similarity = self.tasks[task].kind == "similarity"
+        figure = (residual_figure if similarity else confusion_figure)(self.tasks[task], values, labels)
+        self.writer.add_figure(f"{task}/{'residuals' if similarity else 'confusion'}", figure, number)
+
     def _has_figures(self, epoch: int) -> bool:
-        """Whether an evaluation after so many epochs has figures: in short runs each, and the last one always."""
+        """Whether an evaluation after so many epochs has figures: each one in short runs, and the last one always."""
         train = self.config.train
         every = train.eval_every * math.ceil(train.epochs / (MOST_FIGURES * train.eval_every))
         return epoch % every == 0 or epoch == train.epochs
 
+    def _scalars(self, prefix: str, scores: Scores, number: int) -> None:
+        for metric, value in scores.items():
+            self.writer.add_scalar(f"{prefix}_{metric}", value, number)
+
     def flush(self) -> None:
-        """Let the files have all that was recorded."""
+        """Write all that was recorded to the files."""
         if self.writer is not None:
             self.writer.flush()
 
-    def _scalars(self, prefix: str, scores: Scores, step: int) -> None:
-        assert self.writer is not None
-        for metric, value in scores.items():
-            self.writer.add_scalar(f"{prefix}_{metric}", value, step)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the figures of the epoch at hand."""
+        return {name: meter.state_dict() for name, meter in self.meters.items() if meter.results}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        scored = not self.config.train.mlm
+        meters = state.items()
+        self.meters = {name: TaskMeter.from_state(meter, scored, self.device.device) for name, meter in meters}
 
     def close(self, scores: Scores) -> None:
-        """Record the run's options and best scores for the HParams tab, and close."""
+        """Record the run's options and best scores for TensorBoard's HParams tab, and close."""
         if self.writer is None:
             return
         options = {
@@ -303,7 +371,7 @@ class Telemetry:
             if value is not None and not key.startswith(("run.", "compute."))
         }
         metrics = {
-            f"hparam/{name}": primary(self.tasks[name], own) for name, own in scores.items() if name in self.tasks
+            f"hparam/{name}": primary(self.tasks[name], found) for name, found in scores.items() if name in self.tasks
         }
         if "score" in scores:
             metrics["hparam/score"] = scores["score"]

@@ -1,62 +1,178 @@
-"""The state that --resume goes on from: when it is saved, the two newest of it, and the files that grow with it."""
+"""The checkpointer: best.pt, and the states that --resume continues from."""
 
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from config import SAVE_EVERY
-from models.checkpoint import is_whole_file, load, save
+import torch
+from torch import Tensor
+
+from config import SAVE_EVERY, Config
+from evaluation.metrics import Scores
+from models.checkpoint import (
+    FORMAT,
+    copy,
+    is_whole_file,
+    load,
+    load_weights_into,
+    model_checkpoint,
+    refuse_other_base,
+    save,
+)
+from models.multitask_bert import MultitaskBERT
+from text.tokenizer import Tokenizer
+from training.distributed import DistributedContext
+from training.meters import REMEDY
 from training.run_directory import RunDirectory
 from utils.errors import UserError
 from utils.files import cause
 
-# What a state holds. `done` is how many steps of the epoch are, `evaluating` whether only its evaluation is left.
+# What a state holds beside the weights. `seconds` are those spent on the epoch so far, `lengths` the sizes of the files
+# that grow as the run goes on.
 STATE = (
-    "epoch", "done", "evaluating", "step", "best", "stale", "seconds", "examples", "data", "weights", "base_sha256",
-    "optimizers", "scaler", "average", "teacher", "surgery", "part_sizes", "generators", "meters", "lengths",
+    "progress", "seconds", "examples", "data", "weights", "base_sha256", "optimizers", "scaler", "average",
+    "momentum_model", "generators", "meters", "lengths",
 )  # fmt: skip
 
 
-class SaveEvery:
-    """When --save_every asks for the next state: after so many steps (`500`), or so many minutes (`30m`)."""
+class CheckpointInterval:
+    """When --save_every asks for the next state: after so many batches (`500`) or so many minutes (`30m`)."""
 
     def __init__(self, text: str) -> None:
         match = re.fullmatch(SAVE_EVERY, text)
-        assert match, text  # config.check has seen it
+        assert match, text  # the command line's checks have seen it
         self.count, self.minutes = int(match[1]), bool(match[2])
-        self.step: int | None = None  # of the newest state
+        self.saved_at: int | None = None  # batches of the run in the newest state
         self.clock = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether it is time, after so many steps of the run."""
+    def is_due(self, batches: int) -> bool:
+        """Whether it is time to save, after so many batches of the run."""
         if self.minutes:
             return time.monotonic() - self.clock >= 60 * self.count
-        return step - (self.step or 0) >= self.count
+        return batches - (self.saved_at or 0) >= self.count
 
-    def saved(self, step: int) -> None:
-        """Take note of a state that holds so many steps."""
-        self.step, self.clock = step, time.monotonic()
+    def saved(self, batches: int) -> None:
+        """Note that a state holds so many batches."""
+        self.saved_at, self.clock = batches, time.monotonic()
 
 
-def save_state(run: RunDirectory, content: Mapping[str, Any]) -> None:
-    """Write resume.pt; the one before it is kept as resume-previous.pt, unless it is damaged and that may be whole."""
-    assert set(content) == {"format", *STATE}
-    save(run.resume, content, keep=run.previous if is_whole_file(run.resume) else None)
+class Checkpointer:
+    """Writes and reads the checkpoints of a run. All processes must ask for them; the main process reads and writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskBERT,
+        tokenizer: Tokenizer,
+        run: RunDirectory,
+        context: DistributedContext,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.run, self.context, self.say = run, context, say
+        self.interval = CheckpointInterval(config.run.save_every)
+        self.frozen_names = model.never_trained(config.train.fine_tune_mode)  # of the weights that files leave out
+
+    def save_best(self, scores: Scores, epoch: int, batches: int) -> None:
+        """Write best.pt and --filepath. Raises UserError if a weight is not finite."""
+        if not self.context.is_main_process:
+            return
+        content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
+        check_finite(content["weights"].items())
+        save(self.run.best, {**content, "epoch": epoch, "step": batches})
+        if self.config.run.filepath:
+            copy(self.run.best, Path(self.config.run.filepath))
+
+    def load_best_scores(self) -> Scores:
+        """Return the scores in best.pt; no scores in the other processes."""
+        return load(self.run.best)["scores"] if self.context.is_main_process else {}
+
+    def save_state(self, state: Mapping[str, Any], batches: int) -> None:
+        """Write resume.pt with a run's `state` after so many batches, and keep the one before it.
+
+        Raises UserError if a number in it is not finite.
+        """
+        check_finite([*self.model.state_dict().items(), *optimizer_numbers(state["optimizers"])])
+        if self.context.is_main_process:
+            weights = {n: tensor for n, tensor in self.model.state_dict().items() if n not in self.frozen_names}
+            content = {
+                **state,
+                "format": FORMAT,
+                "weights": weights,
+                "base_sha256": self.model.base_sha256,
+                "lengths": lengths(self.run),
+            }
+            assert set(content) == {"format", *STATE}
+            # A damaged resume.pt must not replace the previous state, which may be whole.
+            save(self.run.resume, content, keep=self.run.previous if is_whole_file(self.run.resume) else None)
+        self.interval.saved(batches)
+
+    def load_state(self) -> dict[str, Any]:
+        """Return the newest state that is whole, and give the model its weights.
+
+        Raises UserError if there is none, or if it belongs to other base weights.
+        """
+        with self.context.main_process_first():  # it may rename the files
+            content = newest_state(self.run, self.say)
+        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        self.load_weights(content["weights"], self.run.resume)
+        return content
+
+    def load_weights(self, weights: Mapping[str, Tensor], source: Path) -> None:
+        """Give the model, in all processes, the weights that the main process has read from `source`."""
+        if self.context.is_main_process:
+            load_weights_into(self.model, weights, source, self.frozen_names)
+        self.context.broadcast_weights(self.model)
+
+    def load_best(self) -> dict[str, Any]:
+        """Give the model the weights of best.pt; return the file's content, which only the main process has."""
+        content = load(self.run.best) if self.context.is_main_process else {}
+        self.load_weights(content.get("weights", {}), self.run.best)
+        return content
+
+    def cut_back(self, before: Mapping[str, int]) -> None:
+        """Make the files that grow as they were when a state was saved: later lines belong to steps to be made again.
+
+        Raises UserError if they cannot be written.
+        """
+        if not self.context.is_main_process:
+            return
+        try:
+            for name, size in lengths(self.run).items():
+                if name not in before:
+                    (self.run.path / name).unlink()
+                elif size > before[name]:
+                    os.truncate(self.run.path / name, before[name])
+        except OSError as error:
+            raise UserError(f"--run_dir {self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
+        if self.config.run.filepath and self.run.best.exists():  # the run may have begun without that flag
+            copy(self.run.best, Path(self.config.run.filepath))
+
+    def how_to_continue(self) -> str:
+        """Return, for people, what of the run is saved and the flags that continue from there."""
+        if self.interval.saved_at is None:
+            return "nothing of the run is saved yet, --overwrite starts it again"
+        flags = f"--run_dir {self.run.path} --resume" + " in place of --overwrite" * self.config.run.overwrite
+        return f"the same command with {flags} goes on after step {self.interval.saved_at}"
 
 
 def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any]:
-    """The newest state that is whole; `say` hears of one that is not, and it is then replaced by the one before it.
+    """Return the newest state that is whole. `say` tells of one that is not; the state before replaces it.
 
-    Raises UserError, naming all files, where none is.
+    Raises UserError, naming all files, if none is whole.
     """
     problems = []
     for path in run.states():
         try:
             content = load(path)
-            if missing := [name for name in STATE if name not in content and name != "data"]:  # older states lack it
-                raise UserError(f"{path}: is no state that this version can go on from, it lacks {missing[0]}")
+            if missing := [name for name in STATE if name not in content]:
+                raise UserError(
+                    f"{path}: is no state that this version can go on from, it lacks {missing[0]}; --overwrite the run, "
+                    "or finish it with the version that began it"
+                )
         except UserError as error:
             problems.append(str(error))
             continue
@@ -68,21 +184,26 @@ def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any
 
 
 def lengths(run: RunDirectory) -> dict[str, int]:
-    """The sizes in bytes of the files that grow as the run goes on, by their names in its folder."""
+    """Return the sizes in bytes of the files that grow as the run goes on, by their names in its folder."""
     files = [run.path / "metrics.jsonl", run.path / "timing.jsonl", *run.tensorboard.rglob("*")]
     return {str(path.relative_to(run.path)): path.stat().st_size for path in files if path.is_file()}
 
 
-def cut_back(run: RunDirectory, before: Mapping[str, int]) -> None:
-    """Make the files that grow as they were: what came later belongs to steps that will be made again.
+def check_finite(tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raise UserError, naming the first, if one of these tensors is not finite; waits for the device once."""
+    named = [(n, tensor) for n, tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    # A sum is finite only if all terms are. A CPU computes it in a twentieth of the time of a norm.
+    sums = [tensor.detach().sum().isfinite() for _, tensor in named]
+    if not sums or torch.stack(sums).all():
+        return
+    name = next((name for name, tensor in named if not tensor.isfinite().all()), None)
+    if name is None:  # only a sum has overflowed
+        return
+    raise UserError(f"{name} is not finite any more and was not saved; {REMEDY}")
 
-    Raises UserError where they cannot be written.
-    """
-    try:
-        for name, size in lengths(run).items():
-            if name not in before:
-                (run.path / name).unlink()
-            elif size > before[name]:
-                os.truncate(run.path / name, before[name])
-    except OSError as error:
-        raise UserError(f"--run_dir {run.path}: cannot be written ({cause(error, run.path)})") from error
+
+def optimizer_numbers(states: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield every number in the states of the optimizers, with a name for people."""
+    for name, state in states.items():
+        for values in state["state"].values():
+            yield from ((f"{key} of the optimizer of {name}", value) for key, value in values.items())

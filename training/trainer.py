@@ -1,103 +1,89 @@
-"""The one training loop: every task, routine and method goes through `Trainer.train_step`."""
+"""The training loop. All tasks, routines and methods meet in `Trainer.train_step`."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from config import Config
-from datasets import Batches, TaskData
+from datasets import TaskData
 from evaluation.metrics import Scores, overall, probabilities, score_task
-from models.checkpoint import FORMAT, copy, load, model_checkpoint, refuse_other_base, save
+from models.mlm import Masking
 from models.multitask_bert import MultitaskBERT
-from optimizer import OPTIMIZERS, Schedule, local
-from tasks import Task
-from text.packing import Batch
 from text.tokenizer import Tokenizer
 from training import signals
-from training.auxiliary_losses import terms_of
-from training.averaging import AVERAGES, REFRESH_BATCHES, NoAverage
-from training.cuda_graphs import passes_of
-from training.distributed import ONE, World
-from training.feature_cache import FrozenCache
-from training.grad_cache import Memory
-from training.health import Scaler, refuse_bad_losses, refuse_ruined, states_of
-from training.loader import Feed
-from training.logger import Epoch, Telemetry, describe_freezing, epoch_table, parameter_table
-from training.losses import LOSSES
-from training.meters import StepClock, StepGauge, TaskMeter
-from training.pcgrad import NoSurgery, PCGrad
-from training.profiling import Profiler
-from training.resume import SaveEvery, cut_back, lengths, newest_state, save_state
+from training.auxiliary_losses import build_auxiliary_losses
+from training.averaging import REFRESH_BATCHES, MomentumModel, RunningAverage, make_average, refreshed_batchnorm
+from training.cuda_graphs import CudaGraphRunner, make_cuda_graph_runner
+from training.distributed import SINGLE_PROCESS, DataParallelLoss, DistributedContext
+from training.feature_cache import FeatureCache
+from training.grad_cache import GradCache
+from training.loader import LoadedBatch, Loader
+from training.logger import Logger, describe_freezing, epoch_table, parameter_table
+from training.meters import BatchResult, EpochRecord, StepResult
+from training.objective import MaskedWordObjective, Objective
+from training.optimizers import Optimizers
+from training.pcgrad import Gradient, assign_gradients, detach_gradients, pcgrad
+from training.resume import Checkpointer, check_finite
 from training.run_directory import RunDirectory
-from training.seen import Seen
-from training.smart import Teacher
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
-from utils.console import progress
-from utils.device import Device, random_state
+from utils.console import progress, say
+from utils.device import Device
 from utils.errors import UserError, first_line, is_out_of_memory
 from utils.files import cause
 
-NOT_MEASURED = torch.tensor(math.nan)
-LOG_EVERY = 10  # steps between points of the curves within an epoch: the gradient's norm costs a pass over memory
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0  # epochs whose steps are done
+    step: int = 0  # steps of the next epoch that are done
+    steps: int = 0  # of the run
+    batches: int = 0  # of the run: they address noise, masks, --save_every and the curves
+    evaluating: bool = False  # whether only the evaluation of the epoch is left
+    best_score: float = -math.inf
+    evaluations_without_improvement: int = 0
+    conflicts: float | Tensor = 0.0  # pairs of tasks of the epoch whose gradients work against each other
+    pairs: int = 0  # of tasks in the steps of the epoch
+
+    def conflict_share(self) -> float | None:
+        """Return the share of pairs of tasks in conflict; None where no step had a pair."""
+        return float(self.conflicts) / self.pairs if self.pairs else None
 
 
-def make_optimizers(config: Config, model: MultitaskBERT) -> tuple[dict[str, str], dict[str, Optimizer]]:
-    """The name of each task's optimizer, and the optimizers: one for each task, or a single one for --routine joint.
-
-    A group of parameters has the rates and decays of the tasks that it serves, in the mean.
-    """
-    reach = {name: model.task_parameters(name) for name in model.tasks}
-    groups: dict[str, list[dict[str, Any]]]
-    if config.train.routine == "joint":
-        served: dict[tuple[str, ...], list[torch.nn.Parameter]] = {}
-        for parameter in dict.fromkeys(p for own in reach.values() for p in own):
-            names = tuple(name for name, own in reach.items() if any(parameter is p for p in own))
-            served.setdefault(names, []).append(parameter)
-        groups = {"joint": [{"params": own, "tasks": names} for names, own in served.items()]}
-        optimizer_of = dict.fromkeys(reach, "joint")
-    else:
-        groups = {name: [{"params": own, "tasks": (name,)}] for name, own in reach.items()}
-        optimizer_of = {name: name for name in reach}
-    base = config.train.scaled_lr()
-    for group in (group for own in groups.values() for group in own):
-        count = len(group["tasks"])
-        group["lr"] = sum(base * config.tasks[name].lr_multiplier for name in group["tasks"]) / count
-        group["weight_decay"] = sum(config.tasks[name].weight_decay for name in group["tasks"]) / count
-    decoupled = {"decoupled": True} if config.train.decoupled else {}
-    kind = OPTIMIZERS[config.train.optim]
-    return optimizer_of, {name: kind(own, lr=base, **decoupled) for name, own in groups.items()}
-
-
-def make_schedule(config: Config, task: Task) -> Schedule:
-    """The course of a task's learning rate."""
-    options = config.train
-    return Schedule(
-        options.lr_schedule,
-        options.scaled_lr() * config.tasks[task.name].lr_multiplier,
-        options.epochs,
-        gamma=options.lr_lambda,
-        floor=task.lr_floor,
-        warmup=options.warmup,
-        restart=options.lr_cycle == "restart",
-    )
-
-
+@dataclass
 class Trainer:
     """Trains a model as a configuration says and keeps its run directory up to date."""
 
-    meter = TaskMeter
+    config: Config
+    model: MultitaskBERT
+    device: Device
+    context: DistributedContext
+    plan: Plan
+    loader: Loader
+    objective: Objective | MaskedWordObjective
+    optimizers: Optimizers
+    checkpointer: Checkpointer
+    logger: Logger
+    average: RunningAverage | None = None
+    data_parallel: DataParallelLoss | None = None
+    cuda_graphs: CudaGraphRunner | None = None
+    progress: Progress = field(default_factory=Progress)
+    trainable: str = ""  # what of the model trains, as the last epoch has frozen it
+    started: float = 0.0  # when the epoch began, by time.perf_counter, less what former processes spent on it
+    say: Callable[[str], None] = say
 
-    def __init__(
-        self,
+    @classmethod
+    def from_config(
+        cls,
         config: Config,
         model: MultitaskBERT,
         tokenizer: Tokenizer,
@@ -105,56 +91,108 @@ class Trainer:
         dev: Mapping[str, TaskData],
         device: Device,
         run: RunDirectory,
-        say: Callable[[str], None] = print,
-        world: World = ONE,
-    ) -> None:
-        self.config, self.model, self.tokenizer = config, model.to(device.device), tokenizer
-        self.given: Mapping[str, TaskData] = train
-        self.train_data: Mapping[str, Batches] = train
-        self.dev_data: Mapping[str, Batches] = dev
-        self.device, self.run, self.say, self.world = device, run, say, world
-        world.attach(self.model)
-        self.frozen = None
-        if config.train.cache_frozen:
-            self.frozen = FrozenCache(config, model, train, dev, device, say)
-            self.train_data, self.dev_data = self.frozen.train, self.frozen.dev
-        self.tasks = model.tasks
+        context: DistributedContext = SINGLE_PROCESS,
+        say: Callable[[str], None] = say,
+    ) -> "Trainer":
+        """Return the trainer that a configuration asks for."""
         options = config.train
-        self.plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
-        self.optimizer_of, self.optimizers = make_optimizers(config, model)
-        everything = list(dict.fromkeys(p for name in self.tasks for p in model.task_parameters(name)))
-        self.surgery = PCGrad(everything, options.seed) if options.pcgrad else NoSurgery()
-        self.schedules = {name: make_schedule(config, task) for name, task in self.tasks.items()}
-        self.terms = {name: terms_of(config, name) for name in self.tasks}
-        self.feed = Feed(self.train_data, device.device, options.cuda_graphs, world)
-        self.passes = passes_of(config, self.model, device, self.terms, self.forward_backward, say)
-        self.scaler = Scaler(device.device.type, enabled=device.scaled)
-        self.memory = Memory(
-            config, self.model, self.train_data, device.device, say, world.size == 1, lambda: self.passes.release()
+        context.prepare(model.to(device.device))
+        cache = FeatureCache(config, model, train, dev, device, say) if options.cache_frozen else None
+        masking = Masking(tokenizer) if options.mlm else None
+        plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
+        objective = make_objective(config, model, device, context, plan)
+        one_wrapper = options.routine == "joint" and not options.pcgrad
+        trainer = cls(
+            config,
+            model,
+            device,
+            context,
+            plan,
+            Loader(train, dev, device.device, options.seed, context, options.cuda_graphs, masking, cache),
+            objective,
+            Optimizers(config, model, device),
+            Checkpointer(config, model, tokenizer, run, context, say),
+            Logger(config, model.tasks, run, device, say, context.is_main_process),
+            make_average(model, options),
+            DataParallelLoss(objective, model, one_wrapper) if context.size > 1 else None,
+            say=say,
         )
-        self.average = AVERAGES[options.average](self.model, options, self.pass_batches)
-        self.teacher = NoAverage(self.model, options, self.pass_batches)
-        if any(own.bregman > 0.0 for own in config.tasks.values()):
-            moves = sum(step.moves for epoch in range(options.epochs) for step in self.steps_of(epoch))
-            self.teacher = Teacher(self.model, options, moves)
-        self.clock = (StepClock if config.run.benchmark is None else StepGauge)(device)
-        self.profiled: Callable[[Iterable[Step]], Iterator[Step]] = (
-            Profiler(run.path, device, say) if config.run.profile and world.leads else iter
-        )
-        self.command = ""
-        self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
-        self.done = 0  # steps of the epoch
-        self.evaluating = False  # whether all of them are done, and only the epoch's evaluation is left
-        self.meters: dict[str, TaskMeter] = {}  # the epoch's figures so far
-        self.seconds = 0.0  # that former processes spent on the epoch
-        self.gradient_waits = False  # whether a joint step's gradients wait for those of other tasks
-        self.saves = SaveEvery(config.run.save_every)
-        self.left_out = model.never_trained(options.fine_tune_mode)  # of the weights that are saved
+        trainer.cuda_graphs = make_cuda_graph_runner(config, model, device, trainer.forward_backward, say)
+        return trainer
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The step
+
+    def train_step(self, step: Step, measure_norm: bool = False) -> StepResult:
+        """Make one optimizer step: every method of training meets here, in this order."""
+        optimizer = self.optimizers.for_step(step)
+        results: list[BatchResult] = []
+        gradients: list[Gradient] = []
+        for batch in step.batches:
+            loaded = self.loader.next(batch, self.progress.batches + len(results))
+            loss, outputs = self.run_batch(loaded, len(step.batches), last=batch is step.batches[-1])
+            self.loader.prefetch()
+            results.append(BatchResult(loss, outputs, loaded.labels))
+            if self.config.train.pcgrad:
+                gradients.append(detach_gradients(self.task_parameters()))
+        if self.config.train.pcgrad:
+            self.assign_projected(gradients)
+        if not self.optimizers.has_gradients(optimizer):  # nothing trains that these batches reach
+            return StepResult(results, None)
+        norm = self.optimizers.clip_gradients(optimizer, measure_norm)
+        if self.optimizers.scaler.step_optimizer(optimizer):
+            self.update_averages()
+        optimizer.zero_grad()
+        return StepResult(results, norm)
+
+    def run_batch(self, batch: LoadedBatch, batches: int, last: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss and outputs of one of the `batches` of a step; add its gradients to those at hand."""
+        scale = self.context.size / batches  # DistributedDataParallel averages over ranks
+        if self.cuda_graphs is not None:
+            return self.cuda_graphs(batch, scale, keep=not last)
+        return self.forward_backward(batch, scale, reduce=last or self.config.train.pcgrad)
+
+    def forward_backward(self, batch: LoadedBatch, scale: float, reduce: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the loss and outputs of a batch, without history; add its gradients, scaled, to those at hand.
+
+        Of several processes, gradients are averaged over ranks, or wait for those of later batches without `reduce`.
+        """
+        if self.data_parallel is None:
+            loss, outputs = self.objective(batch)
+        else:
+            loss, outputs = self.data_parallel(batch.task, batch, reduce)
+        if loss.requires_grad:  # False if all that the task has is frozen, as a bare cosine on a frozen backbone
+            self.optimizers.scaler.scale(loss * scale).backward()
+        return loss.detach(), outputs
+
+    def task_parameters(self) -> list[nn.Parameter]:
+        """Return all parameters that a task reaches, each once."""
+        return list(dict.fromkeys(chain.from_iterable(map(self.model.task_parameters, self.model.tasks))))
+
+    def assign_projected(self, gradients: Sequence[Gradient]) -> None:
+        """Give the parameters the sum of the tasks' gradients after gradient surgery, and count the conflicts."""
+        gradients = [gradient for gradient in gradients if any(part is not None for part in gradient)]
+        if not gradients:
+            return
+        generator = np.random.default_rng([self.config.train.seed, self.progress.steps])
+        combined, conflicts = pcgrad(gradients, generator)
+        assign_gradients(self.task_parameters(), combined)
+        self.progress.conflicts = self.progress.conflicts + conflicts
+        self.progress.pairs += math.comb(len(gradients), 2)
+
+    def update_averages(self) -> None:
+        """Let the running averages of the weights follow an optimizer step."""
+        for average in (self.average, self.objective.momentum_model):
+            if average is not None:
+                average.after_step()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The run
 
     def fit(self) -> Scores:
-        """Train to the end, or until --patience runs out; returns the best dev scores.
+        """Train to the end, or until --patience runs out; return the best dev scores.
 
-        Where a signal ends the run, the state is saved; raises SystemExit.
+        If a signal ends the run, the state is saved; raises SystemExit.
         """
         if not self.model.trained(self.config.train):
             raise UserError(
@@ -162,371 +200,304 @@ class Trainer:
                 f"{self.config.train.epochs}, and a bare cosine has no weights, so nothing would be learned; choose "
                 "another mode, more epochs, or --sts_projection"
             )
-        torch.manual_seed(self.world.seed(self.config.train.seed))
+        torch.manual_seed(self.context.rank_seed(self.config.train.seed))
         if self.config.run.resume:
             self.restore()
-        self.telemetry = Telemetry(self.run, self.config, self.tasks)
-        best: Scores = {}
+        self.logger.open()
         with signals.noted():
             try:
-                while self.evaluating or (self.epoch < self.config.train.epochs and not self.out_of_patience()):
-                    record = self.train_epoch()
-                    if record.dev and record.is_best:
-                        best = record.dev
-                    self.say(epoch_table(self.tasks, record, self.config.train.epochs))
-                    self.save_resume()
-                    self.pause()
-                if not best and self.world.leads:
-                    best = load(self.run.best)["scores"]
-                self.telemetry.close(best)
+                best = self.train_epochs()
             except signals.Stopped as stopped:
                 self.save_if_new()
-                self.say(f"\nstopped by {stopped.name}; {self.how_to_go_on()}")
+                self.say(f"\nstopped by {stopped.name}; {self.checkpointer.how_to_continue()}")
                 raise SystemExit(stopped.code) from None
             except KeyboardInterrupt:
-                self.say(f"\nstopped at once; {self.how_to_go_on()}")
+                self.say(f"\nstopped at once; {self.checkpointer.how_to_continue()}")
                 raise
-            except BrokenPipeError:  # who read our output has gone; the run's folder is well
-                if self.world.size == 1:  # others would not know of it
+            except BrokenPipeError:  # whoever read our output has gone; the run's folder is well
+                if self.context.size == 1:  # other processes would not know of it
                     self.save_if_new()
                 raise
             except OSError as error:
-                raise UserError(f"{self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
+                path = self.checkpointer.run.path
+                raise UserError(f"{path}: cannot be written ({cause(error, path)})") from error
         return best
 
-    def how_to_go_on(self) -> str:
-        """For people: what of the run is saved, and the flags that go on from there."""
-        if self.saves.step is None:
-            return "nothing of the run is saved yet, --overwrite starts it again"
-        flags = f"--run_dir {self.run.path} --resume" + " in place of --overwrite" * self.config.run.overwrite
-        return f"the same command with {flags} goes on after step {self.saves.step}"
+    def train_epochs(self) -> Scores:
+        """Train the epochs that are left; return the best dev scores."""
+        best: Scores = {}
+        while self.progress.evaluating or (self.progress.epoch < self.config.train.epochs and not self.is_stale()):
+            record = self.train_epoch()
+            if record.dev and record.is_best:
+                best = record.dev
+            self.say(epoch_table(self.model.tasks, record, self.config.train.epochs))
+            self.save_state()
+            self.pause()
+        best = best or self.checkpointer.load_best_scores()
+        self.logger.close(best)
+        return best
 
-    def out_of_patience(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether --patience evaluations have passed without a better score."""
-        return self.config.train.patience is not None and self.stale >= self.config.train.patience
+        patience = self.config.train.patience
+        return patience is not None and self.progress.evaluations_without_improvement >= patience
 
-    def train_epoch(self) -> Epoch:
-        """One epoch of training, or what a former process left to do of it, its evaluation if due, and its records."""
-        self.began = time.perf_counter() - self.seconds
-        epoch = self.epoch - 1 if self.evaluating else self.epoch
-        command = self.model.freeze_for_epoch(self.config.train, epoch)
-        if command != self.command:
-            self.command = command
-            self.say(f"\nFrom epoch {epoch + 1}:\n{parameter_table(self.model)}")
-        steps = self.steps_of(epoch)
-        if self.frozen is not None:
-            self.frozen.begin_epoch(steps)
-        if not self.evaluating:
+    def train_epoch(self) -> EpochRecord:
+        """Do one epoch, or what a former process left of it: its steps, its evaluation if due, and its records."""
+        self.started += time.perf_counter()
+        epoch = self.progress.epoch - self.progress.evaluating
+        self.freeze(epoch)
+        steps = ROUTINES[self.config.train.routine](self.plan, epoch)
+        self.loader.begin_epoch(steps, self.progress.step, self.progress.batches)
+        if not self.progress.evaluating:
             self.run_steps(steps)
-            self.epoch += 1
-            refuse_ruined(self.model.state_dict().items())
-            self.average.after_epoch(self.epoch)
-            self.done, self.evaluating = 0, True
-        figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
-        trains = describe_freezing(self.model, command, self.config.train.fine_tune_mode)
-        record = Epoch(self.epoch, trains, self.step, figures)
-        record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        record.device = self.world.named(self.device.name)
-        with self.stoppable(), self.average.applied():
-            dev = self.evaluate(self.due())
-            self.judge(record, dev)
-        record.conflicts = self.surgery.conflicting()
-        record.skipped_steps = self.scaler.skipped_steps()
-        record.seconds = time.perf_counter() - self.began
-        record.peak_memory = max([self.device.peak_memory(), *(done.peak_memory for done in figures.values())])
-        self.telemetry.epoch(record, dev)
-        self.evaluating, self.meters, self.seconds = False, {}, 0.0
+            self.progress.epoch, self.progress.step, self.progress.evaluating = epoch + 1, 0, True
+            check_finite(self.model.state_dict().items())
+            if self.average is not None:
+                self.average.after_epoch(epoch + 1)
+        record = self.begin_record()
+        with self.stoppable(), self.evaluation_weights():
+            dev = self.evaluate(self.tasks_to_evaluate())
+            self.update_best(record, dev)
+        self.end_record(record, dev)
+        self.progress.evaluating, self.started = False, 0.0
         return record
 
-    def due(self) -> list[str]:
-        """The tasks whose dev set is evaluated after this epoch: all of them after the last one."""
-        last = self.epoch == self.config.train.epochs
-        if self.epoch % self.config.train.eval_every and not last:
-            return []
-        return [name for name in self.tasks if last or self.epoch % self.config.tasks[name].epoch_eval == 0]
-
-    def steps_of(self, epoch: int) -> list[Step]:
-        """The batches of an epoch."""
-        return ROUTINES[self.config.train.routine](self.plan, epoch)
+    def freeze(self, epoch: int) -> None:
+        """Freeze what does not train in `epoch`, counted from 0, and tell of a change."""
+        trainable = self.model.freeze_for_epoch(self.config.train, epoch)
+        if trainable != self.trainable:
+            self.trainable = trainable
+            self.say(f"\nFrom epoch {epoch + 1}:\n{parameter_table(self.model)}")
+            if self.data_parallel is not None:
+                self.data_parallel.rebuild()
 
     def run_steps(self, steps: Sequence[Step]) -> None:
-        """Those optimizer steps of the current epoch that are not done yet."""
+        """Make the optimizer steps of the current epoch that are not done yet."""
         self.model.train()
-        named = {step.task for step in steps}
-        self.meters = {name: self.meters.get(name) or self.meter() for name in self.tasks if name in named}
-        moves = max(1, sum(step.moves for step in steps))
-        batches = len(steps) // moves  # of an optimizer step
-        unseen: list[Tensor] = []  # losses that nobody has looked at yet
-        name = f"epoch {self.epoch + 1}/{self.config.train.epochs}"
-        bar = progress(steps[self.done :], name, "step", done=self.done)
-        for step in self.profiled(bar):
+        done = self.progress.step
+        number = sum(len(step.batches) for step in steps[:done])  # batches of the epoch that are done
+        bar = self.logger.begin_steps(steps, done, self.progress.epoch, self.loader.train)
+        for step in bar if self.logger.profiler is None else self.logger.profiler(bar):
             self.pause()
-            self.clock.start()
-            meter = self.meters[step.task]
-            made = self.done // batches - self.scaler.skipped  # the batches of a joint step have one rate
-            lr = self.set_rates(step.task, self.epoch + made / moves)
-            log = len(meter.losses) % LOG_EVERY == 0
-            loss, outputs, labels, norm = self.train_step(step, log)
-            if self.done + 1 < len(steps):
-                self.feed.expect(steps[self.done + 1])
-            meter.add(self.done, loss, outputs, labels, len(step.indices), lr, *self.clock.stop())
-            self.gradient_waits = not step.moves
-            unseen.append(loss)
-            if log:
-                if not torch.stack(unseen).isfinite().all():
-                    refuse_bad_losses(self.meters, steps, self.epoch + 1, self.train_data, self.run)
-                unseen.clear()
-                bar.set_postfix_str(f"{step.task} loss {loss.item():.3f}", refresh=False)
-                self.telemetry.step(self.step, step.task, loss.item(), lr, float(norm))
-            self.step += 1
-            self.done += 1
-        started = time.perf_counter()
-        self.device.synchronize()
-        self.meters[steps[-1].task].seconds += time.perf_counter() - started
-        for name, meter in self.meters.items():
-            drawn = np.concatenate([step.indices for step in steps if step.task == name])
-            meter.tokens = int(self.train_data[name].lengths[drawn].sum())
-        refuse_bad_losses(self.meters, steps, self.epoch + 1, self.train_data, self.run)
-        if (line := self.passes.report()) is not None:
-            self.say(line)
+            self.logger.timer.start()
+            made = self.progress.step - self.optimizers.scaler.skipped
+            position = self.progress.epoch + made / len(steps)
+            rates = self.optimizers.set_rates(self.optimizers.for_step(step), position)
+            with self.named_out_of_memory(step):
+                result = self.train_step(step, self.logger.wants_norm(step))
+            self.logger.add_step(step, number, self.progress.batches, result, rates)
+            number += len(step.batches)
+            self.progress.step += 1
+            self.progress.steps += 1
+            self.progress.batches += len(step.batches)
+        self.logger.end_steps()
+        if self.cuda_graphs is not None:
+            self.say(self.cuda_graphs.report())
+
+    @contextmanager
+    def named_out_of_memory(self, step: Step) -> Iterator[None]:
+        """Turn a lack of memory inside into a UserError that names --micro_batch_size and a value to try."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sequences = max(len(b.indices) * (1 + self.model.is_siamese(b.task)) for b in step.batches)
+            most = min(self.config.train.micro_batch_size or sequences, -(-sequences // self.context.size))
+            remedy = f"--micro_batch_size {most // 2} needs less memory for the same gradient"
+            if most == 1:
+                remedy = "lower --max_length, or let less train (--fine_tune_mode last-layer, --lora_mode)"
+            raise UserError(
+                f"out of memory in a step of {sequences} sequences, at most {most} at a time "
+                f"({first_line(error):.120}); {remedy}"
+            ) from error
 
     def pause(self) -> None:
-        """Between two steps: end here if a signal asked for it, and save if it is time; never within a joint step.
-
-        What one process has to end or save for, all have.
-        """
-        if not self.gradient_waits and self.done % self.world.pace == 0:
-            signal, save = self.world.largest(signals.received(), int(self.saves.due(self.step)))
+        """Between two steps: end if a signal asked for it, and save if it is time. All processes do the same."""
+        if self.progress.step % self.context.steps_between_syncs == 0:
+            due = self.checkpointer.interval.is_due(self.progress.batches)
+            signal, save = self.context.all_reduce_max(signals.received(), int(due))
             signals.stop(signal)
             if save:
-                self.save_resume()
+                self.save_state()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def tasks_to_evaluate(self) -> list[str]:
+        """Return the tasks whose dev set is evaluated after this epoch: all of them after the last one, none with --mlm."""
+        number, options = self.progress.epoch, self.config.train
+        last = number == options.epochs
+        if options.mlm or (number % options.eval_every and not last):
+            return []
+        return [name for name in self.model.tasks if last or number % self.config.tasks[name].epoch_eval == 0]
 
     def stoppable(self) -> AbstractContextManager[None]:
-        """Inside, a signal ends an evaluation between two batches; several processes end it in `Ranks.predict`."""
-        return signals.checked_before_batches(self.model) if self.world.size == 1 else nullcontext()
+        """Let a signal end an evaluation between two batches; several processes end it in `context.predict`."""
+        return signals.checked_before_batches(self.model) if self.context.size == 1 else nullcontext()
 
-    def set_rates(self, task: str, position: float) -> float:
-        """Set the learning rates of the optimizer of `task` after `position` epochs; returns the task's own."""
-        rates = {name: schedule.at(position) for name, schedule in self.schedules.items()}
-        for group in self.optimizers[self.optimizer_of[task]].param_groups:
-            group["lr"] = sum(rates[name] for name in group["tasks"]) / len(group["tasks"])
-        return rates[task]
-
-    def train_step(self, step: Step, measure: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One batch and, if it moves the weights, an optimizer step.
-
-        Returns loss, outputs, labels and the norm of the gradient moved by (NaN where there is none, or nobody asked).
-        """
-        loss, outputs, labels = self.memory.run(step, lambda: self.passed(step))
-        self.surgery.take()
-        norm = self.move(self.optimizers[self.optimizer_of[step.task]], measure) if step.moves else NOT_MEASURED
-        return loss, outputs, labels, norm
-
-    def passed(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, outputs and labels of one batch, without their history; its gradients are added to those at hand."""
-        batch, labels = self.feed.take(step)
-        if step.task in self.memory.sizes:
-            self.passes.refuse(step.task, "whose batches go in parts")
-        return *self.passes(step, batch, labels), labels
-
-    def forward_backward(self, step: Step, batch: Batch, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What `passed` returns but the labels, as `passes` runs it."""
-        own, terms = self.config.tasks[step.task], self.terms[step.task]
-        state = random_state(self.device.device) if terms else None
-        with self.device.autocast():
-            embedding = self.model.embed(step.task, batch)
-            outputs = self.world.gather(self.model.outputs(step.task, embedding))
-            seen = Seen(
-                self.model, step.task, batch, embedding, outputs, labels, state, self.step, self.teacher, self.world
-            )
-            further = [term(seen) for term in terms]
-        loss = sum(further, start=own.weight * LOSSES[own.loss](outputs, labels))
-        self.backward(loss, step)
-        return loss.detach(), outputs.detach()
-
-    def backward(self, loss: Tensor, step: Step) -> None:
-        """Add a batch's gradients to those at hand."""
-        with self.world.summed(step.task, step.moves or self.surgery.per_task):
-            if loss.requires_grad:  # not so where all that a task has is frozen, as a bare cosine on a frozen backbone
-                self.scaler.scale(loss * step.share).backward()
-
-    def move(self, optimizer: Optimizer, measure: bool) -> Tensor:
-        """An optimizer step by the gradients at hand, if there are any; returns their norm as `bound_gradient` does."""
-        self.surgery.put()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return NOT_MEASURED
-        norm = self.bound_gradient(optimizer, gradients, measure)
-        if self.scaler.moves(optimizer):
-            self.average.after_step()
-            self.teacher.after_step()
-        self.memory.clear_gradients()
-        return norm
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Give the model, inside, the averaged weights if there are some, and fresh statistics of batch normalisation."""
+        average = self.average if self.average is not None and self.average.updates else None
+        with ExitStack() as stack:
+            if average is not None:
+                stack.enter_context(average.averaged_weights())
+            if average is not None or self.config.train.refresh_batchnorm:
+                stack.enter_context(refreshed_batchnorm(self.model, self.pass_batches))
+            yield
 
     def pass_batches(self) -> None:
-        """Run the first batches that the last epoch had of each task through the model, if an evaluation is due."""
-        names = self.tasks if self.due() else ()
-        steps = [step for name in names for step in task_batches(self.plan, self.epoch - 1, name)[:REFRESH_BATCHES]]
+        """Pass the first batches that the last epoch had of each task through the model, if an evaluation is due."""
+        names = self.model.tasks if self.tasks_to_evaluate() else ()
+        batches = [b for n in names for b in task_batches(self.plan, self.progress.epoch - 1, n)[:REFRESH_BATCHES]]
         with self.device.autocast():
-            for step in progress(steps, "batch norm", "batch", leave=False):
-                data = self.train_data[step.task]
-                own = self.world.shard(step.indices, data.lengths)
-                self.model(step.task, data.batch(own).to(self.device.device))
-
-    def bound_gradient(self, optimizer: Optimizer, gradients: Sequence[Tensor], measure: bool) -> Tensor:
-        """Clip the gradient's norm to --clip, if given; returns the norm before, or NaN where nobody asked for it."""
-        clip = self.config.train.clip
-        if clip is None and not measure:
-            return NOT_MEASURED
-        self.scaler.unscale_(optimizer)
-        norm = self.world.norm(gradients)
-        if clip is not None:  # as torch's clip_grads_with_norm_, which takes no shards beside whole tensors
-            share = (clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(own) for own in gradients], share)
-        return norm
+            bar = progress(batches, "batch norm", "batch", leave=False)
+            for task, inputs in self.loader.rank_batches(bar):
+                self.model(task, inputs)
 
     def evaluate(self, names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Values (probabilities or similarities) and labels of the dev sets of the tasks `names`."""
-        out = {}
+        """Return the values (probabilities or similarities) and labels of the dev sets of the tasks `names`."""
+        dev = {}
         for name in names:
-            data = self.dev_data[name]
-            outputs = self.world.predict(self.model, data, self.device, self.config.compute.eval_batch_size)
+            data = self.loader.dev[name]
+            outputs = self.context.predict(self.model, data, self.device, self.config.compute.eval_batch_size)
             assert data.examples.labels is not None
-            out[name] = probabilities(self.tasks[name], outputs), data.examples.labels
-        return out
+            dev[name] = probabilities(self.model.tasks[name], outputs), data.examples.labels
+        return dev
 
-    def judge(self, record: Epoch, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Put the scores of `dev` into the epoch's record; if all tasks have one and it is the best, save the model."""
-        record.dev = {name: score_task(self.tasks[name], *pair) for name, pair in dev.items()}
-        if len(dev) == len(self.tasks):
-            record.dev = overall(self.tasks, record.dev)
-            record.is_best = record.dev["score"] > self.best
-            self.stale = 0 if record.is_best else self.stale + 1
-            if record.is_best:
-                self.best = record.dev["score"]
-                self.save_best(record.dev)
-
-    def save_best(self, scores: Scores) -> None:
-        """Write best.pt, and --filepath as well."""
-        weights = self.world.weights(self.model)
-        if not self.world.leads:
+    def update_best(self, record: EpochRecord, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Score `dev`; save the model if all tasks have a score and it is the best so far. --mlm saves every epoch."""
+        if self.config.train.mlm:
+            self.checkpointer.save_best({}, self.progress.epoch, self.progress.batches)
             return
-        content = model_checkpoint(self.model, self.tokenizer, self.config, scores, weights)
-        refuse_ruined(content["weights"].items())
-        save(self.run.best, {**content, "epoch": self.epoch, "step": self.step})
-        if self.config.run.filepath:
-            copy(self.run.best, Path(self.config.run.filepath))
+        record.dev = {name: score_task(self.model.tasks[name], *pair) for name, pair in dev.items()}
+        if len(dev) < len(self.model.tasks):
+            return
+        record.dev = overall(self.model.tasks, record.dev)
+        record.is_best = record.dev["score"] > self.progress.best_score
+        self.progress.evaluations_without_improvement += 1
+        if record.is_best:
+            self.progress.best_score = record.dev["score"]
+            self.progress.evaluations_without_improvement = 0
+            self.checkpointer.save_best(record.dev, self.progress.epoch, self.progress.batches)
 
-    @cached_property
-    def data_sha256(self) -> dict[str, str]:
-        """Names the training examples of each task in their order."""
-        return {name: data.sha256() for name, data in self.given.items()}
+    def begin_record(self) -> EpochRecord:
+        """Return the record of the epoch's training."""
+        trains = describe_freezing(self.model, self.trainable, self.config.train.fine_tune_mode)
+        figures = self.logger.epoch_figures()
+        record = EpochRecord(self.progress.epoch, trains, self.progress.batches, figures)
+        record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        record.device = self.context.device_names(self.device.name)
+        record.conflicts = self.progress.conflict_share()
+        return record
+
+    def end_record(self, record: EpochRecord, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Complete and write the record of the epoch."""
+        self.progress.conflicts, self.progress.pairs = 0.0, 0
+        record.skipped_steps = self.optimizers.scaler.take_skipped()
+        record.seconds = time.perf_counter() - self.started
+        record.peak_memory = max([self.device.peak_memory(), *(task.peak_memory for task in record.tasks.values())])
+        self.logger.end_epoch(record, dev)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Saving and resuming
 
     def save_if_new(self) -> None:
-        """Write resume.pt where steps were made since the last one, and none of a joint step waits."""
-        if not self.gradient_waits and self.saves.step != self.step:
-            self.save_resume()
+        """Write a state if batches have passed since the last one."""
+        if self.checkpointer.interval.saved_at != self.progress.batches:
+            self.save_state()
 
-    def save_resume(self) -> None:
-        """Write resume.pt: what is needed beyond the configuration to go on as if nothing had happened."""
-        refuse_ruined([*self.model.state_dict().items(), *states_of(self.optimizers)])
-        generators = {name: self.world.each(own) for name, own in self.generators().items()}
-        weights = self.world.weights(self.model)
-        states = {name: self.world.states(optimizer) for name, optimizer in self.optimizers.items()}
-        if not self.world.leads:
-            self.saves.saved(self.step)
-            return
-        self.telemetry.flush()
-        content = {
-            "format": FORMAT,
-            "epoch": self.epoch,
-            "done": self.done,
-            "evaluating": self.evaluating,
-            "step": self.step,
-            "best": self.best,
-            "stale": self.stale,
-            "seconds": time.perf_counter() - self.began if self.meters else 0.0,
+    def save_state(self) -> None:
+        """Write what a later process needs, beyond the configuration, to continue as if nothing had happened."""
+        self.logger.flush()
+        state = {
+            "progress": {**asdict(self.progress), "conflicts": float(self.progress.conflicts)},
+            "seconds": time.perf_counter() - self.started if self.logger.meters else 0.0,
             "examples": self.plan.sizes,
-            "data": self.data_sha256,
-            "weights": {name: own for name, own in weights.items() if name not in self.left_out},
-            "base_sha256": self.model.base_sha256,
-            "optimizers": states,
-            "scaler": self.scaler.state_dict(),
-            "average": self.average.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "surgery": self.surgery.state_dict(),
-            "part_sizes": self.memory.sizes,
-            "generators": generators,
-            "meters": {name: meter.state_dict() for name, meter in self.meters.items() if meter.losses},
-            "lengths": lengths(self.run),
+            "data": self.loader.sha256,
+            **self.optimizers.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "momentum_model": self.objective.momentum_model and self.objective.momentum_model.state_dict(),
+            "generators": {name: self.context.all_gather(s) for name, s in self.generator_states().items()},
+            "meters": self.logger.state_dict(),
         }
-        save_state(self.run, content)
-        self.saves.saved(self.step)
+        self.checkpointer.save_state(state, self.progress.batches)
 
     def restore(self) -> None:
-        """Go back to the newest state that `save_resume` wrote. Raises UserError where it does not fit this run."""
-        with self.world.one_first():  # it may rename the files
-            content = newest_state(self.run, self.say)
+        """Go back to the newest state. Raises UserError if it does not fit this run."""
+        resume = self.checkpointer.run.resume
         try:
-            self.take(content)
+            state = self.checkpointer.load_state()
+            self.load_state_dict(state)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise UserError(
-                f"{self.run.resume}: is no state that this run can go on from ({first_line(error):.99}); --overwrite it"
+                f"{resume}: is no state that this run can go on from ({first_line(error):.99}); --overwrite it"
             ) from error
-        self.saves.saved(self.step)
-        self.say(f"going on after step {self.step}")
+        self.checkpointer.interval.saved(self.progress.batches)
+        self.say(f"going on after step {self.progress.batches}")
 
-    def take(self, content: Mapping[str, Any]) -> None:
-        """Be what the `content` of a state says. Raises UserError where it is of other data or other base weights."""
-        if content["examples"] != self.plan.sizes:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state. Raises UserError if it belongs to other data."""
+        path, sizes = self.checkpointer.run.path, self.plan.sizes
+        if state["examples"] != sizes:
             raise UserError(
-                f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
-                f"{self.plan.sizes}; put its data back, or --overwrite it"
+                f"--resume {path}: the run began with {state['examples']} training examples, and there are "
+                f"{sizes}; put its data back, or --overwrite it"
             )
-        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
-        self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
-        if other := [name for name, own in self.data_sha256.items() if content.get("data", {}).get(name, own) != own]:
+        if changed := [name for name, found in self.loader.sha256.items() if state["data"].get(name) != found]:
             raise UserError(
-                f"--resume {self.run.path}: the training examples of {self.tasks[other[0]].title} are not those, in "
+                f"--resume {path}: the training examples of {self.model.tasks[changed[0]].title} are not those, in "
                 "that order, that the run began with, or the tokenizer is another one; put them back, or --overwrite it"
             )
-        for name, optimizer in self.optimizers.items():
-            self.world.load_states(optimizer, content["optimizers"][name])
-        self.scaler.load_state_dict(content["scaler"])
-        self.average.load_state_dict(content["average"])
-        self.teacher.load_state_dict(content["teacher"])
-        self.surgery.load_state_dict(content["surgery"])
-        self.memory.sizes = dict(content["part_sizes"])
-        self.epoch, self.done, self.evaluating = content["epoch"], content["done"], content["evaluating"]
-        self.step, self.best, self.stale = content["step"], content["best"], content["stale"]
-        self.restore_generators(content["generators"])
-        self.seconds = content["seconds"]
-        meters = content["meters"].items()
-        self.meters = {name: self.meter.from_state(own, self.device.device) for name, own in meters}
-        if self.world.leads:
-            cut_back(self.run, content["lengths"])
-            if self.config.run.filepath and self.run.best.exists():  # the run may have begun without that flag
-                copy(self.run.best, Path(self.config.run.filepath))
+        self.optimizers.load_state_dict(state)
+        for average, saved in (
+            (self.average, state["average"]),
+            (self.objective.momentum_model, state["momentum_model"]),
+        ):
+            if average is not None:
+                average.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+        self.restore_generators(state["generators"])
+        self.started = -state["seconds"]
+        self.logger.load_state_dict(state["meters"])
+        self.checkpointer.cut_back(state["lengths"])
 
-    def generators(self) -> dict[str, Tensor]:
-        """The states of the generators that training draws from."""
+    def generator_states(self) -> dict[str, Tensor]:
+        """Return the states of the generators that training draws from."""
         if self.device.device.type == "cuda":
             return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device.device)}
         return {"cpu": torch.get_rng_state()}
 
     def restore_generators(self, states: Mapping[str, Tensor]) -> None:
-        """Go back to this rank's of the saved states [ranks, bytes]; other ranks than those seed new ones."""
+        """Restore this rank's saved states [ranks, bytes]; another number of ranks seeds new generators."""
         saved = len(states["cpu"])
-        if saved != self.world.size:
+        if saved != self.context.size:
             self.say(
-                f"--resume: {saved} processes began this run and {self.world.size} go on with it; "
-                f"from step {self.step} on, dropout draws other numbers than theirs"
+                f"--resume: {saved} processes began this run and {self.context.size} go on with it; "
+                f"from step {self.progress.batches} on, dropout draws other numbers than theirs"
             )
-            torch.manual_seed(self.world.seed(hash((self.config.train.seed, self.step)) % 2**63))
+            torch.manual_seed(self.context.rank_seed(hash((self.config.train.seed, self.progress.batches)) % 2**63))
             return
         # clones, because torch reads beyond a state that is a row of another tensor
-        torch.set_rng_state(states["cpu"][self.world.rank].clone())
+        torch.set_rng_state(states["cpu"][self.context.rank].clone())
         if "cuda" in states and self.device.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][self.world.rank].clone(), self.device.device)
+            torch.cuda.set_rng_state(states["cuda"][self.context.rank].clone(), self.device.device)
+
+
+def make_objective(
+    config: Config, model: MultitaskBERT, device: Device, context: DistributedContext, plan: Plan
+) -> Objective | MaskedWordObjective:
+    """Return the objective that a configuration asks for."""
+    options, size = config.train, config.train.micro_batch_size
+    grad_cache = None if size is None else GradCache(model, size, context.rank_seed(options.seed), device.device)
+    if options.mlm:
+        return MaskedWordObjective(config, model, device, grad_cache)
+    momentum_model = None
+    if any(task.bregman > 0.0 for task in config.tasks.values()):
+        steps = sum(len(ROUTINES[options.routine](plan, epoch)) for epoch in range(options.epochs))
+        momentum_model = MomentumModel(model, options, steps)
+    return Objective(config, model, device, context, build_auxiliary_losses(config), momentum_model, grad_cache)
