@@ -839,12 +839,12 @@ def measure_recipe(options: Options) -> dict[str, Any]:
     epochs, stages = config.train.epochs, {}
     seconds = dict.fromkeys(tasks, 0.0)
     for epoch in progress(range(epochs), "recipe", "epoch"):
-        command = model.freeze_for_epoch(config.train, epoch)
+        layers = model.freeze_for_epoch(config.train, epoch)
         model.train()
-        if command not in stages:
-            stages[command] = {name: recipe_step(trainer, name) for name in tasks}
+        if layers not in stages:
+            stages[layers] = {name: recipe_step(trainer, name) for name in tasks}
         for name in tasks:
-            seconds[name] += stages[command][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
+            seconds[name] += stages[layers][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
     started = time.perf_counter()
     trainer.evaluate(list(tasks))
     per_row = (time.perf_counter() - started) / sum(len(own) for own in trainer.dev_data.values())

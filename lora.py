@@ -467,21 +467,6 @@ def frozen_by_policy(backbone: nn.Module, config: LoRAConfig) -> set[str]:
     }
 
 
-def apply_adapter_policy(backbone: nn.Module, config: LoRAConfig, adapters_always: bool) -> None:
-    """Make trainable = schedule AND adapter policy.
-
-    Call it after each freezing command of the unfreezing schedule, which switches whole layers. What the policy
-    freezes is frozen again. Adapters train with their layer (R0, iterative), or with `adapters_always` whatever the
-    command (R1, section 4.2: the last-layer mode trains adapters and heads).
-    """
-    frozen, adapters = frozen_by_policy(backbone, config), adapter_state(backbone)
-    for name, parameter in backbone.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-        elif name in adapters and adapters_always:
-            parameter.requires_grad_(True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Exchange with peft
 

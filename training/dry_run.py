@@ -104,12 +104,12 @@ def tasks_table(
 def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
     """What trains from which epoch on, in words."""
     told: list[str] = []
-    before = ""
+    before = None
     for epoch in range(options.epochs):
-        command = model.command_for_epoch(options, epoch)
-        if command != before:
-            told.append(f"from epoch {epoch + 1} {describe_freezing(model, command, options.fine_tune_mode)}")
-        before = command
+        layers = model.trainable_layers(options, epoch)
+        if layers != before:
+            told.append(f"from epoch {epoch + 1} {describe_freezing(model, layers, options.fine_tune_mode)}")
+        before = layers
     return "; ".join(told)
 
 

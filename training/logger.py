@@ -118,18 +118,18 @@ def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Seq
     return format_table(header, body)
 
 
-def describe_freezing(model: MultitaskBERT, command: str, fine_tune_mode: str) -> str:
-    """What a freezing command lets train, in words."""
+def describe_freezing(model: MultitaskBERT, trainable_layers: int, fine_tune_mode: str) -> str:
+    """Say in words what trains when so many layers do (see models/freezing.py)."""
     heads = "the heads of masked words" if model.mlm else "the heads and PALs" if model.pals else "the heads"
-    count = int(command.removeprefix("unfreezetop")) if command.startswith("unfreezetop") else 0
-    top = f"top {count} layer{'s' * (count > 1)}"
+    top = f"top {trainable_layers} layer{'s' * (trainable_layers > 1)}"
+    partly = trainable_layers <= model.bert_config.num_hidden_layers
     adapters = model.lora is not None
-    if command == "freezeall":
+    if trainable_layers == 0:
         return f"{heads} and all adapters train" if adapters and fine_tune_mode == "last-layer" else f"{heads} train"
     if model.lora is not None and model.lora.freezes_rest:
-        return f"{heads} and {f'the adapters of the {top}' if count else 'all adapters'} train"
+        return f"{heads} and {f'the adapters of the {top}' if partly else 'all adapters'} train"
     everything = f"the backbones and {heads} train" if model.mlm else "everything trains"
-    what = f"{heads}, the pooler and the {top} train" if count else everything
+    what = f"{heads}, the pooler and the {top} train" if partly else everything
     return f"{what}, of layers with adapters only those" if adapters else what
 
 

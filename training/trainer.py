@@ -141,7 +141,7 @@ class Trainer:
         self.profiled: Callable[[Iterable[Step]], Iterator[Step]] = (
             Profiler(run.path, device, say) if config.run.profile and world.leads else iter
         )
-        self.command = ""
+        self.trainable_layers: int | None = None
         self.epoch, self.step, self.best, self.stale = 0, 0, -math.inf, 0
         self.done = 0  # steps of the epoch
         self.evaluating = False  # whether all of them are done, and only the epoch's evaluation is left
@@ -209,9 +209,9 @@ class Trainer:
         """One epoch of training, or what a former process left to do of it, its evaluation if due, and its records."""
         self.began = time.perf_counter() - self.seconds
         epoch = self.epoch - 1 if self.evaluating else self.epoch
-        command = self.model.freeze_for_epoch(self.config.train, epoch)
-        if command != self.command:
-            self.command = command
+        trainable_layers = self.model.freeze_for_epoch(self.config.train, epoch)
+        if trainable_layers != self.trainable_layers:
+            self.trainable_layers = trainable_layers
             self.say(f"\nFrom epoch {epoch + 1}:\n{parameter_table(self.model)}")
         steps = self.steps_of(epoch)
         if self.frozen is not None:
@@ -223,7 +223,7 @@ class Trainer:
             self.average.after_epoch(self.epoch)
             self.done, self.evaluating = 0, True
         figures = {name: meter.result(self.tasks[name]) for name, meter in self.meters.items()}
-        trains = describe_freezing(self.model, command, self.config.train.fine_tune_mode)
+        trains = describe_freezing(self.model, trainable_layers, self.config.train.fine_tune_mode)
         record = Epoch(self.epoch, trains, self.step, figures)
         record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         record.device = self.world.named(self.device.name)
