@@ -19,17 +19,17 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (a per-task flag's name with {task} in it), `belongs` (another option of its group and the values of that under
+    (a per-task flag's name with {task} in it), `requires` (another option of its group and the values of that under
     which it means anything).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
-MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
-MOST_WIDTH, MOST_THREADS = 1 << 16, 1024  # beyond any use; far beyond it, the machine stands still
-MOST_RANK = 1 << 44  # beyond any memory, which is a trial's row in a study; a tensor of it can still be asked for
-MOST_NUMBER, MOST_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
+MAX_SIZE, MAX_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
+MAX_WIDTH, MAX_THREADS = 1 << 16, 1024  # beyond any use; far beyond it, the machine stands still
+MAX_RANK = 1 << 44  # beyond any memory, which is a trial's row in a study; a tensor of it can still be asked for
+MAX_NUMBER, MAX_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BertConfig:
         for spec in fields(cls):
             value, real = known[spec.name], isinstance(spec.default, float)
             low = 0 if real or spec.name == "pad_token_id" else 1
-            high = 1 if real else MOST_LAYERS if spec.name == "num_hidden_layers" else MOST_SIZE
+            high = 1 if real else MAX_LAYERS if spec.name == "num_hidden_layers" else MAX_SIZE
             numeric = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
             if not numeric or not low <= value <= high:
                 raise UserError(
@@ -193,7 +193,7 @@ class ModelOptions:
         None,
         "width of hidden layers (default: the backbone's in mlp heads, half of it in others)",
         low=1,
-        high=MOST_WIDTH,
+        high=MAX_WIDTH,
     )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
@@ -272,7 +272,7 @@ class LoraOptions:
         "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
         choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
     )
-    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_RANK)
+    lora_rank: int = option(1, "rank r of the update", low=1, high=MAX_RANK)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
     rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
@@ -304,9 +304,9 @@ class PalOptions:
         "sum that they are added to, at the end of the layer or after its attention (R1's alternative architecture AA)",
         choices=("feed-forward", "attention"),
     )
-    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_WIDTH)
+    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MAX_WIDTH)
     pal_heads: int = option(12, "heads of projected attention, 6 in its authors' code", low=1)
-    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_WIDTH)
+    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MAX_WIDTH)
     pal_tasks: tuple[str, ...] | None = option(
         None, "comma-separated tasks that have them (default: all of the run)", metavar="NAMES"
     )
@@ -326,7 +326,7 @@ class TrainOptions:
     )
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
     decoupled: bool = option(
-        False, "decoupled weight decay in Adam, Adamax and RAdam", belongs=("optim", ("Adam", "Adamax", "RAdam"))
+        False, "decoupled weight decay in Adam, Adamax and RAdam", requires=("optim", ("Adam", "Adamax", "RAdam"))
     )
     lr_schedule: str = option(
         "lambda",
@@ -336,20 +336,20 @@ class TrainOptions:
         choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
     lr_lambda: float = option(
-        0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0, belongs=("lr_schedule", ("lambda",))
+        0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0, requires=("lr_schedule", ("lambda",))
     )
     warmup: float = option(
         0.1,
         "share of the epochs that --lr_schedule linear rises for",
         low=0.0,
         high=1.0,
-        belongs=("lr_schedule", ("linear",)),
+        requires=("lr_schedule", ("linear",)),
     )
     lr_cycle: str = option(
         "restart",
         "--lr_schedule cyclic: each 2-epoch cycle starts again, or goes on from where the last one ended",
         choices=("restart", "cumulative"),
-        belongs=("lr_schedule", ("cyclic",)),
+        requires=("lr_schedule", ("cyclic",)),
     )
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
@@ -368,7 +368,7 @@ class TrainOptions:
         None,
         "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)",
         low=1,
-        belongs=("fine_tune_mode", ("iterative",)),
+        requires=("fine_tune_mode", ("iterative",)),
     )
     cuda_graphs: bool = option(
         False,
@@ -389,14 +389,14 @@ class TrainOptions:
         "one that random-epoch has drawn)",
         low=1,
         high=1_000_000,
-        belongs=("routine", DRAWING_ROUTINES),
+        requires=("routine", DRAWING_ROUTINES),
     )
     anneal_factor: float = option(
         0.8,
         "--routine annealed draws by size^a; a falls from 1 by this much",
         low=0.0,
         high=1.0,
-        belongs=("routine", ("annealed",)),
+        requires=("routine", ("annealed",)),
     )
     pcgrad: bool = option(False, "--routine joint: take out of each task's gradient what works against another task's")
     smart_epsilon: float = option(1e-5, "largest perturbation of an embedding's coordinate in SMART", above=0.0)
@@ -422,16 +422,16 @@ class TrainOptions:
         "share of the average that an update keeps: it looks back over some 1 / (1 - X) updates",
         low=0.0,
         high=0.999999,
-        belongs=("average", ("ema",)),
+        requires=("average", ("ema",)),
     )
     ema_every: str = option(
-        "step", "when --average ema is updated", choices=("step", "epoch"), belongs=("average", ("ema",))
+        "step", "when --average ema is updated", choices=("step", "epoch"), requires=("average", ("ema",))
     )
     ema_warmup: bool = option(
-        False, "keep no more than the share (1 + t) / (10 + t) at update t", belongs=("average", ("ema",))
+        False, "keep no more than the share (1 + t) / (10 + t) at update t", requires=("average", ("ema",))
     )
     swa_from_epoch: int = option(
-        1, "first epoch whose end counts in --average swa", low=1, belongs=("average", ("swa",))
+        1, "first epoch whose end counts in --average swa", low=1, requires=("average", ("swa",))
     )
 
     def scaled_lr(self) -> float:
@@ -457,7 +457,7 @@ class ComputeOptions:
         None,
         "CPU threads (default: torch's own choice; under torchrun, the cores divided by its processes)",
         low=1,
-        high=MOST_THREADS,
+        high=MAX_THREADS,
     )
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
@@ -609,20 +609,20 @@ class Config:
         for options in (*groups.values(), *tasks.values()):
             hints = typing.get_type_hints(type(options))
             for name, value in vars(options).items():
-                if isinstance(value, list) and typing.get_origin(_value_type(hints[name])) is tuple:
+                if isinstance(value, list) and typing.get_origin(value_type(hints[name])) is tuple:
                     setattr(options, name, tuple(value))  # json has lists only
             check_values(options)
         return cls(tasks=tasks, **groups)
 
 
-def highest(kind: Any, metadata: Mapping[str, Any]) -> Any:
+def upper_bound(kind: Any, metadata: Mapping[str, Any]) -> Any:
     """The upper bound of an option, inclusive; None where there is none."""
-    return metadata.get("high", MOST_NUMBER if kind is float else None)
+    return metadata.get("high", MAX_NUMBER if kind is float else None)
 
 
 def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
     """Where a value lies outside an option's bounds and what they are; empty where it does not."""
-    low, above, high = metadata.get("low"), metadata.get("above"), highest(kind, metadata)
+    low, above, high = metadata.get("low"), metadata.get("above"), upper_bound(kind, metadata)
     if low is not None and not value >= low:
         return f"too small; give at least {low}"
     if above is not None and not value > above:
@@ -637,9 +637,9 @@ def check_values(options: Any) -> None:
     hints = typing.get_type_hints(type(options))
     for spec in fields(options):
         value, hint = getattr(options, spec.name), hints[spec.name]
-        if value is None and _value_type(hint) is not hint:
+        if value is None and value_type(hint) is not hint:
             continue
-        kind, metadata = _value_type(hint), spec.metadata
+        kind, metadata = value_type(hint), spec.metadata
         items = value if isinstance(value, tuple) else (value,)
         if typing.get_origin(kind) is tuple:
             right = isinstance(value, tuple) and all(isinstance(item, str) for item in items)
@@ -662,7 +662,7 @@ GROUPS: dict[str, type] = {
 }
 
 
-def _value_type(hint: Any) -> Any:
+def value_type(hint: Any) -> Any:
     """The type inside an optional annotation."""
     if typing.get_origin(hint) is types.UnionType:
         return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import (
     ARCHS,
-    MOST_RATE,
+    MAX_RATE,
     ROUTINES_WITHOUT_ROUNDS,
     SAVE_EVERY,
     USES_OF_A_MODEL,
@@ -16,14 +16,9 @@ from config import (
     TaskOptions,
     TrainOptions,
 )
-from tasks import Task
+from tasks import Task, task_by_alias
 from utils.console import processes
 from utils.errors import UserError
-
-
-def names_of(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Every name and alias that a task answers to, mapped to its name."""
-    return {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
 
 
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
@@ -78,7 +73,7 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         problems.append("--cuda_graphs hides memory from the figures of --benchmark; give one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
-    known = names_of(tasks)
+    known = task_by_alias(tasks)
     if run.task is not None and run.predict is None:
         problems.append("--task belongs to --predict; add that or drop it")
     if run.task is not None and run.task not in known:
@@ -99,7 +94,7 @@ def check_training(config: Config) -> list[str]:
     problems, train = [], config.train
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
-    problems += check_belongs(train)
+    problems += check_requirements(train)
     if train.routine in ROUTINES_WITHOUT_ROUNDS:
         problems += [
             f"--num_{name}_trains belongs to --routine sequential and interleave, not {train.routine}; drop one"
@@ -134,7 +129,7 @@ def check_tasks(config: Config) -> list[str]:
     problems += [
         f"--lr {train.lr:g} times --{name}_lr_multiplier {own.lr_multiplier:g} is too large; lower one of the two"
         for name, own in config.tasks.items()
-        if train.scaled_lr() * own.lr_multiplier > MOST_RATE
+        if train.scaled_lr() * own.lr_multiplier > MAX_RATE
     ]
     if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
@@ -146,11 +141,11 @@ def check_tasks(config: Config) -> list[str]:
     return problems
 
 
-def check_belongs(options: TrainOptions) -> list[str]:
+def check_requirements(options: TrainOptions) -> list[str]:
     """What is set although the option that it belongs to has a value under which it means nothing."""
     problems = []
     for name in changed(options):
-        owner, values = options.__dataclass_fields__[name].metadata.get("belongs", (None, ()))
+        owner, values = options.__dataclass_fields__[name].metadata.get("requires", (None, ()))
         if owner is not None and (chosen := getattr(options, owner)) not in values:
             problems.append(
                 f"--{name} belongs to --{owner} {', '.join(values)}, not {chosen}; drop one of the two, or give "
@@ -160,7 +155,7 @@ def check_belongs(options: TrainOptions) -> list[str]:
 
 
 def check_evaluate(given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the flags beside --evaluate, of `given` as `assemble` has it."""
+    """What is wrong with the flags beside --evaluate, of `given` as `build_config` has it."""
     if "run.evaluate" not in given:
         return []
     use = next(name for name in USES_OF_A_MODEL if f"run.{name}" in given)
@@ -273,7 +268,7 @@ def check_cache_frozen(config: Config) -> list[str]:
 
 def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """What is wrong with --pal and the flags that belong to it."""
-    pal, known = config.pal, names_of(tasks)
+    pal, known = config.pal, task_by_alias(tasks)
     given = changed(pal)
     if pal.pal == "none":
         return [f"--{given[0]} belongs to --pal; choose a kind with --pal or drop it"] if given else []
@@ -295,7 +290,7 @@ def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
 def check_processes(config: Config) -> None:
     """Raise UserError for what does not go with the processes that torchrun started, or with none of them.
 
-    Apart from `assemble`, since a configuration may also be read of a run that others started elsewhere.
+    Apart from `build_config`, since a configuration may also be read of a run that others started elsewhere.
     """
     run, train = config.run, config.train
     if processes() == 1:

@@ -10,9 +10,9 @@ from dataclasses import Field, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cli.checks import check, check_evaluate, check_processes, names_of
-from config import ARCHS, GROUPS, Config, TaskOptions, _value_type, out_of_bounds
-from tasks import Task
+from cli.checks import check, check_evaluate, check_processes
+from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
+from tasks import Task, task_by_alias
 from utils.errors import UserError
 
 
@@ -82,7 +82,7 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
 
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
     """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
-    kind, metadata = _value_type(hint), spec.metadata
+    kind, metadata = value_type(hint), spec.metadata
     if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # 1 and 0.0 are to be shown
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
@@ -177,7 +177,7 @@ def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions | N
     )
 
 
-def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
+def build_config(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     """A Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
 
     Raises UserError, naming all problems at once.
@@ -200,7 +200,7 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     config = Config(tasks={name: replace(options[name], enabled=True) for name in chosen}, **groups)
     problems = check(config, tasks) + check_evaluate(given)
     if config.pal.pal_tasks is not None:
-        known = names_of(tasks)
+        known = task_by_alias(tasks)
         config.pal.pal_tasks = tuple(dict.fromkeys(known.get(name, name) for name in config.pal.pal_tasks))
     try:
         config.model = config.model.resolved()
@@ -217,6 +217,6 @@ def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description
     Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
     """
     namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
-    config = assemble(vars(namespace), tasks)
+    config = build_config(vars(namespace), tasks)
     check_processes(config)
     return config
