@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import misfits
-from config import LoraOptions, highest
+from config import LoraOptions, upper_bound
 from kernels.dropout import Dropout
 from kernels.linear import linear
 from kernels.low_rank import _LowRankLinear, _own_precision, _updated
@@ -170,7 +170,7 @@ class LoRAConfig:
 
 def _most(name: str) -> Any:
     """The upper bound of one of LoraOptions' numbers: a checkpoint keeps what a LoRAConfig asks for as those."""
-    return highest(float, LoraOptions.__dataclass_fields__[name].metadata)
+    return upper_bound(float, LoraOptions.__dataclass_fields__[name].metadata)
 
 
 def _is_number(value: Any, *kinds: type) -> bool:

@@ -662,29 +662,6 @@ def test_any_arch_takes_any_override_and_runs(arch: str, override: dict[str, Any
         assert model.train()(task, make_batch(model, task)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "given, flags",
-    [
-        ({"pair_encoding": "cross", "pair_features": ("u", "v")}, ("--pair_encoding cross", "--pair_features")),
-        ({"arch": "v2", "pair_features": ("u", "v")}, ("--pair_encoding cross", "--pair_features")),
-        ({"pair_encoding": "cross", "sts_head": "cosine"}, ("--pair_encoding cross", "--sts_head cosine")),
-        ({"arch": "v2", "sts_head": "cosine"}, ("--pair_encoding cross", "--sts_head cosine")),
-        ({"arch": "v2", "pair_encoding": "siamese"}, ("--pair_encoding siamese", "--pair_features")),
-        ({"sts_projection": True}, ("--sts_projection", "--sts_head cosine")),
-        ({"arch": "v2", "sts_projection": True}, ("--sts_projection", "--pair_encoding cross")),
-        ({"clf": "linear", "head_layers": 2}, ("--head_layers", "--clf")),
-        ({"clf": "mlp", "head_batchnorm": True}, ("--head_batchnorm", "--clf")),
-        ({"pair_layer": "plain", "shared_batchnorm_stats": True}, ("--shared_batchnorm_stats", "--pair_layer")),
-    ],
-    ids=str,
-)
-def test_contradictory_overrides_name_both_flags(given: dict[str, Any], flags: tuple[str, str]) -> None:
-    with pytest.raises(UserError) as caught:
-        ModelOptions(**given).resolved()
-    assert all(flag in str(caught.value) for flag in flags)
-    assert "\n" not in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------------- freezing
 
 

@@ -11,8 +11,9 @@ from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS
 from training.averaging import averaged_tensors
 from training.feature_cache import FrozenCache
-from training.logger import describe_freezing, format_table, parameter_table
+from training.logger import describe_freezing, parameter_table
 from training.task_sampling import ROUTINES, Plan, Step, passes
+from utils.console import format_table
 from utils.device import Device, process_peak
 
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside

@@ -17,6 +17,7 @@ from evaluation.metrics import Scores, confusion, decide, linear_fit, primary
 from models.multitask_bert import MultitaskBERT
 from tasks import Task
 from training.run_directory import RunDirectory
+from utils.console import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,19 +66,6 @@ class Epoch:
         return sum(task.examples for task in self.tasks.values()) / max(seconds, 1e-9)
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: first column left, the others right aligned."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
 def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
     """The table printed after each epoch."""
     title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
@@ -101,21 +89,6 @@ def epoch_table(tasks: Mapping[str, Task], epoch: Epoch, epochs: int) -> str:
         best = "  <- best so far, saved" if epoch.is_best else ""
         footer = f"dev score {epoch.dev['score']:.4f}{best}   ({footer})"
     return f"\n{title}\n{table}\n{footer}"
-
-
-def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Sequence[str] = ()) -> str:
-    """A table of scores, a row for each name in `rows` and a column for each task, and for `more` of their figures.
-
-    Figures over all tasks are left out of a row that lacks one: they could not be compared.
-    """
-    figures = {"score": "score", "score_raw_r": "with r itself", **{key: key.replace("_", " ") for key in more}}
-    header = ["", *(task.title for task in tasks.values()), *figures.values()]
-    body = [
-        [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]
-        + [f"{scores[key]:.4f}" if tasks.keys() <= scores.keys() else "-" for key in figures]
-        for name, scores in rows.items()
-    ]
-    return format_table(header, body)
 
 
 def describe_freezing(model: MultitaskBERT, trainable_layers: int, fine_tune_mode: str) -> str:
