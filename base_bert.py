@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError
-from utils.files import cache_folder, read_json, refuse_inflating, sha256, shown, write_atomically, write_text
+from utils.files import cache_folder, sha256, write_atomically, write_text
+from utils.untrusted import read_json, refuse_inflating, shown
 
 logger = logging.getLogger("minbert")
 

@@ -47,8 +47,8 @@ from tqdm import tqdm
 from base_bert import load_weights, read_config, resolve_pretrained, save_pretrained
 from bert import BertModel
 from cli.checks import check_processes
-from cli.parser import assemble, build_parser, expand_arguments, groups_of, parse
-from config import MOST_THREADS, BertConfig, ComputeOptions, Config, option
+from cli.parser import build_config, build_parser, expand_arguments, groups_of, parse
+from config import MAX_THREADS, BertConfig, ComputeOptions, Config, option
 from datasets import BadRows, TaskData, load_splits, read_examples, tokenise
 from evaluation.predict import predict
 from kernels import flash_attention as flash
@@ -60,12 +60,11 @@ from optimizer import Adamax, AdamW
 from tasks import DEFAULT_TASKS, PARA, TASKS, Task
 from text.tokenizer import TokenArrays, Tokenizer, load_tokenizer
 from training.distributed import ONE, World, joined
-from training.logger import format_table
 from training.losses import LOSSES
 from training.run_directory import RunDirectory
 from training.task_sampling import Plan, Step, task_batches
 from training.trainer import Trainer
-from utils.console import progress, run_script
+from utils.console import format_table, progress, run_script
 from utils.device import Device, choose_device
 from utils.errors import UserError
 from utils.files import cache_folder, write_text
@@ -109,7 +108,7 @@ class Options:
     batch_size: int = option(64, "examples per step", low=1)
     steps: int = option(20, "timed rounds of each side: training steps, or passes over dev", low=1)
     warmup: int = option(3, "rounds of each side before the clock starts", low=0)
-    threads: int = option(2, "CPU threads", low=1, high=MOST_THREADS)
+    threads: int = option(2, "CPU threads", low=1, high=MAX_THREADS)
     ranks: tuple[str, ...] = option(
         ("1", "2"), "comma-separated numbers of processes for --modes scaling", metavar="NUMBERS"
     )
@@ -263,7 +262,7 @@ def make_workload(options: Options, name: str, say: Callable[[str], None]) -> Wo
         "compute.use_gpu": options.use_gpu,
         "compute.amp": options.amp,
     }
-    config = assemble(given, TASKS)
+    config = build_config(given, TASKS)
     check_processes(config)
     splits = load_splits(config.data, config.tasks, {name: TASKS[name]}, ["train", "dev"], say)
     splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * options.batch_size, config.train.seed)
@@ -839,12 +838,12 @@ def measure_recipe(options: Options) -> dict[str, Any]:
     epochs, stages = config.train.epochs, {}
     seconds = dict.fromkeys(tasks, 0.0)
     for epoch in progress(range(epochs), "recipe", "epoch"):
-        command = model.freeze_for_epoch(config.train, epoch)
+        layers = model.freeze_for_epoch(config.train, epoch)
         model.train()
-        if command not in stages:
-            stages[command] = {name: recipe_step(trainer, name) for name in tasks}
+        if layers not in stages:
+            stages[layers] = {name: recipe_step(trainer, name) for name in tasks}
         for name in tasks:
-            seconds[name] += stages[command][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
+            seconds[name] += stages[layers][name] * math.ceil(ROWS[name][0] / config.train.batch_size)
     started = time.perf_counter()
     trainer.evaluate(list(tasks))
     per_row = (time.perf_counter() - started) / sum(len(own) for own in trainer.dev_data.values())

@@ -1,7 +1,7 @@
-"""Every option once: dataclasses that are the command line, the checks and the saved configuration.
+"""Every option once: dataclasses that define the flags, their bounds and the saved configuration.
 
-A field made by `option` is one flag: its name, type, default, help, choices and bounds stand here and nowhere else.
-`parse` turns a command line into a `Config`; all that is wrong with it is gathered and reported at once.
+Each field made by `option` is one flag. Its name, type, default, help, choices and bounds stand here and nowhere else.
+`cli.parser` turns a command line into a `Config`, and `cli.checks` says which options exclude each other.
 """
 
 import math
@@ -16,25 +16,25 @@ from utils.errors import UserError
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field that is also a flag.
+    """Return a dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (a per-task flag's name with {task} in it), `belongs` (another option of its group and the values of that under
-    which it means anything).
+    (the name of a per-task flag, with {task} in it), `requires` (another option of the group, and those of its values
+    under which this option has an effect).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
-MOST_SIZE, MOST_LAYERS = 1 << 24, 128  # beyond any BERT; a damaged file must not make us count for hours
-MOST_WIDTH, MOST_THREADS = 1 << 16, 1024  # beyond any use; far beyond it, the machine stands still
-MOST_RANK = 1 << 44  # beyond any memory, which is a trial's row in a study; a tensor of it can still be asked for
-MOST_NUMBER, MOST_RATE = 1e30, 1e36  # of an option, of a learning rate: what optimizers make of it still fits into fp32
+MAX_SIZE, MAX_LAYERS = 1 << 24, 128  # larger than any BERT; more would let a damaged file keep us busy for hours
+MAX_WIDTH, MAX_THREADS = 1 << 16, 1024  # larger than any use; far larger values bring the machine to a standstill
+MAX_RANK = 1 << 44  # does not fit into memory, which a study records as a failed trial; torch can still address it
+MAX_NUMBER, MAX_RATE = 1e30, 1e36  # of any option and of a learning rate, so that optimizers stay within fp32
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of a BERT backbone; the field names are those of a Hugging Face config.json."""
+    """The shape of a BERT backbone. The field names are those of a Hugging Face config.json."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -51,10 +51,10 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> "BertConfig":
-        """The known keys of a Hugging Face configuration; one that is not a plain BERT is refused.
+        """Return the shape that a Hugging Face configuration describes. Unknown keys are ignored.
 
-        Raises UserError where the file describes another architecture, activation or position embedding, or a size
-        that cannot be.
+        Raises UserError, naming `source`, if the configuration has another architecture, activation or position
+        embedding than a BERT, or an impossible size.
         """
         expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         for key, value in expected.items():
@@ -66,11 +66,11 @@ class BertConfig:
         for spec in fields(cls):
             value, real = known[spec.name], isinstance(spec.default, float)
             low = 0 if real or spec.name == "pad_token_id" else 1
-            high = 1 if real else MOST_LAYERS if spec.name == "num_hidden_layers" else MOST_SIZE
+            high = 1 if real else MAX_LAYERS if spec.name == "num_hidden_layers" else MAX_SIZE
             numeric = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
             if not numeric or not low <= value <= high:
                 raise UserError(
-                    f"{source}: {spec.name} is {reprlib.repr(value)}, which cannot be; use the config.json of a BERT"
+                    f"{source}: {spec.name} is {reprlib.repr(value)}, which is impossible; use that of a BERT"
                 )
         config = cls(**known)
         if config.pad_token_id >= config.vocab_size:
@@ -83,7 +83,7 @@ class BertConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The Hugging Face config.json of this shape."""
+        """Return the content of the Hugging Face config.json of this shape."""
         return {
             "architectures": ["BertModel"],
             "model_type": "bert",
@@ -95,7 +95,7 @@ class BertConfig:
 
 @dataclass(frozen=True)
 class Arch:
-    """A named set of model choices (METHODS: architectures); each can be overridden by its own flag."""
+    """A named set of model choices (METHODS: architectures). A flag overrides each of them."""
 
     backbones: str
     pair_encoding: str
@@ -128,16 +128,9 @@ ARCHS: dict[str, Arch] = {
     ),
 }
 DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")
-ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they do not go through a task a given number of times
-REFERENCE_BATCH = 64  # examples per step for which --lr is meant under --lr_scaling: R0's
+ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they ignore --num_NAME_trains
+REFERENCE_BATCH = 64  # the batch size that --lr is meant for under --lr_scaling, which is R0's
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
-# What can be done with a trained model, and which options that looks at beside those of the machine.
-USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
-    "predict": ("pretrained",),
-    "export": ("export_peft", "pretrained"),
-    "export_peft": ("pretrained",),
-    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
-}
 
 
 @dataclass
@@ -145,7 +138,9 @@ class FileOptions:
     """Data."""
 
     data_dir: str = option("data", "folder with the tasks' csv files", metavar="DIR")
-    max_bad_rows: int = option(20, "unreadable rows to skip, over all files, before the run is refused", low=0)
+    max_bad_rows: int = option(
+        20, "skip at most this many unreadable rows, over all files, before the run is refused", low=0
+    )
 
 
 @dataclass
@@ -157,9 +152,9 @@ class DataOptions(FileOptions):
         "use at most this many training examples of each task, the same ones whatever --seed is (default: all)",
         low=1,
     )
-    max_length: int = option(512, "longest sequence in tokens; longer ones are truncated", low=4)
+    max_length: int = option(512, "largest number of tokens in a sequence; longer ones are truncated", low=4)
     extra_clean: bool = option(
-        False, "clean texts by nltk: expand contractions, drop punctuation and stopwords but no negation, lemmatise"
+        False, "clean texts with nltk: expand contractions, drop punctuation and stopwords (negations stay), lemmatise"
     )
 
 
@@ -193,7 +188,7 @@ class ModelOptions:
         None,
         "width of hidden layers (default: the backbone's in mlp heads, half of it in others)",
         low=1,
-        high=MOST_WIDTH,
+        high=MAX_WIDTH,
     )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
@@ -209,58 +204,23 @@ class ModelOptions:
     )
 
     def resolved(self) -> "ModelOptions":
-        """These options with what was left out filled in from the arch.
+        """Return a copy with what was left out filled in from the arch, and with choices that have no effect cleared.
 
-        Raises UserError where explicit choices contradict each other.
+        `cli.checks.check_model` says which explicit choices contradict each other; here the one without effect gives
+        way.
         """
         arch = ARCHS[self.arch]
-        own = {f.name for f in fields(self)}
-        left_out = [f.name for f in fields(arch) if f.name in own and getattr(self, f.name) is None]
-        out = replace(self, **{name: getattr(arch, name) for name in left_out})
+        shared = {f.name for f in fields(arch)} & {f.name for f in fields(self)}
+        out = replace(self, **{name: getattr(arch, name) for name in shared if getattr(self, name) is None})
         if out.pair_encoding == "cross":
-            for flag, given in (("--pair_features", self.pair_features), ("--sts_projection", self.sts_projection)):
-                if given:
-                    raise UserError(
-                        f"{flag} works on two embeddings, but --pair_encoding cross makes one; drop one of the two"
-                    )
-            if self.sts_head == "cosine":
-                raise UserError(
-                    "--sts_head cosine compares two embeddings, but --pair_encoding cross makes one; "
-                    "use --sts_head regression or --pair_encoding siamese"
-                )
             out = replace(out, pair_features=(), sts_head="regression")
-        elif not out.pair_features:
-            raise UserError(
-                "--pair_encoding siamese needs --pair_features, which this arch does not set; "
-                f"name some of {','.join(PAIR_FEATURES)}"
-            )
         if out.sts_head != "cosine":
-            if self.sts_projection:
-                raise UserError("--sts_projection belongs to --sts_head cosine; add that or drop it")
             out = replace(out, sts_projection=False)
-        if out.clf == "conv" and out.pair_layer == "none" and set(out.pair_features or ()) == {"cos"}:
-            raise UserError(
-                "--clf conv looks at three neighbouring features, but --pair_features cos is one; "
-                "add others or choose another --clf"
-            )
-        if self.head_layers is not None and out.clf not in ("conv", "mlp"):
-            raise UserError(f"--head_layers belongs to --clf conv and mlp, not {out.clf}; drop one of the two")
-        hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(out.clf), out.head_layers)
-        if self.head_width is not None and not hidden_layers:
-            raise UserError(
-                "--head_width is that of hidden layers, but this head has none; see --clf and --head_layers"
-            )
-        if self.output_dropout_prob is not None and (out.clf != "mlp" or not out.head_layers):
-            raise UserError("--output_dropout_prob belongs to --clf mlp with --head_layers 1 or more; drop one of them")
-        if self.head_batchnorm and out.clf not in ("nonlinear", "conv"):
-            raise UserError(f"--head_batchnorm belongs to --clf nonlinear and conv, not {out.clf}; drop one of the two")
-        if self.shared_batchnorm_stats and out.pair_layer != "batchnorm":
-            raise UserError("--shared_batchnorm_stats belongs to --pair_layer batchnorm; add that or drop it")
-        return replace(
-            out,
-            head_layers=out.head_layers if out.clf in ("conv", "mlp") else None,
-            head_batchnorm=out.head_batchnorm if out.clf in ("nonlinear", "conv") else False,
-        )
+        if out.clf not in ("conv", "mlp"):
+            out = replace(out, head_layers=None)
+        if out.clf not in ("nonlinear", "conv"):
+            out = replace(out, head_batchnorm=False)
+        return out
 
 
 @dataclass
@@ -272,18 +232,20 @@ class LoraOptions:
         "wrap query, key and value (attn) or all linears (all-lin) of the backbones; -only freezes the rest",
         choices=("none", "attn", "attn-only", "all-lin", "all-lin-only"),
     )
-    lora_rank: int = option(1, "rank r of the update", low=1, high=MOST_RANK)
+    lora_rank: int = option(1, "rank r of the update", low=1, high=MAX_RANK)
     lora_alpha: float | None = option(None, "the update is scaled by alpha / r (default: alpha = r)", above=0.0)
     rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
     lora_dropout: float = option(0.0, "dropout on the update's input", low=0.0, high=0.99)
-    dora: bool = option(False, "DoRA: a trained magnitude for each row of the weight")
-    dora_norm: str = option("row", "norm of DoRA; column is R0's formula to the letter", choices=("row", "column"))
+    dora: bool = option(False, "DoRA: train a magnitude for each row of the weight")
+    dora_norm: str = option("row", "norm of DoRA; column follows R0's formula to the letter", choices=("row", "column"))
     lora_targets: tuple[str, ...] | None = option(
         None,
-        "comma-separated linears to wrap in place of the mode's",
+        "comma-separated linears to wrap instead of those of --lora_mode",
         choices=("query", "key", "value", "attention_dense", "interm_dense", "out_dense"),
     )
-    init_peft: str | None = option(None, "start from the LoRA or DoRA adapter in this folder of peft's", metavar="DIR")
+    init_peft: str | None = option(
+        None, "start from the LoRA or DoRA adapter that peft saved in this folder", metavar="DIR"
+    )
     lora_dict: str | None = option(
         None, 'all flags of adapters as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
     )
@@ -295,20 +257,22 @@ class PalOptions:
 
     pal: str = option(
         "none",
-        "layers of a task's own beside the backbone's: projected attention (pal), also with V_E and V_D shared by all "
-        "layers (shared-v) or the attention too (shared-attention); low-rank; or mixed: shared-v below, low-rank above",
+        "layers of each task beside those of the backbone: projected attention (pal), with V_E and V_D shared by all "
+        "layers (shared-v), with the attention shared too (shared-attention), low-rank layers (low-rank), or shared-v "
+        "in the lower half and low-rank in the upper one (mixed)",
         choices=("none", "pal", "low-rank", "shared-v", "shared-attention", "mixed"),
     )
     pal_residual: str = option(
         "feed-forward",
-        "sum that they are added to, at the end of the layer or after its attention (R1's alternative architecture AA)",
+        "residual sum that their output joins: at the end of the layer, or after its attention (R1's alternative "
+        "architecture AA)",
         choices=("feed-forward", "attention"),
     )
-    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MOST_WIDTH)
+    pal_size: int = option(204, "width d_s of projected attention", low=1, high=MAX_WIDTH)
     pal_heads: int = option(12, "heads of projected attention, 6 in its authors' code", low=1)
-    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MOST_WIDTH)
+    pal_low_rank_size: int = option(100, "width d_s of low-rank layers", low=1, high=MAX_WIDTH)
     pal_tasks: tuple[str, ...] | None = option(
-        None, "comma-separated tasks that have them (default: all of the run)", metavar="NAMES"
+        None, "comma-separated tasks that get these layers (default: all tasks of the run)", metavar="NAMES"
     )
 
 
@@ -316,101 +280,108 @@ class PalOptions:
 class TrainOptions:
     """Training."""
 
-    epochs: int = option(7, "epochs", low=1, high=1_000_000)
+    epochs: int = option(7, "number of epochs", low=1, high=1_000_000)
     batch_size: int = option(64, "examples per step, over all processes", low=1)
     lr: float = option(1e-4, "base learning rate, multiplied by each task's own multiplier", above=0.0)
     lr_scaling: str = option(
         "none",
-        "factor on --lr for another --batch_size than R0's 64: batch size / 64 (linear) or its square root (sqrt)",
+        "scale --lr for another --batch_size than R0's 64: by batch size / 64 (linear) or its square root (sqrt)",
         choices=("none", "linear", "sqrt"),
     )
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
     decoupled: bool = option(
-        False, "decoupled weight decay in Adam, Adamax and RAdam", belongs=("optim", ("Adam", "Adamax", "RAdam"))
+        False, "decoupled weight decay in Adam, Adamax and RAdam", requires=("optim", ("Adam", "Adamax", "RAdam"))
     )
     lr_schedule: str = option(
         "lambda",
-        "course of the learning rate: --lr_lambda times as much each epoch (lambda); half a cosine down to 1/5 or 1/4 "
-        "(cosine); up for --warmup and straight down to 0 (linear); to twice as much and back (triangular) or 8 times "
-        "down (cyclic) in every 2 epochs",
+        "learning rate over the run: multiplied by --lr_lambda each epoch (lambda); half a cosine down to 1/5 or 1/4 "
+        "(cosine); up for --warmup, then straight down to 0 (linear); in every 2 epochs up to twice its value and back "
+        "(triangular) or down to 1/8 (cyclic)",
         choices=("constant", "lambda", "cosine", "linear", "triangular", "cyclic"),
     )
     lr_lambda: float = option(
-        0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0, belongs=("lr_schedule", ("lambda",))
+        0.5, "factor per epoch of --lr_schedule lambda", above=0.0, high=1.0, requires=("lr_schedule", ("lambda",))
     )
     warmup: float = option(
         0.1,
-        "share of the epochs that --lr_schedule linear rises for",
+        "share of the epochs in which --lr_schedule linear rises",
         low=0.0,
         high=1.0,
-        belongs=("lr_schedule", ("linear",)),
+        requires=("lr_schedule", ("linear",)),
     )
     lr_cycle: str = option(
         "restart",
-        "--lr_schedule cyclic: each 2-epoch cycle starts again, or goes on from where the last one ended",
+        "--lr_schedule cyclic: each cycle of 2 epochs starts again, or continues where the last one ended",
         choices=("restart", "cumulative"),
-        belongs=("lr_schedule", ("cyclic",)),
+        requires=("lr_schedule", ("cyclic",)),
     )
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
     )
     mlm: bool = option(
         False,
-        "further pre-training: in place of labels, predict masked words of the training texts of the tasks of the run; "
+        "further pre-training: instead of labels, predict masked words of the training texts of the run's tasks; "
         "dev and test files are not read, and everything trains unless --fine_tune_mode says otherwise",
     )
     fine_tune_mode: str = option(
         "iterative",
-        "what of the backbones trains beside the heads: nothing, everything, or ever more layers from the top down",
+        "layers of the backbones that train beside the heads: none, all, or more in each stage, from the top down",
         choices=("last-layer", "full-model", "iterative"),
     )
     unfreeze_every: int | None = option(
         None,
         "epochs of each stage of --fine_tune_mode iterative (default: 1, or 2 with --lr_schedule cyclic)",
         low=1,
-        belongs=("fine_tune_mode", ("iterative",)),
+        requires=("fine_tune_mode", ("iterative",)),
     )
     cuda_graphs: bool = option(
         False,
-        "replay the passes forward and back from CUDA graphs, one for each common size of batch (--use_gpu --amp)",
+        "replay forward and backward passes from CUDA graphs, one for each common size of batch (--use_gpu --amp)",
     )
     cache_frozen: bool = option(
-        False, "compute what the frozen lower layers put out once, with dropout off in them, and keep it in memory"
+        False, "compute the output of the frozen lower layers once, without dropout, and keep it in memory"
     )
     routine: str = option(
         "sequential",
-        "which task the next batch comes from: one task after the other (sequential), each in turn (interleave, "
-        "round-robin), one drawn for each epoch or batch (random-epoch, random, annealed), or all at once (joint)",
+        "task of the next batch: one task after the other (sequential), each in turn (interleave, round-robin), a "
+        "task drawn for each epoch (random-epoch) or batch (random, annealed), or all tasks at once (joint)",
         choices=("sequential", "interleave", *ROUTINES_WITHOUT_ROUNDS),
     )
     steps_per_epoch: int | None = option(
         None,
-        "steps of an epoch in the routines that draw tasks (default: as many as all batches of all tasks, or of the "
-        "one that random-epoch has drawn)",
+        "steps of an epoch in the routines that draw tasks (default: the number of batches of all tasks, or of the "
+        "task that random-epoch has drawn)",
         low=1,
         high=1_000_000,
-        belongs=("routine", DRAWING_ROUTINES),
+        requires=("routine", DRAWING_ROUTINES),
     )
     anneal_factor: float = option(
         0.8,
-        "--routine annealed draws by size^a; a falls from 1 by this much",
+        "--routine annealed draws tasks by size^a; a falls from 1 by this much over the run",
         low=0.0,
         high=1.0,
-        belongs=("routine", ("annealed",)),
+        requires=("routine", ("annealed",)),
     )
-    pcgrad: bool = option(False, "--routine joint: take out of each task's gradient what works against another task's")
-    smart_epsilon: float = option(1e-5, "largest perturbation of an embedding's coordinate in SMART", above=0.0)
-    smart_sigma: float = option(1e-5, "deviation of the noise that SMART's perturbation starts from", low=0.0)
-    smart_eta: float = option(1e-3, "length of SMART's ascent steps", above=0.0)
-    smart_steps: int = option(1, "SMART's ascent steps, each a pass forward and one back", low=1)
-    clip: float | None = option(None, "scale longer gradients down to this norm (default: never)", above=0.0)
-    seed: int = option(11711, "seed of weights, order and dropout", low=0, high=2**63 - 1)
-    eval_every: int = option(1, "epochs between evaluations on dev, of which the last epoch always has one", low=1)
+    pcgrad: bool = option(
+        False, "--routine joint: remove from each task's gradient the part that conflicts with another task's"
+    )
+    smart_epsilon: float = option(1e-5, "SMART: largest perturbation of an embedding's coordinate", above=0.0)
+    smart_sigma: float = option(
+        1e-5, "SMART: standard deviation of the noise that the perturbation starts from", low=0.0
+    )
+    smart_eta: float = option(1e-3, "SMART: length of the ascent steps", above=0.0)
+    smart_steps: int = option(1, "SMART: number of ascent steps, each with a forward and a backward pass", low=1)
+    clip: float | None = option(
+        None, "scale gradients with a larger norm down to this norm (default: never)", above=0.0
+    )
+    seed: int = option(11711, "seed of initial weights, order and dropout", low=0, high=2**63 - 1)
+    eval_every: int = option(1, "epochs between evaluations on dev; the last epoch always has one", low=1)
     patience: int | None = option(
         None, "stop after this many evaluations without a better score (default: never)", low=1
     )
     refresh_batchnorm: bool = option(
-        False, "evaluate with statistics of batch normalisation measured anew, without dropout (averages always do)"
+        False,
+        "before an evaluation, measure the statistics of batch normalisation anew without dropout (averages always do)",
     )
     average: str = option(
         "none",
@@ -419,30 +390,30 @@ class TrainOptions:
     )
     ema_decay: float = option(
         0.999,
-        "share of the average that an update keeps: it looks back over some 1 / (1 - X) updates",
+        "share of the average that an update keeps; the average covers about 1 / (1 - X) updates",
         low=0.0,
         high=0.999999,
-        belongs=("average", ("ema",)),
+        requires=("average", ("ema",)),
     )
     ema_every: str = option(
-        "step", "when --average ema is updated", choices=("step", "epoch"), belongs=("average", ("ema",))
+        "step", "when --average ema is updated", choices=("step", "epoch"), requires=("average", ("ema",))
     )
     ema_warmup: bool = option(
-        False, "keep no more than the share (1 + t) / (10 + t) at update t", belongs=("average", ("ema",))
+        False, "keep at most the share (1 + t) / (10 + t) at update t", requires=("average", ("ema",))
     )
     swa_from_epoch: int = option(
-        1, "first epoch whose end counts in --average swa", low=1, belongs=("average", ("swa",))
+        1, "first epoch whose end counts in --average swa", low=1, requires=("average", ("swa",))
     )
 
     def scaled_lr(self) -> float:
-        """--lr after --lr_scaling: a larger batch makes fewer steps an epoch, each less noisy (Goyal et al. 2017)."""
-        times = self.batch_size / REFERENCE_BATCH
-        return self.lr * {"none": 1.0, "linear": times, "sqrt": math.sqrt(times)}[self.lr_scaling]
+        """Return --lr after --lr_scaling (Goyal et al. 2017): a larger batch makes fewer and less noisy steps."""
+        ratio = self.batch_size / REFERENCE_BATCH
+        return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
     def stage(self, epoch: int) -> int:
-        """The stage of iterative unfreezing in `epoch`, both counted from 0.
+        """Return the stage of iterative unfreezing in `epoch`; both count from 0.
 
-        With the cyclic schedule each deepening begins a cycle of the learning rate, which has two epochs (R0, E.2).
+        With the cyclic schedule a stage lasts for one cycle of the learning rate, which has two epochs (R0, E.2).
         """
         return epoch // (self.unfreeze_every or (2 if self.lr_schedule == "cyclic" else 1))
 
@@ -451,13 +422,13 @@ class TrainOptions:
 class ComputeOptions:
     """Machine."""
 
-    use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
-    amp: bool = option(False, "automatic mixed precision: bf16 where the device has it, else fp16 with a scaler")
+    use_gpu: bool = option(False, "use cuda, else mps; without either, warn and use the CPU")
+    amp: bool = option(False, "automatic mixed precision: bf16 if the device has it, else fp16 with a scaler")
     threads: int | None = option(
         None,
-        "CPU threads (default: torch's own choice; under torchrun, the cores divided by its processes)",
+        "CPU threads (default: what torch chooses; under torchrun, the cores divided by its processes)",
         low=1,
-        high=MOST_THREADS,
+        high=MAX_THREADS,
     )
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
@@ -467,42 +438,45 @@ class RunOptions:
     """Run."""
 
     run_dir: str | None = option(None, "folder of this run (default: runs/NAME)", metavar="DIR")
-    name: str | None = option(None, "name of the run's folder in runs (default: arch and date)", metavar="NAME")
+    name: str | None = option(None, "name of the folder of this run in runs (default: arch and date)", metavar="NAME")
     filepath: str | None = option(None, "also save the best checkpoint here", metavar="FILE")
     overwrite: bool = option(False, "replace the run in --run_dir, finished or not")
-    resume: bool = option(False, "go on with the unfinished run in --run_dir")
+    resume: bool = option(False, "continue the unfinished run in --run_dir")
     save_every: str = option(
         "30m",
-        "save what --resume needs every so many steps (500) or minutes (30m), after each epoch, and when SIGTERM, "
+        "save the state for --resume every so many steps (500) or minutes (30m), after each epoch, and when SIGTERM, "
         "SIGUSR1 or Ctrl-C ends the run (exit codes 143, 138, 130)",
         metavar="N[m]",
     )
     dry_run: bool = option(False, "print the plan (parameters, steps, memory) and stop")
     evaluate: str | None = option(
         None,
-        "score and predict with this checkpoint, without training, into --run_dir (default: a folder beside it)",
+        "score and predict with this checkpoint, without training; --run_dir is by default a folder beside it",
         metavar="CHECKPOINT",
     )
     export: str | None = option(
-        None, "write the backbones of --evaluate's checkpoint here, as transformers reads them", metavar="DIR"
+        None,
+        "write the backbones of --evaluate's checkpoint into this folder, as transformers reads them",
+        metavar="DIR",
     )
     export_peft: str | None = option(
-        None, "write the adapters of --evaluate's checkpoint here, as peft reads them", metavar="DIR"
+        None, "write the adapters of --evaluate's checkpoint into this folder, as peft reads them", metavar="DIR"
     )
     predict: str | None = option(
         None,
-        "label the sentences of this file (- for standard input) with --evaluate's checkpoint: one a line, or two with "
-        "a tab between them",
+        "label the sentences of this file (- for standard input) with --evaluate's checkpoint; each line has one "
+        "sentence, or two with a tab between them",
         metavar="FILE",
     )
     task: str | None = option(None, "task of --predict, such as sst", metavar="NAME")
     test_predictions: bool = option(True, "predict the test files too")
     tensorboard: bool = option(True, "write TensorBoard events")
     benchmark: str | None = option(
-        None, "measure training (each step waits for the device) and add a row to this csv file", metavar="FILE"
+        None, "measure the training (each step waits for the device) and add a row to this csv file", metavar="FILE"
     )
     profile: bool = option(
-        False, "record a few steps of the first epoch: tables of time and memory, and a trace in the run's folder"
+        False,
+        "profile a few steps of the first epoch: print tables of time and memory, write a trace into the run's folder",
     )
     fsdp: bool = option(
         False,
@@ -512,14 +486,14 @@ class RunOptions:
 
 @dataclass
 class TaskOptions:
-    """One task's own options; the flags carry its name."""
+    """The options of one task; the flags carry its name."""
 
-    enabled: bool = option(False, "train on {title}; tasks that are not named so are left out", template="train_{task}")
+    enabled: bool = option(
+        False, "train on {title}; once a task is named so, the others are left out", template="train_{task}"
+    )
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
-    num_trains: int = option(
-        1, "times that an epoch goes through {title}", template="num_{task}_trains", low=0, high=1_000
-    )
+    num_trains: int = option(1, "passes over {title} in an epoch", template="num_{task}_trains", low=0, high=1_000)
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(
         None, "training file of {title} (default: in --data_dir)", template="{task}_train", metavar="FILE"
@@ -532,7 +506,7 @@ class TaskOptions:
     )
     fraction: float = option(
         1.0,
-        "share of the examples of {title} in each round, others every time",
+        "share of the examples of {title} in each pass, other ones each time",
         template="{task}_fraction",
         above=0.0,
         high=1.0,
@@ -540,18 +514,21 @@ class TaskOptions:
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     extra: tuple[str, ...] | None = option(
         None,
-        "comma-separated further training files of {title}; where labels are classes and all of one file are 0 or 1, "
-        "1 counts as the highest",
+        "comma-separated further training files of {title}; if labels are classes and a file has only 0 and 1, its 1 "
+        "counts as the highest class",
         template="{task}_extra",
         metavar="FILES",
     )
     weight: float = option(
-        1.0, "factor on the loss of {title}; its further losses have their own", template="{task}_weight", low=0.0
+        1.0,
+        "factor on the loss of {title}; further losses have factors of their own",
+        template="{task}_weight",
+        low=0.0,
     )
     epoch_eval: int = option(
         1,
-        "evaluate {title} after the last epoch and those whose number is a multiple of this; best.pt is chosen where "
-        "all tasks are evaluated",
+        "evaluate {title} after the last epoch and each whose number is a multiple of this; best.pt is chosen among "
+        "epochs that evaluate all tasks",
         template="{task}_epoch_eval",
         low=1,
     )
@@ -569,7 +546,7 @@ class TaskOptions:
     )
     bregman: float = option(
         0.0,
-        "weight of staying close to the slow average of the weights, for {title}",
+        "weight of the Bregman loss of {title}, which keeps the model close to a slow average of its weights",
         template="{task}_bregman",
         low=0.0,
     )
@@ -577,7 +554,7 @@ class TaskOptions:
 
 @dataclass
 class Config:
-    """All options of a run. `tasks` holds the tasks of this run only, in the table's order."""
+    """All options of a run. `tasks` holds the tasks of this run only, in the order of the task table."""
 
     data: DataOptions
     model: ModelOptions
@@ -589,40 +566,47 @@ class Config:
     tasks: dict[str, TaskOptions]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, fit for json and for a checkpoint."""
+        """Return the options as plain containers, fit for json and for a checkpoint."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """The same in one level, by "group.option" and "tasks.NAME.option"."""
-        plain = self.to_dict()
-        tasks = {f"tasks.{name}.{key}": value for name, own in plain.pop("tasks").items() for key, value in own.items()}
-        return {f"{name}.{key}": value for name, group in plain.items() for key, value in group.items()} | tasks
+        """Return the options in one level, by "group.option" and "tasks.NAME.option"."""
+        groups = self.to_dict()
+        tasks = {f"tasks.{name}": options for name, options in groups.pop("tasks").items()}
+        return {f"{name}.{key}": value for name, group in (groups | tasks).items() for key, value in group.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_dict`; what is not there has its default, as in a configuration saved before it was.
+        """Return the inverse of `to_dict`. Missing options, which an older configuration may lack, have their default.
 
-        Raises TypeError for an option that does not exist or a value that it cannot have.
+        Raises TypeError for an option that does not exist and for a value that it cannot have.
         """
         groups = {name: group(**values.get(name, {})) for name, group in GROUPS.items()}
-        tasks = {name: TaskOptions(**own) for name, own in values["tasks"].items()}
+        tasks = {name: TaskOptions(**options) for name, options in values["tasks"].items()}
         for options in (*groups.values(), *tasks.values()):
             hints = typing.get_type_hints(type(options))
             for name, value in vars(options).items():
-                if isinstance(value, list) and typing.get_origin(_value_type(hints[name])) is tuple:
+                if isinstance(value, list) and typing.get_origin(value_type(hints[name])) is tuple:
                     setattr(options, name, tuple(value))  # json has lists only
             check_values(options)
         return cls(tasks=tasks, **groups)
 
 
-def highest(kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """The upper bound of an option, inclusive; None where there is none."""
-    return metadata.get("high", MOST_NUMBER if kind is float else None)
+def value_type(hint: Any) -> Any:
+    """Return the type inside an optional annotation."""
+    if typing.get_origin(hint) is types.UnionType:
+        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    return hint
+
+
+def upper_bound(kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """Return the inclusive upper bound of an option, or None if it has none."""
+    return metadata.get("high", MAX_NUMBER if kind is float else None)
 
 
 def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
-    """Where a value lies outside an option's bounds and what they are; empty where it does not."""
-    low, above, high = metadata.get("low"), metadata.get("above"), highest(kind, metadata)
+    """Return how a value exceeds the bounds of an option, and what they are; empty if it lies within them."""
+    low, above, high = metadata.get("low"), metadata.get("above"), upper_bound(kind, metadata)
     if low is not None and not value >= low:
         return f"too small; give at least {low}"
     if above is not None and not value > above:
@@ -633,13 +617,13 @@ def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def check_values(options: Any) -> None:
-    """Raise TypeError where a field of a dataclass of options holds what no command line can have put there."""
+    """Raise TypeError if a field of a dataclass of options holds a value that no command line can give."""
     hints = typing.get_type_hints(type(options))
     for spec in fields(options):
         value, hint = getattr(options, spec.name), hints[spec.name]
-        if value is None and _value_type(hint) is not hint:
+        if value is None and value_type(hint) is not hint:
             continue
-        kind, metadata = _value_type(hint), spec.metadata
+        kind, metadata = value_type(hint), spec.metadata
         items = value if isinstance(value, tuple) else (value,)
         if typing.get_origin(kind) is tuple:
             right = isinstance(value, tuple) and all(isinstance(item, str) for item in items)
@@ -660,10 +644,3 @@ GROUPS: dict[str, type] = {
     "compute": ComputeOptions,
     "run": RunOptions,
 }
-
-
-def _value_type(hint: Any) -> Any:
-    """The type inside an optional annotation."""
-    if typing.get_origin(hint) is types.UnionType:
-        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-    return hint

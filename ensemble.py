@@ -27,7 +27,8 @@ from config import ComputeOptions, DataOptions, FileOptions, option
 from tasks import TASKS
 from utils.console import run_script, say
 from utils.errors import UserError
-from utils.files import refuse_inflating, sha256, write_atomically
+from utils.files import sha256, write_atomically
+from utils.untrusted import refuse_inflating
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -340,8 +341,8 @@ def report(
 
     Predictions are those of the last thing made.
     """
+    from evaluation.metrics import score_table
     from evaluation.prediction_files import score_and_write
-    from training.logger import score_table
     from training.run_directory import RunDirectory
 
     run = RunDirectory(Path(options.run_dir))
@@ -371,7 +372,7 @@ def main(argv: Sequence[str]) -> None:
     if not names:
         raise UserError("--filepaths: name at least one checkpoint")
     from datasets import load_splits
-    from training.run_directory import RunDirectory
+    from evaluation.prediction_files import refuse_training_run
     from utils.files import probe_folder
 
     options = groups_of(given, groups)
@@ -380,7 +381,7 @@ def main(argv: Sequence[str]) -> None:
     tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}
     own = {name: task_options(given, task) for name, task in tasks.items()}
     splits = load_splits(DataOptions(**vars(options["data"])), own, tasks, ["dev", "test"], say)
-    RunDirectory(Path(options["ensemble"].run_dir)).spare_training()
+    refuse_training_run(Path(options["ensemble"].run_dir))
     probe_folder(Path(options["ensemble"].cache), "--cache")
     ensemble(members, splits, options["ensemble"], options["compute"])
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import misfits
-from config import LoraOptions, highest
+from config import LoraOptions, upper_bound
 from kernels.dropout import Dropout
 from kernels.linear import linear
 from kernels.low_rank import _LowRankLinear, _own_precision, _updated
@@ -170,7 +170,7 @@ class LoRAConfig:
 
 def _most(name: str) -> Any:
     """The upper bound of one of LoraOptions' numbers: a checkpoint keeps what a LoRAConfig asks for as those."""
-    return highest(float, LoraOptions.__dataclass_fields__[name].metadata)
+    return upper_bound(float, LoraOptions.__dataclass_fields__[name].metadata)
 
 
 def _is_number(value: Any, *kinds: type) -> bool:
@@ -465,21 +465,6 @@ def frozen_by_policy(backbone: nn.Module, config: LoRAConfig) -> set[str]:
         for name, _ in layer.named_parameters()
         if name not in layer.adapters
     }
-
-
-def apply_adapter_policy(backbone: nn.Module, config: LoRAConfig, adapters_always: bool) -> None:
-    """Make trainable = schedule AND adapter policy.
-
-    Call it after each freezing command of the unfreezing schedule, which switches whole layers. What the policy
-    freezes is frozen again. Adapters train with their layer (R0, iterative), or with `adapters_always` whatever the
-    command (R1, section 4.2: the last-layer mode trains adapters and heads).
-    """
-    frozen, adapters = frozen_by_policy(backbone, config), adapter_state(backbone)
-    for name, parameter in backbone.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-        elif name in adapters and adapters_always:
-            parameter.requires_grad_(True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.checks import names_of
 from cli.parser import expand_arguments, parse
 from config import Config, ModelOptions
-from tasks import TASKS, Task
+from tasks import TASKS, Task, task_by_alias
 from utils.console import run_script, said_once, say
 from utils.errors import UserError
 
@@ -93,13 +92,14 @@ def train(config: Config, command: str, world: "World") -> None:
 
     `command` is for the row of --benchmark.
     """
+    from training.pretraining import Pretrainer
+
     from datasets import load_splits, tokenise
     from lora import LoRAConfig
     from models.checkpoint import git_commit, load
     from studies.results import BENCHMARK_COLUMNS, Table, benchmark_row
     from training.cuda_graphs import check_device
     from training.dry_run import describe
-    from training.pretraining import Pretrainer
     from training.run_directory import RunDirectory
     from training.trainer import Trainer
     from utils.device import choose_device
@@ -171,9 +171,8 @@ def report(
     world: "World",
 ) -> None:
     """Score dev, predict dev and test, print the scores and write all of it into the run directory."""
-    from evaluation.metrics import probabilities
+    from evaluation.metrics import probabilities, score_table
     from evaluation.prediction_files import score_and_write
-    from training.logger import score_table
 
     values = {
         (split, name): probabilities(
@@ -209,6 +208,7 @@ def base_of(config: Config) -> str | None:
 def evaluate(config: Config, world: "World") -> None:
     """--evaluate: score dev and predict dev and test with a checkpoint."""
     from datasets import load_splits, tokenise
+    from evaluation.prediction_files import refuse_training_run
     from training.run_directory import RunDirectory
     from utils.device import choose_device
 
@@ -218,7 +218,7 @@ def evaluate(config: Config, world: "World") -> None:
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
-    run.spare_training()
+    refuse_training_run(run.path)
     model.to(device.device)
     data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
     report(model, data, device, config, run, {"checkpoint": str(path)}, world)
@@ -271,7 +271,7 @@ def label_sentences(config: Config) -> None:
     from utils.device import choose_device
 
     model, tokenizer, saved = trained_model(config)
-    task = TASKS[names_of(TASKS)[str(config.run.task)]]
+    task = TASKS[task_by_alias(TASKS)[str(config.run.task)]]
     if task.name not in model.tasks:
         raise UserError(
             f"--task {config.run.task}: {config.run.evaluate} was not trained on it; "

@@ -45,8 +45,8 @@ def report_on(paths: Sequence[Path], data: DataOptions | None, files: Mapping[st
 
     Raises UserError where there is nothing to report.
     """
-    from reporting.outcomes import DevSets, run_sections
     from reporting.page import Report, Section
+    from reporting.runs import DevSets, run_sections
     from reporting.sources import collect, trial_of_run
     from reporting.trials import compare_trials, study_piece
 

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cli.checks import names_of
 from cli.parser import build_parser, expand_arguments, groups_of, task_options
 from config import ComputeOptions, FileOptions, TrainOptions, option
-from tasks import TASKS, Task
-from utils.console import run_script, say
+from tasks import TASKS, Task, task_by_alias
+from utils.console import format_table, run_script, say
 from utils.errors import UserError
 
 # torch takes seconds to import: everything that needs it is imported once the command line is known to be right.
@@ -194,7 +193,7 @@ def check(options: TopicOptions) -> Task:
     for flag, given in (("topics", options.topics), ("out", options.out)):
         if given is None:
             raise UserError(f"--{flag} is missing; name a file")
-    known = names_of(TASKS)
+    known = task_by_alias(TASKS)
     if options.task not in known:
         raise UserError(f"--task {options.task} is none of {', '.join(known)}")
     return TASKS[known[options.task]]
@@ -210,7 +209,6 @@ def main(argv: Sequence[str]) -> None:
     task = check(options)
     topics = read_topics(Path(options.topics))
     from datasets import BadRows, find_file
-    from training.logger import format_table
     from utils.files import probe_file, write_text
 
     path = find_file(Path(data.data_dir), task_options(given, task).train, task, "train")

@@ -46,14 +46,14 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from cli.checks import check_processes
-from cli.parser import assemble, build_parser, expand_arguments, groups_of
+from cli.parser import build_config, build_parser, expand_arguments, groups_of
 from config import Config, option
 from studies.results import COLUMNS, Table, figures
 from studies.shared_study import OwnStudy, SharedStudy
 from tasks import TASKS
 from utils.console import bar_style, run_script, say
 from utils.errors import OUT_OF_MEMORY, UserError
-from utils.files import read_json
+from utils.untrusted import read_json
 
 SCRIPT = "multitask_classifier.py"
 STATUSES = ("ok", "refused", "out of memory", "failed")
@@ -141,7 +141,7 @@ def make_trial(parser: ArgumentParser, base: Sequence[str], flags: Mapping[str, 
         if group == "run" and name not in ("tensorboard", "save_every"):
             raise UserError(f"--{name}: a sweep gives each trial its own; leave it out")
     try:
-        config = assemble(given, TASKS)
+        config = build_config(given, TASKS)
         check_processes(config)
         return Trial(flags, words, config)
     except UserError as error:

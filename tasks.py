@@ -4,6 +4,7 @@ A further task is one more row in `TASKS`. The command line (`--train_NAME`, `--
 of the files, the head, the loss, the metrics, the routines and the prediction files all follow from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,3 +132,8 @@ CFIMDB = Task(
 
 TASKS: dict[str, Task] = {task.name: task for task in (SST, PARA, STS, CFIMDB)}
 DEFAULT_TASKS: dict[str, Task] = {name: task for name, task in TASKS.items() if task.by_default}
+
+
+def task_by_alias(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Return the name of the task that each name and each alias stands for."""
+    return {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}

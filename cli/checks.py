@@ -1,4 +1,4 @@
-"""Which options exclude each other, and the remedy."""
+"""Which options exclude each other, and the remedy: each check returns one sentence for each problem."""
 
 import math
 import re
@@ -8,27 +8,32 @@ from typing import Any
 
 from config import (
     ARCHS,
-    MOST_RATE,
+    MAX_RATE,
+    PAIR_FEATURES,
     ROUTINES_WITHOUT_ROUNDS,
     SAVE_EVERY,
-    USES_OF_A_MODEL,
     Config,
+    ModelOptions,
     TaskOptions,
     TrainOptions,
 )
-from tasks import Task
+from tasks import Task, task_by_alias
 from utils.console import processes
 from utils.errors import UserError
 
-
-def names_of(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Every name and alias that a task answers to, mapped to its name."""
-    return {alias: name for name, task in tasks.items() for alias in (name, *task.aliases)}
+# What can be done with a trained model, and the options that it reads beside those of the machine.
+USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
+    "predict": ("pretrained",),
+    "export": ("export_peft", "pretrained"),
+    "export_peft": ("pretrained",),
+    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
+}
 
 
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
-    """What is wrong with a combination of options, a sentence each."""
+    """Return what is wrong with a combination of options. `config.model` must not be resolved yet."""
     return [
+        *check_model(config.model),
         *check_adapters(config),
         *check_run(config, tasks),
         *check_training(config),
@@ -42,125 +47,175 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
 
 
 def changed(options: Any) -> list[str]:
-    """The names of options that have not their defaults."""
+    """Return the names of the options that differ from their defaults."""
     return [spec.name for spec in fields(options) if getattr(options, spec.name) != spec.default]
 
 
+def check_model(given: ModelOptions) -> list[str]:
+    """Return what is wrong with the options of the model."""
+    model = given.resolved()
+    problems = check_pair_encoding(given, model)
+    if given.head_layers is not None and model.clf not in ("conv", "mlp"):
+        problems.append(f"--head_layers works with --clf conv and mlp, not {model.clf}; drop one of the two")
+    hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(model.clf), model.head_layers)
+    if given.head_width is not None and not hidden_layers:
+        problems.append(
+            "--head_width is the width of hidden layers, but this head has none; see --clf and --head_layers"
+        )
+    if given.output_dropout_prob is not None and not (model.clf == "mlp" and model.head_layers):
+        problems.append("--output_dropout_prob needs --clf mlp with --head_layers 1 or more; drop one of them")
+    if given.head_batchnorm and model.clf not in ("nonlinear", "conv"):
+        problems.append(f"--head_batchnorm works with --clf nonlinear and conv, not {model.clf}; drop one of the two")
+    if given.shared_batchnorm_stats and model.pair_layer != "batchnorm":
+        problems.append("--shared_batchnorm_stats needs --pair_layer batchnorm; add that or drop it")
+    if model.clf == "conv" and model.pair_layer == "none" and set(model.pair_features or ()) == {"cos"}:
+        problems.append(
+            "--clf conv looks at three neighbouring features, but --pair_features cos is only one; "
+            "add others or choose another --clf"
+        )
+    return problems
+
+
+def check_pair_encoding(given: ModelOptions, model: ModelOptions) -> list[str]:
+    """Return what of the options `given` does not suit the pair encoding of `model`, which is `given` resolved."""
+    if model.pair_encoding == "cross":
+        problems = [
+            f"--{name} works on two embeddings, but --pair_encoding cross makes one; drop one of the two"
+            for name in ("pair_features", "sts_projection")
+            if getattr(given, name)
+        ]
+        if given.sts_head == "cosine":
+            problems.append(
+                "--sts_head cosine compares two embeddings, but --pair_encoding cross makes one; "
+                "use --sts_head regression or --pair_encoding siamese"
+            )
+        return problems
+    problems = []
+    if not model.pair_features:
+        problems.append(
+            "--pair_encoding siamese needs --pair_features, which this arch does not set; "
+            f"name some of {','.join(PAIR_FEATURES)}"
+        )
+    if given.sts_projection and model.sts_head != "cosine":
+        problems.append("--sts_projection needs --sts_head cosine; add that or drop it")
+    return problems
+
+
 def check_adapters(config: Config) -> list[str]:
-    """What is wrong with the options of LoRA and DoRA."""
+    """Return what is wrong with the options of LoRA and DoRA."""
     problems, lora = [], config.lora
     adapters = changed(lora)
     for whole in ("lora_dict", "init_peft"):
         others = ", ".join(f"--{name}" for name in adapters if name != whole)
         if whole in adapters and others:
-            problems.append(f"--{whole} says all that {others} says; give one or the other")
+            problems.append(f"--{whole} sets all that {others} sets; give one or the other")
     if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
         problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
     if config.train.init_from is not None and adapters:
         problems.append(
-            f"--init_from trains on from weights that no --pretrained holds, and --{adapters[0]} would save adapters "
+            f"--init_from starts from weights that no --pretrained holds, but --{adapters[0]} would save adapters "
             "without them; drop one of the two"
         )
     if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
-        problems.append("--dora_norm belongs to --dora; add that or drop it")
+        problems.append("--dora_norm needs --dora; add that or drop it")
     return problems
 
 
 def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
-    """What is wrong with what is asked for: with its files, or with what is to be done with a trained model."""
+    """Return what is wrong with the files of the run, or with what is to be done with a trained model."""
     problems, run = [], config.run
     for name in ("predict", "export", "export_peft"):
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
-        problems.append("--profile slows the steps that --benchmark measures; give one of the two")
+        problems.append("--profile slows down the steps that --benchmark measures; give one of the two")
     if run.benchmark is not None and config.train.cuda_graphs:
         problems.append("--cuda_graphs hides memory from the figures of --benchmark; give one of the two")
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
-    known = names_of(tasks)
+    known = task_by_alias(tasks)
     if run.task is not None and run.predict is None:
-        problems.append("--task belongs to --predict; add that or drop it")
+        problems.append("--task needs --predict; add that or drop it")
     if run.task is not None and run.task not in known:
-        problems.append(f"--task {run.task} is none of {', '.join(known)}")
+        problems.append(f"--task {run.task} is unknown; choose from {', '.join(known)}")
     if run.overwrite and run.resume:
-        problems.append("--overwrite starts afresh and --resume goes on; give one of the two")
+        problems.append("--overwrite starts again and --resume continues; give one of the two")
     if run.resume and run.run_dir is None:
         problems.append("--resume needs --run_dir, the folder of the unfinished run")
     if run.name is not None and run.run_dir is not None:
-        problems.append("--name is that of a folder in runs, but --run_dir gives the folder; give one of the two")
+        problems.append("--name names a folder in runs, but --run_dir gives the whole path; give one of the two")
     if not re.fullmatch(SAVE_EVERY, run.save_every):
         problems.append(f"--save_every {run.save_every}: give steps, such as 500, or minutes, such as 30m")
     return problems
 
 
 def check_training(config: Config) -> list[str]:
-    """What is wrong with how the run trains."""
+    """Return what is wrong with how the run trains."""
     problems, train = [], config.train
     if train.optim == "SparseAdam":
         problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
-    problems += check_belongs(train)
+    problems += check_requirements(train)
     if train.routine in ROUTINES_WITHOUT_ROUNDS:
         problems += [
-            f"--num_{name}_trains belongs to --routine sequential and interleave, not {train.routine}; drop one"
-            for name, own in config.tasks.items()
-            if own.num_trains > 1
+            f"--num_{name}_trains works with --routine sequential and interleave, not {train.routine}; drop one"
+            for name, options in config.tasks.items()
+            if options.num_trains > 1
         ]
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
-    smart = [name for name, own in config.tasks.items() if own.smart > 0.0]
+    smart = [name for name, options in config.tasks.items() if options.smart > 0.0]
     for name in changed(train):
         if name.startswith("smart_") and not smart:
-            problems.append(f"--{name} belongs to SMART; choose tasks for it with --NAME_smart, such as --sst_smart 1")
+            problems.append(f"--{name} needs SMART; choose tasks for it with --NAME_smart, such as --sst_smart 1")
     if smart and train.cache_frozen:
-        problems.append(
-            f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen leaves out; drop one of them"
-        )
+        problems.append(f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen skips; drop one of them")
     if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
         problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
     return problems
 
 
 def check_tasks(config: Config) -> list[str]:
-    """What is wrong with when the tasks train and are averaged, and with the weights of their losses."""
+    """Return what is wrong with when tasks train and are averaged, and with the weights of their losses."""
     problems, train = [], config.train
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
-    problems += [
-        f"--{name}_from_epoch {own.from_epoch} is past --epochs {train.epochs}; lower it"
-        for name, own in config.tasks.items()
-        if own.from_epoch > train.epochs
-    ]
-    problems += [
-        f"--lr {train.lr:g} times --{name}_lr_multiplier {own.lr_multiplier:g} is too large; lower one of the two"
-        for name, own in config.tasks.items()
-        if train.scaled_lr() * own.lr_multiplier > MOST_RATE
-    ]
-    if all(chosen.num_trains == 0 for chosen in config.tasks.values()):
+    for name, options in config.tasks.items():
+        if options.from_epoch > train.epochs:
+            problems.append(f"--{name}_from_epoch {options.from_epoch} is past --epochs {train.epochs}; lower it")
+        if train.scaled_lr() * options.lr_multiplier > MAX_RATE:
+            problems.append(
+                f"--lr {train.lr:g} times --{name}_lr_multiplier {options.lr_multiplier:g} is too large; lower one of "
+                "the two"
+            )
+    if all(options.num_trains == 0 for options in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
-    elif min(chosen.from_epoch for chosen in config.tasks.values() if chosen.num_trains) > 1:
+    elif min(options.from_epoch for options in config.tasks.values() if options.num_trains) > 1:
         problems.append("no task trains in epoch 1; set one --NAME_from_epoch to 1")
-    lost = [own.weight == own.smart == own.bregman == 0.0 for own in config.tasks.values()]
-    if all(lost) and not train.mlm and all(own.embedding_loss == "none" for own in config.tasks.values()):
+    if not train.mlm and not any(has_loss(options) for options in config.tasks.values()):
         problems.append("every --NAME_weight is 0 and no other loss is chosen, so nothing would be learned; raise one")
     return problems
 
 
-def check_belongs(options: TrainOptions) -> list[str]:
-    """What is set although the option that it belongs to has a value under which it means nothing."""
+def has_loss(options: TaskOptions) -> bool:
+    """Return whether a task has a loss with a weight above 0."""
+    return max(options.weight, options.smart, options.bregman) > 0.0 or options.embedding_loss != "none"
+
+
+def check_requirements(options: TrainOptions) -> list[str]:
+    """Return which options have no effect, since another option has not the value that they require."""
     problems = []
     for name in changed(options):
-        owner, values = options.__dataclass_fields__[name].metadata.get("belongs", (None, ()))
-        if owner is not None and (chosen := getattr(options, owner)) not in values:
+        required, values = options.__dataclass_fields__[name].metadata.get("requires", (None, ()))
+        if required is not None and (chosen := getattr(options, required)) not in values:
             problems.append(
-                f"--{name} belongs to --{owner} {', '.join(values)}, not {chosen}; drop one of the two, or give "
+                f"--{name} requires --{required} {' or '.join(values)}, not {chosen}; drop one of the two, or give "
                 f"--{name} its default"
             )
     return problems
 
 
 def check_evaluate(given: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the flags beside --evaluate, of `given` as `assemble` has it."""
+    """Return what is wrong with the flags beside --evaluate; `given` is what `build_config` takes."""
     if "run.evaluate" not in given:
         return []
     use = next(name for name in USES_OF_A_MODEL if f"run.{name}" in given)
@@ -169,55 +224,56 @@ def check_evaluate(given: Mapping[str, Any]) -> list[str]:
     if not idle:
         return []
     flags = ", ".join(map(flag_of, idle))
-    return [f"--{use} takes a trained model as it is, for which {flags} would change nothing; drop what is idle"]
+    return [f"--{use} takes a trained model as it is, so {flags} would change nothing; leave that out"]
 
 
 def flag_of(key: str) -> str:
-    """The flag of an option "group.option" or "tasks.NAME.option"."""
+    """Return the flag of an option, given as "group.option" or "tasks.NAME.option"."""
     _, *task, name = key.split(".")
     return "--" + (TaskOptions.__dataclass_fields__[name].metadata["template"].format(task=task[0]) if task else name)
 
 
 def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
-    """What is wrong with --NAME_embedding_loss."""
+    """Return what is wrong with --NAME_embedding_loss."""
     problems = []
     pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
-    for name, own in config.tasks.items():
-        flag = f"--{name}_embedding_loss {own.embedding_loss}"
-        if own.embedding_loss == "none" and own.embedding_weight != 1.0:
-            problems.append(f"--{name}_embedding_weight belongs to --{name}_embedding_loss; add that or drop it")
-        if own.embedding_loss in ("contrastive", "ranking", "cosine") and not (
-            tasks[name].is_pair and pairs == "siamese"
-        ):
+    for name, options in config.tasks.items():
+        flag = f"--{name}_embedding_loss {options.embedding_loss}"
+        two_embeddings = tasks[name].is_pair and pairs == "siamese"
+        if options.embedding_loss == "none" and options.embedding_weight != 1.0:
+            problems.append(f"--{name}_embedding_weight needs --{name}_embedding_loss; add that or drop it")
+        if options.embedding_loss in ("contrastive", "ranking", "cosine") and not two_embeddings:
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
-        if own.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
+        if options.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
             problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
     return problems
 
 
 def check_mlm(config: Config) -> list[str]:
-    """What is wrong with --mlm."""
+    """Return what is wrong with the options beside --mlm."""
     if not config.train.mlm:
         return []
     problems = []
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
-        problems.append("--cache_frozen keeps what whole texts become, but --mlm masks them anew; drop one of the two")
+        problems.append(
+            "--cache_frozen keeps the features of whole texts, but --mlm masks them anew; drop one of the two"
+        )
     if config.train.cuda_graphs:
         problems.append("--cuda_graphs replays passes over whole texts, but --mlm masks them anew; drop one of the two")
-    for name, own in config.tasks.items():
-        given = {"smart": own.smart > 0.0, "bregman": own.bregman > 0.0, "embedding_loss": own.embedding_loss != "none"}
+    for name, options in config.tasks.items():
+        losses = {"smart": options.smart, "bregman": options.bregman, "embedding_loss": options.embedding_loss}
         problems += [
-            f"--{name}_{flag} adds to the loss on labels, which --mlm does without; drop one of the two"
-            for flag, there in given.items()
-            if there
+            f"--{name}_{flag} adds to the loss on labels, which --mlm does not use; drop one of the two"
+            for flag, value in losses.items()
+            if value not in (0.0, "none")
         ]
     return problems
 
 
 def check_fsdp(config: Config) -> list[str]:
-    """What is wrong with --fsdp."""
+    """Return what is wrong with the options beside --fsdp."""
     if not config.run.fsdp:
         return []
     problems = []
@@ -232,53 +288,53 @@ def check_fsdp(config: Config) -> list[str]:
         )
     problems += [
         f"--{name}_bregman keeps a second set of weights, which --fsdp does not shard; drop one of the two"
-        for name, own in config.tasks.items()
-        if own.bregman > 0.0
+        for name, options in config.tasks.items()
+        if options.bregman > 0.0
     ]
     return problems
 
 
 def check_cache_frozen(config: Config) -> list[str]:
-    """What is wrong with --cache_frozen."""
+    """Return what is wrong with the options beside --cache_frozen."""
     if not config.train.cache_frozen:
         return []
     problems = []
     mode, lora = config.train.fine_tune_mode, config.lora
     if config.train.cuda_graphs:
         problems.append(
-            "--cuda_graphs replays whole passes, of which --cache_frozen leaves out a part; drop one of them"
+            "--cuda_graphs replays whole passes, but --cache_frozen skips a part of them; drop one of the two"
         )
     if mode == "full-model":
         problems.append(
-            "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode full-model freezes none; "
+            "--cache_frozen keeps the output of frozen layers, but --fine_tune_mode full-model freezes none; "
             "use last-layer or iterative, or drop --cache_frozen"
         )
     if mode == "last-layer" and (lora.lora_mode != "none" or lora.lora_dict or lora.init_peft):
         problems.append(
-            "--cache_frozen keeps what frozen layers put out, but --fine_tune_mode last-layer trains the adapters "
+            "--cache_frozen keeps the output of frozen layers, but --fine_tune_mode last-layer trains the adapters "
             "(--lora_mode) in every layer; use --fine_tune_mode iterative or drop --cache_frozen"
         )
     if config.pal.pal != "none":
         problems.append(
-            f"--cache_frozen keeps what frozen layers put out, but --pal {config.pal.pal} trains beside every layer; "
+            f"--cache_frozen keeps the output of frozen layers, but --pal {config.pal.pal} trains beside every layer; "
             "drop one of the two"
         )
     problems += [
-        f"--{name}_embedding_loss {own.embedding_loss} looks at more than --cache_frozen keeps; drop one of the two"
-        for name, own in config.tasks.items()
-        if own.embedding_loss in ("simcse", "ranking")
+        f"--{name}_embedding_loss {options.embedding_loss} needs more than --cache_frozen keeps; drop one of the two"
+        for name, options in config.tasks.items()
+        if options.embedding_loss in ("simcse", "ranking")
     ]
     return problems
 
 
 def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
-    """What is wrong with --pal and the flags that belong to it."""
-    pal, known = config.pal, names_of(tasks)
+    """Return what is wrong with --pal and the flags that need it."""
+    pal, known = config.pal, task_by_alias(tasks)
     given = changed(pal)
     if pal.pal == "none":
-        return [f"--{given[0]} belongs to --pal; choose a kind with --pal or drop it"] if given else []
-    without = {"low-rank": ("pal_size", "pal_heads"), "mixed": ()}.get(pal.pal, ("pal_low_rank_size",))
-    problems = [f"--{name} has no effect on --pal {pal.pal}; drop one of the two" for name in without if name in given]
+        return [f"--{given[0]} needs --pal; choose a kind with --pal or drop it"] if given else []
+    unused = {"low-rank": ("pal_size", "pal_heads"), "mixed": ()}.get(pal.pal, ("pal_low_rank_size",))
+    problems = [f"--{name} has no effect with --pal {pal.pal}; drop one of the two" for name in unused if name in given]
     if pal.pal != "low-rank" and pal.pal_size % pal.pal_heads:
         problems.append(
             f"--pal_size {pal.pal_size} is not a multiple of --pal_heads {pal.pal_heads}; "
@@ -286,16 +342,16 @@ def check_pals(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         )
     for name in pal.pal_tasks or ():
         if name not in known:
-            problems.append(f"--pal_tasks {name} is none of {', '.join(known)}")
+            problems.append(f"--pal_tasks {name} is unknown; choose from {', '.join(known)}")
         elif known[name] not in config.tasks:
             problems.append(f"--pal_tasks {name} is not trained in this run; add --train_{name} or drop it")
     return problems
 
 
 def check_processes(config: Config) -> None:
-    """Raise UserError for what does not go with the processes that torchrun started, or with none of them.
+    """Raise UserError if the options do not suit the number of processes that torchrun started.
 
-    Apart from `assemble`, since a configuration may also be read of a run that others started elsewhere.
+    `build_config` does not call this, since it also reads configurations of runs that were started elsewhere.
     """
     run, train = config.run, config.train
     if processes() == 1:

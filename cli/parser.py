@@ -1,23 +1,23 @@
-"""The command line: words to a Config."""
+"""Parse the words of a command line into a Config."""
 
 import argparse
 import math
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cli.checks import check, check_evaluate, check_processes, names_of
-from config import ARCHS, GROUPS, Config, TaskOptions, _value_type, out_of_bounds
-from tasks import Task
+from cli.checks import check, check_evaluate, check_processes
+from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
+from tasks import Task, task_by_alias
 from utils.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, since the usage of all flags would bury them."""
+    """An ArgumentParser that reports an error in one line, without the usage of all flags before it."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -25,10 +25,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[str]:
-    """`argv` with @files replaced by the flags in them and every flag spelled --with_underscores.
+    """Return `argv` with each @file replaced by the flags in it, and each flag spelled --with_underscores.
 
-    A file holds flags as a shell would read them, over any number of lines, # starting a comment. The reports print
-    `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`: all are one spelling here.
+    A file holds flags as a shell reads them, over any number of lines; a # at the start of a word starts a comment.
+    The reports print `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`, so all these spellings are accepted.
+
+    Raises UserError for a file that cannot be read or that includes itself.
     """
     out: list[str] = []
     for word in argv:
@@ -50,22 +52,23 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
 
 
 def without_comments(text: str) -> str:
-    """Flags without what follows a # at the start of a word; one inside quotes is left alone."""
+    """Return flags without their comments: what follows a # at the start of a word, outside quotes."""
     return re.sub(r"""("[^"]*"|'[^']*')|(?:^|\s)#.*""", lambda found: found[1] or "", text, flags=re.MULTILINE)
 
 
-def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """A converter for argparse that also holds the option's bounds."""
+def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return a converter for argparse from text to a value of `kind` within the option's choices and bounds."""
+
+    def convert_list(text: str) -> tuple[str, ...]:
+        items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+        if not items:
+            raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
+        for item in items:
+            if item not in metadata.get("choices", items):
+                raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")
+        return items
 
     def convert(text: str) -> Any:
-        if typing.get_origin(kind) is tuple:
-            items = tuple(part for part in re.split(r"[,\s]+", text) if part)
-            if not items:
-                raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
-            for item in items:
-                if item not in metadata.get("choices", items):
-                    raise argparse.ArgumentTypeError(f"{item!r} is none of {', '.join(metadata['choices'])}")
-            return items
         try:
             value = kind(text)
         except ValueError:
@@ -77,20 +80,20 @@ def _checked(kind: Any, metadata: Mapping[str, Any]) -> Any:
             raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
 
-    return convert
+    return convert_list if typing.get_origin(kind) is tuple else convert
 
 
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
-    """Add one dataclass field to an argparse group. What is not given stays out of the namespace."""
-    kind, metadata = _value_type(hint), spec.metadata
-    if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # 1 and 0.0 are to be shown
+    """Add one dataclass field to an argparse group. A flag that is not given stays out of the namespace."""
+    kind, metadata = value_type(hint), spec.metadata
+    if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # not "in (False, ...)", which 0.0 equals
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
     help = help.replace("%", "%%")
     flags = [f"--{name}" for name in names]
     common: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
     if kind is bool:
-        # both exist, so that a later flag can undo a recipe's; help shows the one that changes the default
+        # A flag on the command line can undo that of a recipe; the help shows the one that changes the default.
         opposites = [f"--no_{name}" for name in names]
         on, off = (argparse.SUPPRESS, f"do not {help}") if spec.default is True else (help, argparse.SUPPRESS)
         group.add_argument(*flags, action="store_true", help=on, **common)
@@ -100,11 +103,11 @@ def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", 
     many = typing.get_origin(kind) is tuple
     values = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     common["metavar"] = metadata.get("metavar", values)
-    group.add_argument(*flags, type=_checked(kind, metadata), choices=None if many else choices, help=help, **common)
+    group.add_argument(*flags, type=converter(kind, metadata), choices=None if many else choices, help=help, **common)
 
 
 def add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
-    """A flag for each field of a dataclass, titled by its docstring."""
+    """Add a flag for each field of a dataclass, under its docstring as a title."""
     group = parser.add_argument_group((cls.__doc__ or name).strip().removesuffix("."))
     hints = typing.get_type_hints(cls)
     for spec in fields(cls):
@@ -112,12 +115,12 @@ def add_group(parser: argparse.ArgumentParser, name: str, cls: type) -> None:
 
 
 def task_defaults(task: Task) -> TaskOptions:
-    """What the task table says of a task's options."""
+    """Return the options of a task with the defaults of the task table."""
     return TaskOptions(lr_multiplier=task.lr_multiplier, weight_decay=task.weight_decay, loss=task.losses[0])
 
 
 def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = ()) -> None:
-    """A task's own flags, or `only` some of them."""
+    """Add the flags of a task, or `only` some of them."""
     group = parser.add_argument_group(task.title)
     hints = typing.get_type_hints(TaskOptions)
     defaults = task_defaults(task)
@@ -142,7 +145,7 @@ def build_parser(
     groups: Mapping[str, type] = GROUPS,
     only: Sequence[str] = (),
 ) -> OneLineParser:
-    """A script's parser: a group of flags for each dataclass and for each row of the task table."""
+    """Return a parser with a group of flags for each dataclass and for each row of the task table."""
     parser = OneLineParser(
         prog=prog,
         description=description,
@@ -158,7 +161,7 @@ def build_parser(
 
 
 def groups_of(given: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str, Any]:
-    """An instance of each dataclass from `given`, which maps "group.option" to values."""
+    """Return an instance of each dataclass from `given`, which maps "group.option" to values."""
     return {
         name: cls(**{key.split(".")[1]: value for key, value in given.items() if key.split(".")[0] == name})
         for name, cls in groups.items()
@@ -166,21 +169,21 @@ def groups_of(given: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str,
 
 
 def task_options(given: Mapping[str, Any], task: Task, defaults: TaskOptions | None = None) -> TaskOptions:
-    """A task's options from `given`, which maps "tasks.NAME.option" to values.
+    """Return the options of a task from `given`, which maps "tasks.NAME.option" to values.
 
-    Those that are not given are `defaults`, by default the task table's.
+    Options that are not given come from `defaults`, or else from the task table.
     """
     prefix = f"tasks.{task.name}."
     return replace(
         defaults or task_defaults(task),
-        **{key.removeprefix(prefix): v for key, v in given.items() if key.startswith(prefix)},
+        **{key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)},
     )
 
 
-def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
-    """A Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
+def build_config(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
+    """Return a Config from `given`, which maps "group.option" and "tasks.NAME.option" to values.
 
-    Raises UserError, naming all problems at once.
+    Raises UserError that names all problems at once.
     """
     groups = groups_of(given, GROUPS)
     similarity_loss = ARCHS[groups["model"].arch].similarity_loss
@@ -192,31 +195,34 @@ def assemble(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
         options[task.name] = task_options(given, task, defaults)
     if groups["train"].mlm and "train.fine_tune_mode" not in given:
         groups["train"].fine_tune_mode = "full-model"
-    named = [name for name, chosen in options.items() if chosen.enabled]
-    default = [name for name in options if tasks[name].by_default and f"tasks.{name}.enabled" not in given]
-    chosen = list(options) if "run.evaluate" in given else named or default  # a checkpoint knows its own tasks
-    if not chosen:
-        raise UserError("no task is left to train on; give at least one --train_NAME")
+    chosen = chosen_tasks(given, tasks, options)
     config = Config(tasks={name: replace(options[name], enabled=True) for name in chosen}, **groups)
-    problems = check(config, tasks) + check_evaluate(given)
-    if config.pal.pal_tasks is not None:
-        known = names_of(tasks)
-        config.pal.pal_tasks = tuple(dict.fromkeys(known.get(name, name) for name in config.pal.pal_tasks))
-    try:
-        config.model = config.model.resolved()
-    except UserError as error:
-        problems.insert(0, str(error))
-    if problems:
+    if problems := check(config, tasks) + check_evaluate(given):
         raise UserError("; ".join(problems))
+    if config.pal.pal_tasks is not None:
+        names = task_by_alias(tasks)
+        config.pal.pal_tasks = tuple(dict.fromkeys(names[name] for name in config.pal.pal_tasks))
+    config.model = config.model.resolved()
     return config
 
 
-def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
-    """The configuration that a command line asks for.
+def chosen_tasks(given: Mapping[str, Any], tasks: Mapping[str, Task], options: Mapping[str, TaskOptions]) -> list[str]:
+    """Return the names of the tasks of a run, in the order of the task table. Raises UserError if there is none."""
+    if "run.evaluate" in given:
+        return list(tasks)  # the checkpoint says which of them it knows
+    named = [name for name in tasks if options[name].enabled]
+    default = [name for name, task in tasks.items() if task.by_default and f"tasks.{name}.enabled" not in given]
+    if not named and not default:
+        raise UserError("no task is left to train on; give at least one --train_NAME")
+    return named or default
 
-    Exits with code 2 and one line for a flag or value that does not exist; raises UserError for a bad combination.
+
+def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
+    """Return the configuration that a command line asks for.
+
+    Exits with code 2 and one line for an unknown flag or value. Raises UserError for a bad combination.
     """
     namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
-    config = assemble(vars(namespace), tasks)
+    config = build_config(vars(namespace), tasks)
     check_processes(config)
     return config

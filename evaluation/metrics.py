@@ -1,13 +1,14 @@
 """Scores of predictions."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from tasks import Task
+from utils.console import format_table
 
 Scores = dict[str, Any]
 
@@ -90,3 +91,18 @@ def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
         (1 + value) / 2 if tasks[name].kind == "similarity" else value for name, value in zip(by_task, raw, strict=True)
     ]
     return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}
+
+
+def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Sequence[str] = ()) -> str:
+    """Return a table of scores: a row for each name in `rows`, a column for each task and one for each of `more`.
+
+    Figures over all tasks are left out of a row that lacks a task, since they could not be compared.
+    """
+    figures = {"score": "score", "score_raw_r": "with r itself", **{key: key.replace("_", " ") for key in more}}
+    header = ["", *(task.title for task in tasks.values()), *figures.values()]
+    body = [
+        [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]
+        + [f"{scores[key]:.4f}" if tasks.keys() <= scores.keys() else "-" for key in figures]
+        for name, scores in rows.items()
+    ]
+    return format_table(header, body)

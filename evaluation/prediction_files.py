@@ -9,7 +9,20 @@ from datasets import Examples
 from evaluation.metrics import Scores, decide, overall, score_task
 from tasks import TASKS, Task
 from utils.errors import UserError, first_line
-from utils.files import write_text
+from utils.files import probe_folder, write_text
+
+
+def refuse_training_run(folder: Path) -> None:
+    """Raise UserError if `folder`, given by --run_dir, holds a training run or cannot be written.
+
+    Scores and predictions of trained models would replace those of the run.
+    """
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"--run_dir {folder}: holds a training run, whose scores and predictions would be lost; "
+            "choose another folder"
+        )
+    probe_folder(folder, "--run_dir")
 
 
 def prediction_file(folder: Path, task: str, split: str) -> Path:

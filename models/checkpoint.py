@@ -18,7 +18,8 @@ from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UserError, first_line
-from utils.files import refuse_inflating, shown, write_atomically
+from utils.files import write_atomically
+from utils.untrusted import refuse_inflating, shown
 
 FORMAT = 1
 

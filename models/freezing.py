@@ -1,44 +1,63 @@
-"""Freezing: which layers of a backbone train."""
+"""Freezing: which parameters of a backbone train, by the unfreezing schedule and by the policy of its adapters.
+
+The number `trainable_layers` counts from the output. 0 means that only the heads train. N means the top N layers and the
+pooler. One more than the backbone has layers means everything, since the embeddings count as the lowest layer.
+"""
 
 import math
 import re
 
 from bert import BertModel
+from lora import LoRAConfig, adapter_state, frozen_by_policy
 from utils.errors import UserError
 
 
-def set_trainable(backbone: BertModel, structure: str) -> None:
-    """Apply one freezing command to one backbone; see MultitaskBERT.manage_freezing.
+def scheduled_layers(fine_tune_mode: str, stage: int, depth: int) -> int:
+    """Return `trainable_layers` for one `stage` (from 0; see TrainOptions.stage) of backbones with `depth` layers.
 
-    Raises UserError for an unknown command or for more layers than there are.
-    """
-    depth = len(backbone.bert_layers)
-    match = re.fullmatch(r"freezeall|unfreezeall|unfreezetop(\d+)", structure)
-    if match is None or int(match[1] or 0) > depth:
-        raise UserError(
-            f"unfreezing command {structure!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}"
-        )
-    backbone.requires_grad_(structure == "unfreezeall")
-    if match[1]:
-        backbone.pooler_dense.requires_grad_(True)
-        for layer in backbone.bert_layers[depth - int(match[1]) :]:
-            layer.requires_grad_(True)
-
-
-def layers_left_frozen(structure: str, depth: int) -> int:
-    """How many of the lowest of `depth` layers a freezing command leaves frozen."""
-    if structure == "freezeall":
-        return depth
-    return 0 if structure == "unfreezeall" else depth - int(structure.removeprefix("unfreezetop"))
-
-
-def freezing_command(fine_tune_mode: str, stage: int, depth: int) -> str:
-    """What trains in a `stage` (counted from 0; see TrainOptions.stage) of backbones with `depth` layers.
-
-    iterative (R0, B.2): heads only, then the top quarter, half and three quarters of the layers, then everything.
+    The mode `iterative` trains the heads only, then the top quarter, half and three quarters of the layers, then
+    everything (R0, B.2).
     """
     if fine_tune_mode == "last-layer":
-        return "freezeall"
+        return 0
     if fine_tune_mode == "full-model" or stage >= 4:
-        return "unfreezeall"
-    return "freezeall" if stage == 0 else f"unfreezetop{math.ceil(depth * stage / 4)}"
+        return depth + 1
+    return math.ceil(depth * stage / 4)
+
+
+def parse_command(command: str, depth: int) -> int:
+    """Return `trainable_layers` for R0's command `freezeall`, `unfreezeall` or `unfreezetopN` (R0, appendix B).
+
+    Raises UserError for any other text and for an N above `depth`.
+    """
+    match = re.fullmatch(r"freezeall|unfreezeall|unfreezetop(\d+)", command)
+    if match is None or int(match[1] or 0) > depth:
+        raise UserError(
+            f"unfreezing command {command!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}"
+        )
+    if match[1]:
+        return int(match[1])
+    return 0 if command == "freezeall" else depth + 1
+
+
+def set_trainable(
+    backbone: BertModel, trainable_layers: int, adapters: LoRAConfig | None = None, adapters_always: bool = False
+) -> None:
+    """Set `requires_grad` of every parameter of a backbone: what the schedule AND the adapters' policy let train.
+
+    Adapters train with their layer (R0, iterative unfreezing). With `adapters_always` they train whatever the number of
+    layers (R1, section 4.2: the last-layer mode trains adapters and heads).
+    """
+    depth = len(backbone.bert_layers)
+    backbone.requires_grad_(trainable_layers > depth)
+    if 0 < trainable_layers <= depth:
+        backbone.pooler_dense.requires_grad_(True)
+        backbone.bert_layers[depth - trainable_layers :].requires_grad_(True)
+    if adapters is None:
+        return
+    frozen, adapter_names = frozen_by_policy(backbone, adapters), adapter_state(backbone).keys()
+    for name, parameter in backbone.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+        elif adapters_always and name in adapter_names:
+            parameter.requires_grad_(True)

@@ -11,7 +11,6 @@ from config import BertConfig, ModelOptions, PalOptions, TrainOptions
 from lora import (
     LoRAConfig,
     adapter_state,
-    apply_adapter_policy,
     base_state,
     base_weights_sha256,
     frozen_by_policy,
@@ -19,7 +18,7 @@ from lora import (
     load_adapter_state,
     restore,
 )
-from models.freezing import freezing_command, set_trainable
+from models.freezing import parse_command, scheduled_layers, set_trainable
 from models.heads import CosineHead, PairLayer, build_head, pair_features
 from models.mlm import MaskedWordHead
 from models.pals import TaskAdapter
@@ -210,27 +209,30 @@ class MultitaskBERT(nn.Module):
         }
 
     def manage_freezing(self, structure: str, adapters_always: bool = False) -> None:
-        """Freeze or unfreeze the backbones: `freezeall`, `unfreezeall` or `unfreezetopN` (R0, appendix B).
+        """Freeze or unfreeze the backbones by a command of R0, appendix B: `freezeall`, `unfreezeall`, `unfreezetopN`.
 
-        `unfreezetopN` trains the N layers nearest to the output and the pooler; heads and PALs, which
-        no pre-training has seen, always train. With LoRA adapters, trainable is what this command AND the adapters'
-        policy let train; `adapters_always` trains them whatever the command.
+        Raises UserError for any other text and for an N above the number of layers.
+        """
+        self.set_trainable_layers(parse_command(structure, self.bert_config.num_hidden_layers), adapters_always)
+
+    def set_trainable_layers(self, trainable_layers: int, adapters_always: bool = False) -> None:
+        """Let so many layers of every backbone train; models/freezing.py explains the number and `adapters_always`.
+
+        Heads and PALs always train, since no pre-training has seen them.
         """
         for backbone in self.backbones.values():
             assert isinstance(backbone, BertModel)
-            set_trainable(backbone, structure)
-            if self.lora is not None:
-                apply_adapter_policy(backbone, self.lora, adapters_always)
+            set_trainable(backbone, trainable_layers, self.lora, adapters_always)
 
-    def command_for_epoch(self, options: TrainOptions, epoch: int) -> str:
-        """What `manage_freezing` is told in `epoch`, counted from 0."""
-        return freezing_command(options.fine_tune_mode, options.stage(epoch), self.bert_config.num_hidden_layers)
+    def trainable_layers(self, options: TrainOptions, epoch: int) -> int:
+        """Return how many layers train in `epoch`, counted from 0."""
+        return scheduled_layers(options.fine_tune_mode, options.stage(epoch), self.bert_config.num_hidden_layers)
 
-    def freeze_for_epoch(self, options: TrainOptions, epoch: int) -> str:
-        """Freeze what does not train in `epoch`, counted from 0; returns the command for `manage_freezing`."""
-        command = self.command_for_epoch(options, epoch)
-        self.manage_freezing(command, adapters_always=options.fine_tune_mode == "last-layer")
-        return command
+    def freeze_for_epoch(self, options: TrainOptions, epoch: int) -> int:
+        """Freeze what does not train in `epoch`, counted from 0, and return how many layers train."""
+        layers = self.trainable_layers(options, epoch)
+        self.set_trainable_layers(layers, adapters_always=options.fine_tune_mode == "last-layer")
+        return layers
 
     def trained(self, options: TrainOptions) -> dict[str, nn.Parameter]:
         """The parameters that train at some time of a run, by name; the model is left as the last epoch freezes it.

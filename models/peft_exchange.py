@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from base_bert import reason
 from lora import MODES, PEFT_PLAIN, TARGETS, LoRAConfig, adapter_state
 from utils.errors import UserError
-from utils.files import read_json, shown, write_atomically, write_text
+from utils.files import write_atomically, write_text
+from utils.untrusted import read_json, shown
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

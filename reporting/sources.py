@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cli.checks import flag_of
-from cli.parser import assemble, build_parser
+from cli.parser import build_config, build_parser
 from config import Config, LoraOptions, ModelOptions
 from lora import LoRAConfig
 from models.checkpoint import load
 from studies.results import FIGURES, per_task
 from tasks import TASKS
 from utils.errors import UserError, first_line
-from utils.files import read_json
+from utils.untrusted import read_json
 
 SCRIPT = "multitask_classifier.py"
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # any of them makes a folder a run directory
@@ -228,7 +228,7 @@ def config_of(command: str) -> Config:
             given = build_parser(SCRIPT, "", TASKS).parse_args(shlex.split(command)[2:])
     except SystemExit:
         raise UserError(said.getvalue().strip() or f"{command}: is no command that trains") from None
-    return assemble(vars(given), TASKS)
+    return build_config(vars(given), TASKS)
 
 
 def with_adapters_named(config: Config) -> Config:
@@ -364,12 +364,12 @@ def flags_of(config: Config) -> dict[str, Any]:
 def defaults_of(config: Config) -> dict[str, Any]:
     """`flags_of` a run of the same tasks and arch that asks for nothing else."""
     tasks = {f"tasks.{name}.enabled": True for name in config.tasks}
-    return flags_of(assemble({"model.arch": config.model.arch, **tasks}, TASKS))
+    return flags_of(build_config({"model.arch": config.model.arch, **tasks}, TASKS))
 
 
 def command_of(config: Config) -> str:
     """The shortest command line that asks for `config`, where its files lie aside."""
-    same_tasks = set(assemble({}, TASKS).tasks) == set(config.tasks)
+    same_tasks = set(build_config({}, TASKS).tasks) == set(config.tasks)
     defaults = defaults_of(config)
     words = ["python", SCRIPT, *(f"--train_{name}" for name in config.tasks if not same_tasks)]
     if config.model.arch != ModelOptions().arch:

@@ -8,11 +8,11 @@ from statistics import mean
 
 from config import Config
 from reporting.figures import Lines, batches_figure, costs_figure, pairs_figure, ranks_figure, seeds_figure
-from reporting.labels import differing, has_adapters, method_of, settings, title_of, titles_of
 from reporting.measures import mean_and_spread
 from reporting.page import Piece, Section
 from reporting.sources import Run, Study, Trial
 from reporting.tables import Column, Table, Value
+from reporting.titles import differing, has_adapters, method_of, settings, title_of, titles_of
 from tasks import TASKS
 
 SCORES = tuple(f"{task.name}_{task.metric}" for task in TASKS.values())

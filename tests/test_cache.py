@@ -128,7 +128,7 @@ def test_the_longest_unused_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     arrays = {"x": np.arange(100)}
     cached("kind", "a" * 64, lambda: arrays)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    monkeypatch.setattr(cache, "MOST_BYTES", 2 * size)
+    monkeypatch.setattr(cache, "MAX_BYTES", 2 * size)
     cached("kind", "b" * 64, lambda: arrays)
     for name, age in (("a", 200), ("b", 100)):
         path = folder / f"kind-{name * 32}.npz"

@@ -191,7 +191,7 @@ def test_the_fingerprint_follows_stopwords_and_library(cleaner: Cleaner, monkeyp
 
 def test_the_fingerprint_is_that_of_other_processes(cleaner: Cleaner, data: Path) -> None:
     """Where sets have another order; else nothing that was cleaned would be found again."""
-    code = "import cleaning; print(cleaning.Cleaner().fingerprint)"
+    code = "from text import cleaning; print(cleaning.Cleaner().fingerprint)"
     done = python(code, NLTK_DATA=str(data), PYTHONHASHSEED="1")
     assert done.stdout == f"{cleaner.fingerprint}\n", done.stderr
 
@@ -306,7 +306,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def clean_elsewhere(home: Path, nltk_data: str = "") -> subprocess.CompletedProcess[str]:
     """Clean a sentence with another home and without a network."""
-    code = "import config, cleaning; config.run_script(lambda words: print(cleaning.Cleaner().clean(words[0])))"
+    code = "from text import cleaning; from utils.console import run_script; run_script(lambda words: print(cleaning.Cleaner().clean(words[0])))"
     environment = {"HOME": str(home), "NLTK_DATA": nltk_data, "https_proxy": DEAD, "http_proxy": DEAD}
     return python(code, "The wolves", **environment)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ranks import launch
 from torch import nn
 
-from cli.parser import assemble, parse
+from cli.parser import build_config, parse
 from evaluation.predict import predict
 from models.checkpoint import load
 from models.heads import BatchNorm
@@ -332,7 +332,7 @@ def test_one_process_has_no_collectives(tiny_flags: list[str], tmp_path: Path, m
     """Nothing of torch.distributed is called, and nothing hangs on the parameters."""
     for name in ("all_reduce", "broadcast", "barrier", "init_process_group", "TCPStore"):
         monkeypatch.setattr(dist, name, lambda *a, **k: pytest.fail("a collective"))
-    with distributed.joined(assemble({}, TASKS).compute) as world:
+    with distributed.joined(build_config({}, TASKS).compute) as world:
         assert world is ONE
         trainer = ranks.make_trainer(world, tiny_flags, tmp_path / "run", "--routine", "joint", "--pcgrad")
         trainer.fit()

@@ -14,7 +14,7 @@ from torch import Tensor
 from bert import BertModel
 from config import BertConfig
 from lora import LoRAConfig, inject
-from models.freezing import freezing_command, layers_left_frozen, set_trainable
+from models.freezing import scheduled_layers, set_trainable
 from text.packing import EncodedBatch, PackedBatch, pack_padded
 from training import feature_cache as frozen
 from training.feature_cache import FrozenData
@@ -62,10 +62,10 @@ def test_frozen_layers_save_nothing_for_a_gradient(pooling: str, adapters: LoRAC
     backbone, batch = BertModel(SMALL).train(), small_batch()
     if adapters is not None:
         inject(backbone, adapters)
-    set_trainable(backbone, "freezeall")
+    set_trainable(backbone, 0)
     assert saved_shapes(backbone, batch, pooling) == []
     for trained in (1, 2, 4):
-        set_trainable(backbone, f"unfreezetop{trained}")
+        set_trainable(backbone, trained)
         hidden = torch.randn(batch.num_tokens, SMALL.hidden_size)
         wanted = saved_shapes(backbone, EncodedBatch(hidden, 4 - trained, batch), pooling)
         assert saved_shapes(backbone, batch, pooling) == wanted and len(wanted) > 10 * trained
@@ -77,18 +77,18 @@ def test_frozen_layers_save_nothing_for_a_gradient(pooling: str, adapters: LoRAC
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 24])
 @pytest.mark.parametrize("mode", ["last-layer", "iterative", "full-model"])
 def test_the_number_of_frozen_layers(depth: int, mode: str) -> None:
-    """What a command says is what the parameters say; all layers count as frozen only together with the pooler."""
+    """What the schedule says is what the parameters say; all layers count as frozen only together with the pooler."""
     config = BertConfig(
         vocab_size=9, hidden_size=2, num_hidden_layers=depth, num_attention_heads=1, intermediate_size=4
     )
     backbone = BertModel(config)
     for epoch in range(6):
-        command = freezing_command(mode, epoch, depth)
-        set_trainable(backbone, command)
+        layers = scheduled_layers(mode, epoch, depth)
+        set_trainable(backbone, layers)
         trains = [any(p.requires_grad for p in layer.parameters()) for layer in backbone.bert_layers]
-        assert backbone.frozen_layers() == layers_left_frozen(command, depth) == trains.count(False)
+        assert backbone.frozen_layers() == max(0, depth - layers) == trains.count(False)
         assert trains == sorted(trains)
-    set_trainable(backbone, "freezeall")
+    set_trainable(backbone, 0)
     backbone.pooler_dense.bias.requires_grad_(True)
     assert backbone.frozen_layers() == depth - 1
     backbone.pos_embedding.weight.requires_grad_(True)

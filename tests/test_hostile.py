@@ -31,10 +31,10 @@ from models.multitask_bert import MultitaskBERT
 from models.peft_exchange import import_peft
 from tasks import TASKS
 from text.token_cache import cached
-from text.tokenizer import MOST_BYTES, Tokenizer, load_tokenizer
+from text.tokenizer import MAX_BYTES, Tokenizer, load_tokenizer
 from training.trainer import Trainer
 from utils.errors import UserError
-from utils.files import MOST_JSON, read_json
+from utils.untrusted import MAX_JSON, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -314,7 +314,7 @@ def hostile_json() -> dict[str, bytes]:
         "a thousand wide layers": b'{"num_hidden_layers": 1000, "hidden_size": 98304, "intermediate_size": 16777216}',
         "half a layer": b'{"num_hidden_layers": 1.5}',
         "a padding beyond the vocabulary": b'{"vocab_size": 5, "pad_token_id": 5}',
-        "more than is read": b" " * (MOST_JSON + 1),
+        "more than is read": b" " * (MAX_JSON + 1),
         "UTF-16": '{"hidden_size": 32}'.encode("utf-16"),
         "not UTF-8": b'{"\xff": 1}',
     }
@@ -403,7 +403,7 @@ def oversized(folder: Path, checkpoint: Path, bert: Path) -> Iterator[tuple[str,
     for name in ("vocab.txt", "tokenizer.json"):
         sparse(copy / name, 10 << 30)
         yield f"{name} of 10 GB", copy / name, build
-        sparse(copy / name, MOST_BYTES + 1)
+        sparse(copy / name, MAX_BYTES + 1)
         yield f"{name} of more than is read", copy / name, build
     made = {"version": "1.0", "added_tokens": [], "model": {"type": "WordPiece", "unk_token": "[UNK]",
             "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}  # fmt: skip
@@ -543,11 +543,11 @@ def test_claims_without_end_are_refused_in_bounded_memory(trained: Trainer, tiny
 
 def test_json_is_read_up_to_a_size_and_a_depth(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    for content, words in ((b" " * (MOST_JSON + 1), "larger than 4 MiB"), (b"[" * 100_000, "nested too deeply")):
+    for content, words in ((b" " * (MAX_JSON + 1), "larger than 4 MiB"), (b"[" * 100_000, "nested too deeply")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
             read_json(path)
-    path.write_bytes(b'\xef\xbb\xbf{"a": [1, "\xc3\xa9"]}'.ljust(MOST_JSON))
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, "\xc3\xa9"]}'.ljust(MAX_JSON))
     assert read_json(path) == {"a": [1, "é"]}
 
 

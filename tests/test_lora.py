@@ -19,6 +19,7 @@ from config import BertConfig, check_values
 from kernels import linear as products
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
 from models.freezing import set_trainable
+from models.peft_exchange import export_peft, import_peft
 from utils.errors import UserError
 
 IN, OUT, ROWS = 12, 9, 17
@@ -160,7 +161,7 @@ def test_a_bert_equals_pefts_after_export(name: str, dtype: torch.dtype, tmp_pat
     config = LoRAConfig("all-lin", rank=3, **KINDS[name])
     lora.inject(model, config)
     randomise_adapters(model, size=0.1)
-    lora.export_peft(model, config, tmp_path / "adapter", "base")
+    export_peft(model, config, tmp_path / "adapter", "base")
     base = transformers_bert(tmp_path / "base", dtype)
     theirs: Any = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
     embedding = base.embeddings.word_embeddings.weight.requires_grad_(True)
@@ -196,7 +197,7 @@ def test_pefts_adapter_is_imported(name: str, targets: list[str], tmp_path: Path
     theirs = peft.get_peft_model(transformers_bert(tmp_path / "base", torch.float32), wanted).eval()
     theirs.save_pretrained(str(tmp_path / "adapter"))
 
-    config, tensors = lora.import_peft(tmp_path / "adapter")
+    config, tensors = import_peft(tmp_path / "adapter")
     linears = ("query", "value") if targets[0] == "query" else ("attention_dense", "interm_dense")
     assert config.linears == linears and config.freezes_rest
     assert (config.rank, config.alpha, config.dropout) == (3, 5, 0.25)
@@ -223,7 +224,7 @@ def test_of_pefts_classifier_only_the_adapters_are_imported(kind: peft.TaskType,
     theirs.save_pretrained(str(tmp_path / "adapter"))
     assert any("classifier" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
-    config, tensors = lora.import_peft(tmp_path / "adapter")
+    config, tensors = import_peft(tmp_path / "adapter")
     assert len(tensors) == 2 * 2 * 2
     lora.inject(model, config)
     lora.load_adapter_state(model, tensors)
@@ -238,8 +239,8 @@ def test_export_and_import_are_inverse(mode: str, tmp_path: Path) -> None:
     model, config = small_bert(), LoRAConfig(mode, rank=2, alpha=7.0, dora=True)
     lora.inject(model, config)
     randomise_adapters(model)
-    lora.export_peft(model, config, tmp_path, "base")
-    back, tensors = lora.import_peft(tmp_path)
+    export_peft(model, config, tmp_path, "base")
+    back, tensors = import_peft(tmp_path)
     assert back.linears == config.linears and back.scaling == config.scaling and back.dora
     assert back.mode == mode.removesuffix("-only") + "-only"
     expected = lora.adapter_state(model)
@@ -249,13 +250,13 @@ def test_export_and_import_are_inverse(mode: str, tmp_path: Path) -> None:
 
 def test_peft_has_no_column_norm(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dora_norm column; export the merged backbone"):
-        lora.export_peft(small_bert(), LoRAConfig(**COLUMN), tmp_path, "base")
+        export_peft(small_bert(), LoRAConfig(**COLUMN), tmp_path, "base")
 
 
 def peft_folder(folder: Path, **changes: Any) -> Path:
     model, config = small_bert(), LoRAConfig()
     lora.inject(model, config)
-    lora.export_peft(model, config, folder, "base")
+    export_peft(model, config, folder, "base")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
@@ -274,7 +275,7 @@ def peft_folder(folder: Path, **changes: Any) -> Path:
 )
 def test_unsupported_adapters_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{next(iter(changes))} is .* not supported"):
-        lora.import_peft(peft_folder(tmp_path, **changes))
+        import_peft(peft_folder(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_adapters_beyond_the_bounds_of_the_flags_are_refused(
 ) -> None:
     """A checkpoint keeps them as flags, and could not be loaded."""
     with pytest.raises(UserError, match=rf"adapter_config\.json: .*{message}") as caught:
-        lora.import_peft(peft_folder(tmp_path, **changes))
+        import_peft(peft_folder(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -302,11 +303,11 @@ def test_adapters_at_the_bounds_of_the_flags_are_saved_as_flags() -> None:
 
 def test_unreadable_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: cannot be read .* name a folder with adapter_config\.json"):
-        lora.import_peft(tmp_path / "nowhere")
+        import_peft(tmp_path / "nowhere")
     path = peft_folder(tmp_path) / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.pooler.dense.lora_A.weight": torch.ones(1, 24)}, path)
     with pytest.raises(UserError, match=r"pooler\.dense\.lora_A\.weight is no adapter of query,"):
-        lora.import_peft(tmp_path)
+        import_peft(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -581,13 +582,12 @@ def test_the_hash_names_the_base_whatever_the_adapters() -> None:
     assert lora.base_weights_sha256(model) != digest
 
 
-def trained_names(mode: str, command: str, adapters_always: bool) -> tuple[set[str], set[str]]:
+def trained_names(mode: str, layers: int, adapters_always: bool) -> tuple[set[str], set[str]]:
     """Names of the parameters whose values three steps of SGD change, and of those that ask for a gradient."""
     model, config = small_bert(), LoRAConfig(mode, rank=2, dora=True)
     lora.inject(model, config)
     randomise_adapters(model)
-    set_trainable(model, command)
-    lora.apply_adapter_policy(model, config, adapters_always)
+    set_trainable(model, layers, config, adapters_always)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     ids, mask = tokens()
@@ -605,26 +605,26 @@ def is_adapter(name: str) -> bool:
     return name.endswith(("lora_A", "lora_B", "magnitude"))
 
 
-@pytest.mark.parametrize("command", ["freezeall", "unfreezetop1", "unfreezeall"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("mode", lora.MODES)
-def test_trainable_is_schedule_and_policy(mode: str, command: str) -> None:
+def test_trainable_is_schedule_and_policy(mode: str, layers: int) -> None:
     model = small_bert()
     lora.inject(model, LoRAConfig(mode, dora=True))
     wrapped = {f"{name}.{own}" for name, _ in lora.adapted_layers(model) for own in ("weight", "bias")}
     reached = {
-        "freezeall": lambda name: False,
-        "unfreezetop1": lambda name: name.startswith(("bert_layers.1", "pooler")),
-        "unfreezeall": lambda name: True,
-    }[command]
+        0: lambda name: False,
+        1: lambda name: name.startswith(("bert_layers.1", "pooler")),
+        3: lambda name: True,
+    }[layers]
     kept: Callable[[str], bool] = is_adapter if mode.endswith("-only") else lambda name: name not in wrapped
     names = {name for name, _ in model.named_parameters()}
 
-    changed, asking = trained_names(mode, command, adapters_always=False)
+    changed, asking = trained_names(mode, layers, adapters_always=False)
     assert asking == {name for name in names if reached(name) and kept(name)}
     # A key's bias moves no softmax, so its gradient is rounding; it may or may not change.
     assert {name for name in asking ^ changed if "key.bias" not in name} == set()
 
-    changed, asking = trained_names(mode, command, adapters_always=True)
+    changed, asking = trained_names(mode, layers, adapters_always=True)
     assert asking == {name for name in names if is_adapter(name) or (reached(name) and kept(name))}
     assert changed == asking
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import cut, make_bert
 from test_training import changed, copied, make_trainer, metrics, write_films
+from training.pretraining import Pretrainer
 
-from cli.parser import assemble, build_parser, expand_arguments
+from cli.parser import build_config, build_parser, expand_arguments
 from config import ARCHS, GROUPS, Config, TaskOptions
 from models.checkpoint import load_model, model_checkpoint, save
 from tasks import TASKS
-from training.pretraining import Pretrainer
 from training.task_sampling import Step
 from training.trainer import Trainer
 from utils.device import Device
@@ -238,7 +238,7 @@ def refusal(parser: ArgumentParser, methods: Sequence[Method]) -> str | None:
     """The line of the UserError that these flags end in, if they do."""
     words = expand_arguments(words_of(dict(methods)))
     try:
-        assemble(vars(parser.parse_args(words)), TASKS)
+        build_config(vars(parser.parse_args(words)), TASKS)
     except UserError as error:
         return str(error)
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bert import Linear
 from config import ARCHS, BertConfig, ModelOptions
 from kernels.dropout import Dropout
-from models.freezing import freezing_command, set_trainable
+from models.freezing import scheduled_layers
 from models.heads import BatchNorm, Convolution, CosineHead, PairLayer, build_head, pair_features
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST, STS, Task
@@ -662,29 +662,6 @@ def test_any_arch_takes_any_override_and_runs(arch: str, override: dict[str, Any
         assert model.train()(task, make_batch(model, task)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "given, flags",
-    [
-        ({"pair_encoding": "cross", "pair_features": ("u", "v")}, ("--pair_encoding cross", "--pair_features")),
-        ({"arch": "v2", "pair_features": ("u", "v")}, ("--pair_encoding cross", "--pair_features")),
-        ({"pair_encoding": "cross", "sts_head": "cosine"}, ("--pair_encoding cross", "--sts_head cosine")),
-        ({"arch": "v2", "sts_head": "cosine"}, ("--pair_encoding cross", "--sts_head cosine")),
-        ({"arch": "v2", "pair_encoding": "siamese"}, ("--pair_encoding siamese", "--pair_features")),
-        ({"sts_projection": True}, ("--sts_projection", "--sts_head cosine")),
-        ({"arch": "v2", "sts_projection": True}, ("--sts_projection", "--pair_encoding cross")),
-        ({"clf": "linear", "head_layers": 2}, ("--head_layers", "--clf")),
-        ({"clf": "mlp", "head_batchnorm": True}, ("--head_batchnorm", "--clf")),
-        ({"pair_layer": "plain", "shared_batchnorm_stats": True}, ("--shared_batchnorm_stats", "--pair_layer")),
-    ],
-    ids=str,
-)
-def test_contradictory_overrides_name_both_flags(given: dict[str, Any], flags: tuple[str, str]) -> None:
-    with pytest.raises(UserError) as caught:
-        ModelOptions(**given).resolved()
-    assert all(flag in str(caught.value) for flag in flags)
-    assert "\n" not in str(caught.value)
-
-
 # ------------------------------------------------------------------------------------------------------- freezing
 
 
@@ -708,7 +685,7 @@ LAYERS = [str(n) for n in range(12)]
     [
         ("freezeall", set()),
         ("unfreezeall", {"embeddings", *LAYERS, "pooler"}),
-        ("unfreezetop0", {"pooler"}),
+        ("unfreezetop0", set()),
         ("unfreezetop1", {"11", "pooler"}),
         ("unfreezetop3", {"9", "10", "11", "pooler"}),
         ("unfreezetop12", {*LAYERS, "pooler"}),
@@ -757,23 +734,15 @@ def test_unknown_freezing_commands_raise_and_change_nothing(structure: str) -> N
     model = MultitaskBERT(options(arch="r1-baseline"), DEEP, {"sst": SST})
     model.manage_freezing("unfreezetop2")
     with pytest.raises(UserError, match="12") as caught:
-        set_trainable(model.backbone("sst"), structure)
+        model.manage_freezing(structure)
     assert repr(structure) in str(caught.value)
     assert trainable(model, "shared") == {"10", "11", "pooler"}
 
 
 @pytest.mark.parametrize(
-    "depth, wanted",
-    [
-        (12, ["freezeall", "unfreezetop3", "unfreezetop6", "unfreezetop9", "unfreezeall", "unfreezeall"]),
-        (6, ["freezeall", "unfreezetop2", "unfreezetop3", "unfreezetop5", "unfreezeall", "unfreezeall"]),
-        (4, ["freezeall", "unfreezetop1", "unfreezetop2", "unfreezetop3", "unfreezeall", "unfreezeall"]),
-    ],
+    "depth, wanted", [(12, [0, 3, 6, 9, 13, 13]), (6, [0, 2, 3, 5, 7, 7]), (4, [0, 1, 2, 3, 5, 5])]
 )
-def test_iterative_schedule(depth: int, wanted: list[str]) -> None:
-    assert [freezing_command("iterative", epoch, depth) for epoch in range(6)] == wanted
-
-
-def test_other_fine_tune_modes_never_change() -> None:
-    assert {freezing_command("last-layer", epoch, 12) for epoch in range(8)} == {"freezeall"}
-    assert {freezing_command("full-model", epoch, 12) for epoch in range(8)} == {"unfreezeall"}
+def test_the_schedule_of_each_fine_tune_mode(depth: int, wanted: list[int]) -> None:
+    assert [scheduled_layers("iterative", stage, depth) for stage in range(6)] == wanted
+    assert {scheduled_layers("last-layer", stage, depth) for stage in range(8)} == {0}
+    assert {scheduled_layers("full-model", stage, depth) for stage in range(8)} == {depth + 1}

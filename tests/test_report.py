@@ -19,9 +19,9 @@ from test_config import configure
 import report
 from config import Config
 from reporting.figures import METHODS, seeds_figure, tick_labels
-from reporting.labels import settings, titles_of
 from reporting.page import Piece, png
 from reporting.sources import Study, command_of, config_of, flags_of, read_study
+from reporting.titles import settings, titles_of
 from reporting.trials import (
     SCORE,
     amp_piece,

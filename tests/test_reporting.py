@@ -41,7 +41,8 @@ from reporting.measures import (
     paired_bootstrap,
     rates,
 )
-from reporting.outcomes import (
+from reporting.page import Piece, Report, Section, write
+from reporting.runs import (
     CURVES,
     DevSets,
     Outcome,
@@ -55,7 +56,6 @@ from reporting.outcomes import (
     scatter_piece,
     scores_piece,
 )
-from reporting.page import Piece, Report, Section, write
 from reporting.sources import Run, collect, read_run, short_names, trial_of_run
 from reporting.tables import Column, Table
 from studies.results import figures as row_of

@@ -24,7 +24,7 @@ from config import Config
 from datasets import load_splits, tokenise
 from evaluation.predict import predict
 from models.checkpoint import copy, load, load_model, load_weights_into, model_checkpoint, save
-from models.freezing import freezing_command
+from models.freezing import scheduled_layers
 from models.heads import BatchNorm
 from models.multitask_bert import MultitaskBERT
 from optimizer import Schedule
@@ -1118,7 +1118,7 @@ def test_unfreezing_goes_with_the_cycles_of_the_learning_rate(
     counts = [line["trainable_parameters"] for line in metrics(tmp_path / "run")]
     by_stage = {}
     for stage in range(6):
-        trainer.model.manage_freezing(freezing_command("iterative", stage, 2))
+        trainer.model.set_trainable_layers(scheduled_layers("iterative", stage, 2))
         by_stage[stage] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert counts == [by_stage[stage] for stage in stages] and by_stage[0] < by_stage[1] < by_stage[3] < by_stage[4]
 

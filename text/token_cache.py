@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError, first_line
-from utils.files import cache_folder, refuse_inflating, write_atomically
+from utils.files import cache_folder, write_atomically
+from utils.untrusted import refuse_inflating
 
 logger = logging.getLogger("minbert")
 
 Arrays = dict[str, np.ndarray]
 
-MOST_BYTES = 2 << 30  # in the folder; beyond that, what was longest unused goes
+MAX_BYTES = 2 << 30  # in the folder; beyond that, what was longest unused goes
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("text/token_cache.py", "datasets.py", "text/cleaning.py", "text/tokenizer.py")  # what makes the arrays
 
@@ -83,10 +84,10 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Delete what was longest unused until MOST_BYTES are left; another process may be doing the same."""
+    """Delete what was longest unused until MAX_BYTES are left; another process may be doing the same."""
     with suppress(OSError):
         total = 0
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
             total += path.stat().st_size
-            if total > MOST_BYTES:
+            if total > MAX_BYTES:
                 path.unlink()

@@ -14,11 +14,11 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from utils.errors import UserError
-from utils.files import read_json
+from utils.untrusted import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora's 283,000 pairs would take gigabytes
-MOST_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million
-MOST_GAPS = 10_000  # ids without a word
+MAX_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million
+MAX_GAPS = 10_000  # ids without a word
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # What may happen to a text before its words are looked up: none of it takes for ever, or makes the text endless.
 STEPS = {
@@ -52,7 +52,7 @@ class Tokenizer:
             raise UserError(f"{source}: the vocabulary has no {', '.join(lacking)}; use the vocabulary of a BERT")
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())  # ids may have gaps
-        if self.vocab_size > len(vocabulary) + MOST_GAPS:  # the library takes memory for each of them
+        if self.vocab_size > len(vocabulary) + MAX_GAPS:  # the library takes memory for each of them
             raise UserError(f"{source}: an id is {self.vocab_size - 1}, of {len(vocabulary)} words; use that of a BERT")
         # A stored tokenizer may pad and truncate to a length of its own (all-MiniLM-L6-v2: both, to 128).
         backend.no_padding()
@@ -201,8 +201,8 @@ def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     path = next((folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder}: has no vocabulary; the folder needs tokenizer.json or vocab.txt")
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MiB, as no vocabulary of a BERT is; fetch it again")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, as no vocabulary of a BERT is; fetch it again")
     try:
         full = path.name == "tokenizer.json"
         backend = tokenizers.Tokenizer.from_file(str(path)) if full else _from_vocabulary(folder)

@@ -27,9 +27,7 @@ def averaged_tensors(model: MultitaskBERT, options: TrainOptions) -> dict[str, T
     used. The model is left frozen as in the last epoch.
     """
     saved = model.state_dict()
-    buffers = {
-        name: buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()
-    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()}
     return {**model.trained(options), **buffers}
 
 

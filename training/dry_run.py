@@ -11,8 +11,9 @@ from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS
 from training.averaging import averaged_tensors
 from training.feature_cache import FrozenCache
-from training.logger import describe_freezing, format_table, parameter_table
+from training.logger import describe_freezing, parameter_table
 from training.task_sampling import ROUTINES, Plan, Step, passes
+from utils.console import format_table
 from utils.device import Device, process_peak
 
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
@@ -104,12 +105,12 @@ def tasks_table(
 def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
     """What trains from which epoch on, in words."""
     told: list[str] = []
-    before = ""
+    before = None
     for epoch in range(options.epochs):
-        command = model.command_for_epoch(options, epoch)
-        if command != before:
-            told.append(f"from epoch {epoch + 1} {describe_freezing(model, command, options.fine_tune_mode)}")
-        before = command
+        layers = model.trainable_layers(options, epoch)
+        if layers != before:
+            told.append(f"from epoch {epoch + 1} {describe_freezing(model, layers, options.fine_tune_mode)}")
+        before = layers
     return "; ".join(told)
 
 

@@ -17,7 +17,6 @@ from config import Config
 from datasets import TaskData
 from evaluation.predict import halving
 from lora import merged
-from models.freezing import layers_left_frozen
 from models.multitask_bert import MultitaskBERT
 from text.packing import Batch, EncodedBatch, PackedBatch, ragged_rows
 from training import signals
@@ -173,8 +172,8 @@ class FrozenCache:
         )
         self.all = [*self.train.values(), *self.dev.values()]
         self.say = say
-        commands = {model.command_for_epoch(config.train, epoch) for epoch in range(config.train.epochs)}
-        self.stages = {layers_left_frozen(command, model.bert_config.num_hidden_layers) for command in commands}
+        depth, epochs = model.bert_config.num_hidden_layers, range(config.train.epochs)
+        self.stages = {max(0, depth - model.trainable_layers(config.train, epoch)) for epoch in epochs}
         self.budget = int(SHARE * free_memory())
 
     def begin_epoch(self, steps: Sequence[Step]) -> None:

@@ -111,9 +111,7 @@ class Loader:
             inputs = with_tail(inputs)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             rows = None if rows is None else to_device(rows, self.device)
-            return LoadedBatch(
-                batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows
-            )
+            return LoadedBatch(batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows)
 
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""

@@ -31,31 +31,18 @@ from training.meters import (
 from training.profiling import Profiler
 from training.run_directory import RunDirectory
 from training.task_sampling import Step
-from utils.console import progress
+from utils.console import format_table, progress
 from utils.device import Device
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 
 # Of a task in a run, about: one takes a tenth of a second, as long as an epoch of a small or frozen model does, and
 # TensorBoard itself shows ten.
 MOST_FIGURES = 20
 LOG_EVERY = 10  # batches of a task between two points of its curves
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: first column left, the others right aligned."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> str:
@@ -83,33 +70,18 @@ def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> s
     return f"\n{title}\n{table}\n{footer}"
 
 
-def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Sequence[str] = ()) -> str:
-    """A table of scores, a row for each name in `rows` and a column for each task, and for `more` of their figures.
-
-    Figures over all tasks are left out of a row that lacks one: they could not be compared.
-    """
-    figures = {"score": "score", "score_raw_r": "with r itself", **{key: key.replace("_", " ") for key in more}}
-    header = ["", *(task.title for task in tasks.values()), *figures.values()]
-    body = [
-        [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]
-        + [f"{scores[key]:.4f}" if tasks.keys() <= scores.keys() else "-" for key in figures]
-        for name, scores in rows.items()
-    ]
-    return format_table(header, body)
-
-
-def describe_freezing(model: MultitaskBERT, command: str, fine_tune_mode: str) -> str:
-    """What a freezing command lets train, in words."""
+def describe_freezing(model: MultitaskBERT, trainable_layers: int, fine_tune_mode: str) -> str:
+    """Say in words what trains when so many layers do (see models/freezing.py)."""
     heads = "the heads of masked words" if model.mlm else "the heads and PALs" if model.pals else "the heads"
-    count = int(command.removeprefix("unfreezetop")) if command.startswith("unfreezetop") else 0
-    top = f"top {count} layer{'s' * (count > 1)}"
+    top = f"top {trainable_layers} layer{'s' * (trainable_layers > 1)}"
+    partly = trainable_layers <= model.bert_config.num_hidden_layers
     adapters = model.lora is not None
-    if command == "freezeall":
+    if trainable_layers == 0:
         return f"{heads} and all adapters train" if adapters and fine_tune_mode == "last-layer" else f"{heads} train"
     if model.lora is not None and model.lora.freezes_rest:
-        return f"{heads} and {f'the adapters of the {top}' if count else 'all adapters'} train"
+        return f"{heads} and {f'the adapters of the {top}' if partly else 'all adapters'} train"
     everything = f"the backbones and {heads} train" if model.mlm else "everything trains"
-    what = f"{heads}, the pooler and the {top} train" if count else everything
+    what = f"{heads}, the pooler and the {top} train" if partly else everything
     return f"{what}, of layers with adapters only those" if adapters else what
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from training.logger import format_table
+from utils.console import format_table
 from utils.device import Device
 
 WAIT, WARMUP, ACTIVE = 1, 2, 5  # steps that pass, that run with the profiler on, and that are recorded

@@ -16,7 +16,8 @@ from cli.checks import flag_of
 from config import Config
 from evaluation.prediction_files import remove_predictions
 from utils.errors import UserError, first_line
-from utils.files import cause, lock, probe_folder, read_json, write_text
+from utils.files import cause, lock, probe_folder, write_json
+from utils.untrusted import read_json
 
 BAD_BATCH = "bad_batch.json"  # the examples at which numbers went wrong
 OWN_FILES = (
@@ -50,15 +51,6 @@ class RunDirectory:
             number += 1
             name = f"{stem}-{number}"
         return name
-
-    def spare_training(self) -> None:
-        """See that scores of trained models can be written here. Raises UserError where a training run has its own."""
-        if (self.path / "config.json").exists():
-            raise UserError(
-                f"--run_dir {self.path}: holds a training run, whose scores and predictions would be lost; "
-                "choose another folder"
-            )
-        probe_folder(self.path, "--run_dir")
 
     def states(self) -> list[Path]:
         """The files that --resume can go on from, the newest first."""
@@ -155,7 +147,7 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a json file of the run atomically."""
-        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_json(self.path / name, content)
 
     def append_json(self, name: str, content: Any) -> None:
         """Append one line to a jsonl file of the run. Raises UserError where it cannot be written."""

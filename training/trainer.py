@@ -77,7 +77,7 @@ class Trainer:
     data_parallel: DataParallelLoss | None = None
     cuda_graphs: CudaGraphRunner | None = None
     progress: Progress = field(default_factory=Progress)
-    trainable: str = ""  # what of the model trains, as the last epoch has frozen it
+    trainable_layers: int | None = None  # as the last epoch has frozen the model (see models/freezing.py)
     started: float = 0.0  # when the epoch began, by time.perf_counter, less what former processes spent on it
     say: Callable[[str], None] = say
 
@@ -265,9 +265,9 @@ class Trainer:
 
     def freeze(self, epoch: int) -> None:
         """Freeze what does not train in `epoch`, counted from 0, and tell of a change."""
-        trainable = self.model.freeze_for_epoch(self.config.train, epoch)
-        if trainable != self.trainable:
-            self.trainable = trainable
+        trainable_layers = self.model.freeze_for_epoch(self.config.train, epoch)
+        if trainable_layers != self.trainable_layers:
+            self.trainable_layers = trainable_layers
             self.say(f"\nFrom epoch {epoch + 1}:\n{parameter_table(self.model)}")
             if self.data_parallel is not None:
                 self.data_parallel.rebuild()
@@ -385,7 +385,7 @@ class Trainer:
 
     def begin_record(self) -> EpochRecord:
         """Return the record of the epoch's training."""
-        trains = describe_freezing(self.model, self.trainable, self.config.train.fine_tune_mode)
+        trains = describe_freezing(self.model, self.trainable_layers or 0, self.config.train.fine_tune_mode)
         figures = self.logger.epoch_figures()
         record = EpochRecord(self.progress.epoch, trains, self.progress.batches, figures)
         record.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

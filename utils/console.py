@@ -22,7 +22,7 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
     return processes() == 1 or os.environ["RANK"] == "0"
 
@@ -30,7 +30,7 @@ def speaks() -> bool:
 @contextmanager
 def said_once() -> Iterator[None]:
     """Inside, what is wrong is wrong in all processes, and only the first one says so."""
-    if speaks():
+    if is_main_process():
         yield
         return
     try:
@@ -43,7 +43,7 @@ def said_once() -> Iterator[None]:
 
 def say(line: str) -> None:
     """Print a line at once, even into a file."""
-    if speaks():
+    if is_main_process():
         print(line, flush=True)
 
 
@@ -79,7 +79,7 @@ def drop_output() -> None:
 def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("minbert").setLevel(logging.INFO if speaks() else logging.WARNING)
+    logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
         try:
             main(sys.argv[1:] if argv is None else list(argv))
@@ -122,6 +122,19 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
         leave=leave,
         initial=done,
         total=done + len(items),
-        disable=(not leave and not sys.stderr.isatty()) or not speaks(),
+        disable=(not leave and not sys.stderr.isatty()) or not is_main_process(),
         **bar_style(),
     )
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a plain text table: the first column is left aligned, the others right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -1,4 +1,4 @@
-"""Files that are always whole, and the folder for what can be made again."""
+"""Write files that are always whole, lock them, and find the cache folder."""
 
 import errno
 import fcntl
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -89,47 +88,13 @@ def cause(error: Exception, folder: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. Raises UserError as `write_atomically` does."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of others, which may have been made to do harm
-
-MOST_JSON = 4 << 20  # bytes; parsed, they can take some thirty times as much memory
-
-
-def shown(name: str) -> str:
-    """A name out of such a file as a message may print it: one that moves a terminal's cursor is spelled out."""
-    return name if name.isprintable() else repr(name)
-
-
-def read_json(path: Path) -> Any:
-    """What a json file holds.
-
-    Raises OSError where it cannot be read, and ValueError where it is no JSON, too large or nested too deeply.
-    """
-    with path.open("rb") as file:
-        content = file.read(MOST_JSON + 1)
-    if len(content) > MOST_JSON:
-        raise ValueError(f"larger than {MOST_JSON >> 20} MiB")
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def refuse_inflating(path: Path) -> None:
-    """Raise ValueError where a zip archive, as torch and numpy write them, claims to hold more bytes than it has.
-
-    Neither of them compresses, so that such a file can only be meant to fill the memory of its reader.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(member.file_size for member in archive.infolist())
-    if claimed > path.stat().st_size:
-        raise ValueError(f"its members claim {claimed:,} bytes, more than the file has")
+def write_json(path: Path, content: Any) -> None:
+    """Write a json file atomically. Raises UserError as `write_atomically` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def probe_folder(folder: Path, flag: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from config import GROUPS, Config, ModelOptions, TaskOptions
 from reporting.sources import defaults_of, flags_of
 from tasks import TASKS
-from utils.errors import UserError
 
 PER_TASK: dict[str, Field[Any]] = {
     spec.metadata["template"].format(task=task): spec for task in TASKS for spec in fields(TaskOptions)
@@ -116,10 +115,7 @@ def follows(model: ModelOptions, name: str) -> bool:
     if getattr(ModelOptions, name, 0) is not None:  # of another group, or one with a default of its own
         return False
     left_out: dict[str, Any] = {name: None}
-    try:
-        return replace(model, **left_out).resolved() == model
-    except UserError:
-        return False
+    return replace(model, **left_out).resolved() == model
 
 
 def telling(names: Sequence[str], all_flags: Sequence[Flags]) -> list[str]:

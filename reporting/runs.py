@@ -11,11 +11,11 @@ from datasets import BadRows, Examples, load_split
 from evaluation.metrics import confusion, correlation, linear_fit
 from evaluation.prediction_files import prediction_file
 from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
-from reporting.labels import titles_of
 from reporting.measures import RESAMPLES, errors_and_deviations, fitted, metric_of, rates
 from reporting.page import Piece, Section
 from reporting.sources import Run, trial_of_run
 from reporting.tables import Column, Table, Value
+from reporting.titles import titles_of
 from reporting.trials import commits_of, shared_command, small_print
 from tasks import TASKS, Task
 from training.logger import class_names
