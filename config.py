@@ -288,7 +288,7 @@ class TrainOptions:
         "scale --lr for another --batch_size than R0's 64: by batch size / 64 (linear) or its square root (sqrt)",
         choices=("none", "linear", "sqrt"),
     )
-    optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD", "SparseAdam"))
+    optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD"))
     decoupled: bool = option(
         False, "decoupled weight decay in Adam, Adamax and RAdam", requires=("optim", ("Adam", "Adamax", "RAdam"))
     )
@@ -337,6 +337,12 @@ class TrainOptions:
     cuda_graphs: bool = option(
         False,
         "replay forward and backward passes from CUDA graphs, one for each common size of batch (--use_gpu --amp)",
+    )
+    micro_batch_size: int | None = option(
+        None,
+        "most sequences that a backbone takes at a time; a larger batch goes in parts, with less memory, the same "
+        "gradient and one more pass forward. A compared pair has two sequences (default: the whole batch)",
+        low=1,
     )
     cache_frozen: bool = option(
         False, "compute the output of the frozen lower layers once, without dropout, and keep it in memory"
@@ -477,10 +483,6 @@ class RunOptions:
     profile: bool = option(
         False,
         "profile a few steps of the first epoch: print tables of time and memory, write a trace into the run's folder",
-    )
-    fsdp: bool = option(
-        False,
-        "under torchrun, let each process keep only a part of the backbones' weights, gradients and optimizer states",
     )
 
 

@@ -383,7 +383,6 @@ OPTIMIZERS: dict[str, type[Any]] = {
     "Adamax": Adamax,
     "RAdam": RAdam,
     "SGD": SGD,
-    "SparseAdam": SparseAdam,
 }
 
 CYCLE_EPOCHS = 2  # of `triangular` and `cyclic`

@@ -41,7 +41,6 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         *check_cache_frozen(config),
         *check_pals(config, tasks),
         *check_mlm(config),
-        *check_fsdp(config),
         *check_tasks(config),
     ]
 
@@ -152,8 +151,8 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
 def check_training(config: Config) -> list[str]:
     """Return what is wrong with how the run trains."""
     problems, train = [], config.train
-    if train.optim == "SparseAdam":
-        problems.append("--optim SparseAdam refuses the dense gradients of a BERT; use Adam or Adamax")
+    if train.cuda_graphs and train.micro_batch_size is not None:
+        problems.append("--cuda_graphs replays whole batches, but --micro_batch_size cuts them; drop one of the two")
     problems += check_requirements(train)
     if train.routine in ROUTINES_WITHOUT_ROUNDS:
         problems += [
@@ -272,28 +271,6 @@ def check_mlm(config: Config) -> list[str]:
     return problems
 
 
-def check_fsdp(config: Config) -> list[str]:
-    """Return what is wrong with the options beside --fsdp."""
-    if not config.run.fsdp:
-        return []
-    problems = []
-    if config.train.average != "none":
-        problems.append(
-            f"--average {config.train.average} keeps a second set of weights, which --fsdp does not shard; drop one of "
-            "the two"
-        )
-    if config.train.pcgrad:
-        problems.append(
-            "--pcgrad compares whole gradients, of which --fsdp leaves each process a part; drop one of the two"
-        )
-    problems += [
-        f"--{name}_bregman keeps a second set of weights, which --fsdp does not shard; drop one of the two"
-        for name, options in config.tasks.items()
-        if options.bregman > 0.0
-    ]
-    return problems
-
-
 def check_cache_frozen(config: Config) -> list[str]:
     """Return what is wrong with the options beside --cache_frozen."""
     if not config.train.cache_frozen:
@@ -355,10 +332,6 @@ def check_processes(config: Config) -> None:
     """
     run, train = config.run, config.train
     if processes() == 1:
-        if run.fsdp:
-            raise UserError(
-                "--fsdp shards the backbones over processes, and this is the only one; use torchrun or drop it"
-            )
         return
     alone = [name for name in ("predict", "export", "export_peft") if getattr(run, name) is not None]
     problems = [f"--{name} works in one process; start it without torchrun" for name in alone + ["mlm"] * train.mlm]

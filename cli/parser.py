@@ -13,11 +13,16 @@ from typing import Any, NoReturn
 from cli.checks import check, check_evaluate, check_processes
 from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
 from tasks import Task, task_by_alias
+from utils.console import is_main_process
 from utils.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line, without the usage of all flags before it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if is_main_process():  # the other processes of torchrun have the same command line
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config
+from models.checkpoint import git_commit
 from tasks import TASKS
 from utils.errors import UserError
 from utils.files import write_text
@@ -88,11 +89,17 @@ def figures(folder: Path) -> dict[str, Any]:
     return row
 
 
-def benchmark_row(folder: Path, config: Config, commit: str | None, command: str) -> dict[str, Any]:
+def benchmark_row(folder: Path, config: Config, command: str) -> dict[str, Any]:
     """The row of a finished run in the table of --benchmark."""
     options = {**vars(config.compute), **vars(config.lora), **vars(config.train)}
     settings = {name: int(options[name]) if isinstance(options[name], bool) else options[name] for name in SETTINGS}
-    about = {"trial": folder.name, "status": "ok", "seed": config.train.seed, "commit": commit, "command": command}
+    about = {
+        "trial": folder.name,
+        "status": "ok",
+        "seed": config.train.seed,
+        "commit": git_commit(),
+        "command": command,
+    }
     return {**about, **settings, **figures(folder)}
 
 

@@ -231,7 +231,7 @@ class DataParallelLoss:
         one for all tasks can add up the gradients of several tasks first and send the sum.
         """
         self.loss, self.model, self.one_wrapper = loss, model, one_wrapper
-        self.wrappers: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.wrappers: dict[str, Any] = {}
 
     def rebuild(self) -> None:
         """Wrap what trains now; needed at the start and whenever freezing has changed."""
@@ -242,7 +242,7 @@ class DataParallelLoss:
         else:
             self.wrappers = {name: self.wrap(parameters) for name, parameters in reached.items()}
 
-    def wrap(self, parameters: Sequence[nn.Parameter]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def wrap(self, parameters: Sequence[nn.Parameter]) -> DistributedDataParallel | Loss:
         """Return the loss with its gradients averaged; the loss itself where nothing trains that it reaches."""
         if not any(parameter.requires_grad for parameter in parameters):
             return self.loss
@@ -257,7 +257,7 @@ class DataParallelLoss:
         """Return the loss and the outputs of a batch; without `reduce`, gradients wait for those of later batches."""
         wrapper = self.wrappers[task]
         waits = isinstance(wrapper, DistributedDataParallel) and not reduce
-        with wrapper.no_sync() if waits else nullcontext():  # type: ignore[union-attr]
+        with wrapper.no_sync() if waits else nullcontext():
             return wrapper(batch)
 
 

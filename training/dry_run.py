@@ -10,7 +10,7 @@ from datasets import TaskData
 from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS
 from training.averaging import averaged_tensors
-from training.feature_cache import FrozenCache
+from training.feature_cache import FeatureCache
 from training.logger import describe_freezing, parameter_table
 from training.task_sampling import ROUTINES, Plan, Step, passes
 from utils.console import format_table
@@ -50,8 +50,7 @@ def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData], processes: int = 1) -> int:
     """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations.
 
-    Layers below the lowest that trains keep none of these. Of several processes each has its part of a batch, and,
-    under --fsdp, of all else.
+    Layers below the lowest that trains keep none of these. Of several processes each has its part of a batch.
     """
     shape, trains = model.bert_config, model.trained(config.train).values()
     per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
@@ -64,7 +63,7 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
     )
     states = optimizer_bytes(model, config) + average_bytes(model, config)
     kept = weight_bytes(model.parameters()) + weight_bytes(trains) + states
-    return int(kept / (processes if config.run.fsdp else 1) + activations / processes)
+    return int(kept + activations / processes)
 
 
 BAR = 40  # characters of the longest bar
@@ -91,7 +90,7 @@ def tasks_table(
             model.tasks[name].title,
             f"{len(own):,}",
             str(plan.rounds[name]),
-            f"{sum(step.task == name for step in steps):,}",
+            f"{sum(batch.task == name for step in steps for batch in step.batches):,}",
             f"{own.lengths.mean():.1f}",
             f"{config.train.scaled_lr() * config.tasks[name].lr_multiplier:.2e}",
             f"{config.tasks[name].weight_decay:g}",
@@ -133,7 +132,7 @@ def described_cache(
         return 0, []
     lines: list[str] = []
     model.freeze_for_epoch(config.train, 0)
-    cache = FrozenCache(config, model, data["train"], data.get("dev", {}), device, lines.append)
+    cache = FeatureCache(config, model, data["train"], data.get("dev", {}), device, lines.append)
     cache.begin_epoch(())
     return cache.taken(), lines
 
@@ -162,7 +161,7 @@ def describe(
             "",
             tasks_table(config, model, data, plan, steps),
             "steps are those of an epoch, tokens those of an example on average",
-            f"{options.epochs} epoch{'s' * (options.epochs > 1)} of {sum(step.moves for step in steps):,} steps{late}, "
+            f"{options.epochs} epoch{'s' * (options.epochs > 1)} of {len(steps):,} steps{late}, "
             f"routine {options.routine}, batch size {options.batch_size}, {options.optim}, schedule "
             f"{options.lr_schedule}",
             "",

@@ -1,8 +1,8 @@
-"""--cache_frozen: the frozen lower layers of a backbone see every example once, and what they put out is kept.
+"""The feature cache (--cache_frozen): the frozen lower layers of a backbone see every example once.
 
-What is kept has to be constant, so dropout is off in these layers. As unfreezing goes on fewer layers are frozen; the
-outputs that later epochs will start from are kept in the same pass. An output is dropped as soon as a layer below it
-begins to train, so that it can never be out of date.
+Cached features must be constant, so dropout is off in these layers. As unfreezing goes on, fewer layers are frozen; the
+features that later epochs will start from are cached in the same pass. Features are dropped as soon as a layer below
+them begins to train, so that they are never out of date.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,18 +28,18 @@ SHARE = 0.5  # of the memory that is free before training
 
 
 @dataclass(eq=False)
-class Kept:
-    """Outputs of one layer: hidden states [tokens, H] of a split or, of the last layer, its sentence embeddings.
+class CachedFeatures:
+    """The outputs of one layer for a split: hidden states [tokens, H] or, of the last layer, sentence embeddings [C, N, H].
 
-    Those are [C, N, H] with C sequences for each example. `filled` [N] says which examples have been computed.
+    C counts the sequences of an example. `filled` [N] says which examples have been computed.
     """
 
     values: Tensor
     filled: np.ndarray
 
 
-class FrozenData:
-    """A split of a task whose batches come out of the frozen layers; in all else like the TaskData it is made of."""
+class CachedData:
+    """A split of a task whose batches come out of the frozen layers; like the TaskData that it is made of otherwise."""
 
     def __init__(self, data: TaskData, backbone: BertModel, pooling: str, device: Device, batch_size: int) -> None:
         """`batch_size` examples of similar length go through the frozen layers together."""
@@ -48,47 +48,49 @@ class FrozenData:
         self.depth = len(backbone.bert_layers)
         self.layers = 0  # how many are frozen
         self.due = np.arange(0)  # examples that this epoch will ask for
-        self.kept: dict[int, Kept] = {}  # by number of layers
+        self.kept: dict[int, CachedFeatures] = {}  # by number of layers
 
     def __len__(self) -> int:
         return len(self.data)
 
     @property
     def title(self) -> str:
-        """The split's name for people."""
+        """Return the split's name for people."""
         return f"{self.examples.task.title} {self.examples.split}"
 
     def labels(self, indices: np.ndarray) -> Tensor:
-        """The examples' labels [B]."""
+        """Return the examples' labels [B]."""
         return self.data.labels(indices)
 
     def begin_epoch(self, due: np.ndarray) -> None:
-        """Look what is frozen now, drop what is no longer constant, and expect batches of the examples `due`."""
+        """Find what is frozen now, drop features that are no longer constant, and expect batches of the examples `due`."""
         self.layers, self.due = self.backbone.frozen_layers(), due
         self.kept = {layers: kept for layers, kept in self.kept.items() if layers <= self.layers}
 
     def shape(self, layers: int) -> tuple[int, ...]:
-        """The shape of what is kept of so many layers."""
+        """Return the shape of the features after so many layers."""
         width = self.backbone.config.hidden_size
         if layers == self.depth:
             return len(self.data.tokens), len(self), width
         return int(self.lengths.sum()), width
 
     def bytes(self, layers: int) -> int:
-        """The memory that these take."""
+        """Return the bytes that these features take."""
         return int(np.prod(self.shape(layers))) * self.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what precision they are kept: autocast's, where there is one, which halves the memory."""
+        """The precision of the features: that of autocast if it is on, which halves the memory."""
         return self.device.amp or torch.float32
 
     def keep(self, layers: int) -> None:
-        """From now on keep the output of so many layers. The system hands out the memory as it is filled."""
-        self.kept[layers] = Kept(torch.empty(self.shape(layers), dtype=self.dtype), np.zeros(len(self), dtype=bool))
+        """Cache the features after so many layers from now on. The system hands out the memory as it is filled."""
+        self.kept[layers] = CachedFeatures(
+            torch.empty(self.shape(layers), dtype=self.dtype), np.zeros(len(self), dtype=bool)
+        )
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The examples [B] as they come out of the frozen layers; as the TaskData's own where none is frozen."""
+        """Return the examples [B] as they come out of the frozen layers, or the TaskData's batch if none is frozen."""
         if not self.layers:
             return self.data.batch(indices)
         kept = self.kept.get(self.layers)
@@ -105,12 +107,12 @@ class FrozenData:
         return EncodedBatch(kept.values.index_select(0, rows).float(), self.layers, packed)
 
     def rows(self, indices: np.ndarray, packed: PackedBatch) -> Tensor:
-        """For each row of a packed batch [T], its token's number in the split."""
+        """Return the number in the split of the token in each row of a packed batch [T]."""
         starts = self.data.first_tokens(indices)[packed.order.cpu().numpy()]
         return torch.from_numpy(ragged_rows(starts, packed.lengths.cpu().numpy()))
 
     def fill(self, indices: np.ndarray) -> None:
-        """Compute what is kept of those of these examples that lack it."""
+        """Compute the cached features of those of these examples that lack them."""
         missing = indices[~self.kept[self.layers].filled[indices]]
         by_length = missing[np.argsort(-self.lengths[missing], kind="stable")]
         blocks = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
@@ -119,7 +121,7 @@ class FrozenData:
             halving(self.fill_block, block)
 
     def fill_block(self, block: np.ndarray) -> None:
-        """Compute what is kept of these examples, by one pass."""
+        """Compute the cached features of these examples in one pass."""
         for layers, encoded in self.compute(block, self.kept).items():
             values = encoded.hidden.to("cpu", self.dtype)
             if encoded.packed is None:
@@ -131,7 +133,7 @@ class FrozenData:
 
     @torch.no_grad()
     def compute(self, indices: np.ndarray, wanted: Iterable[int]) -> dict[int, EncodedBatch]:
-        """The examples after each number of layers in `wanted`, by one pass without dropout."""
+        """Return the examples after each number of layers in `wanted`, by one pass without dropout."""
         packed = self.data.batch(indices).to(self.device.device)
         out: dict[int, EncodedBatch] = {}
         training = self.backbone.training
@@ -153,8 +155,8 @@ class FrozenData:
         return out
 
 
-class FrozenCache:
-    """All splits of a run behind their frozen layers, and the memory that they share."""
+class FeatureCache:
+    """The cached features of all splits of a run, and the memory that they share."""
 
     def __init__(
         self,
@@ -167,7 +169,7 @@ class FrozenCache:
     ) -> None:
         pooling, size = str(config.model.pooling), config.compute.eval_batch_size
         self.train, self.dev = (
-            {name: FrozenData(data, model.backbone(name), pooling, device, size) for name, data in split.items()}
+            {name: CachedData(data, model.backbone(name), pooling, device, size) for name, data in split.items()}
             for split in (train, dev)
         )
         self.all = [*self.train.values(), *self.dev.values()]
@@ -177,11 +179,11 @@ class FrozenCache:
         self.budget = int(SHARE * free_memory())
 
     def begin_epoch(self, steps: Sequence[Step]) -> None:
-        """Make ready for an epoch of these `steps`, when what trains in it has been settled."""
+        """Prepare for an epoch of these `steps`, after freezing."""
         before = [data.layers for data in self.all]
         for name, data in self.train.items():
-            own = [step.indices for step in steps if step.task == name]
-            data.begin_epoch(np.unique(np.concatenate(own)) if own else np.arange(0))
+            drawn = [batch.indices for step in steps for batch in step.batches if batch.task == name]
+            data.begin_epoch(np.unique(np.concatenate(drawn)) if drawn else np.arange(0))
         for data in self.dev.values():
             data.begin_epoch(np.arange(len(data)))
         for layers in sorted({*self.stages, *(data.layers for data in self.all)}, reverse=True):
@@ -193,11 +195,11 @@ class FrozenCache:
             self.say(self.describe())
 
     def taken(self) -> int:
-        """Bytes of all that is kept."""
+        """Return the bytes of all cached features."""
         return sum(data.bytes(layers) for data in self.all for layers in data.kept)
 
     def describe(self) -> str:
-        """What is frozen and what is kept of it, for people."""
+        """Say for people what is frozen and what of it is cached."""
         most = max(data.layers for data in self.all)
         if not most:
             return "--cache_frozen: nothing is frozen any more; dropout is on in all layers from here on"

@@ -48,7 +48,9 @@ class GradCache:
 
         for i, stored in enumerate(self.split(packed)):
             part, rows = take(packed, stored)
-            encoded = EncodedBatch(inputs.hidden[rows], inputs.layers, part) if packed is not inputs else part
+            encoded = (
+                EncodedBatch(inputs.hidden[rows], inputs.layers, part) if isinstance(inputs, EncodedBatch) else part
+            )
             parts.append(recomputed(partial(run, (number, view, i)), encoded))
             order.append(stored)
         places = torch.from_numpy(np.argsort(np.concatenate(order))).to(packed.restore.device)
@@ -110,4 +112,4 @@ class GradCache:
 
 def recomputed(run: Callable[..., Tensor], *arguments: Batch | Tensor) -> Tensor:
     """Return what `run` returns; backward computes it again instead of keeping what it needs."""
-    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)

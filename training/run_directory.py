@@ -29,8 +29,9 @@ OWN_FILES = (
 class RunDirectory:
     """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and tensorboard/."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        """Without `writes`, nothing is written: another process of the run does it."""
+        self.path, self.writes = path, writes
         self.best = path / "best.pt"
         self.resume = path / "resume.pt"
         self.previous = path / "resume-previous.pt"
@@ -38,9 +39,9 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def named(cls, run_dir: str | None, name: str) -> "RunDirectory":
-        """--run_dir, or runs/NAME."""
-        return cls(Path(run_dir) if run_dir else Path("runs") / name)
+    def named(cls, run_dir: str | None, name: str, writes: bool = True) -> "RunDirectory":
+        """Return --run_dir, or runs/NAME."""
+        return cls(Path(run_dir) if run_dir else Path("runs") / name, writes)
 
     @staticmethod
     def fresh_name(arch: str) -> str:
@@ -147,10 +148,13 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a json file of the run atomically."""
-        write_json(self.path / name, content)
+        if self.writes:
+            write_json(self.path / name, content)
 
     def append_json(self, name: str, content: Any) -> None:
-        """Append one line to a jsonl file of the run. Raises UserError where it cannot be written."""
+        """Append one line to a jsonl file of the run. Raises UserError if it cannot be written."""
+        if not self.writes:
+            return
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")

@@ -56,8 +56,8 @@ def smart_loss(options: TrainOptions) -> AuxiliaryLoss:
 
     def loss(result: ForwardResult) -> Tensor:
         objective, batch = result.objective, result.batch
-        model, device = objective.model, objective.device.device
-        assert isinstance(batch.inputs, PackedBatch)
+        model, device, packed = objective.model, objective.device.device, batch.inputs
+        assert isinstance(packed, PackedBatch)
         # Half precision would round away perturbations of this size: the clean pass is then repeated in fp32.
         half = torch.is_autocast_enabled(device.type)
         with same_pass(result, in_fp32=True):
@@ -66,7 +66,7 @@ def smart_loss(options: TrainOptions) -> AuxiliaryLoss:
 
             def run(start: Tensor) -> Tensor:
                 set_random_state(device, masks)
-                embedding = objective.embed(batch, EncodedBatch(start, 0, batch.inputs))
+                embedding = objective.embed(batch, EncodedBatch(start, 0, packed))
                 return result.gather(model.outputs(batch.task, embedding))
 
             clean = run(hidden) if half else result.outputs

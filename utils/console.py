@@ -1,20 +1,18 @@
 """The console: lines that people read, progress bars, and how a script ends."""
 
-import io
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from utils.errors import UserError, first_line, is_out_of_memory
+from utils.errors import UserError, first_line, is_lost_connection, is_out_of_memory
 
 T = TypeVar("T")
-GRACE = 5.0  # seconds that the process which says what went wrong has before the others end
+SECONDS_FOR_MAIN_PROCESS = 10.0  # to report a mistake that all processes have met
 
 
 def processes() -> int:
@@ -25,20 +23,6 @@ def processes() -> int:
 def is_main_process() -> bool:
     """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
     return processes() == 1 or os.environ["RANK"] == "0"
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """Inside, what is wrong is wrong in all processes, and only the first one says so."""
-    if is_main_process():
-        yield
-        return
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    except (UserError, SystemExit) as error:
-        time.sleep(GRACE)  # torchrun ends all when one has ended
-        sys.exit(error.code if isinstance(error, SystemExit) else 2)
 
 
 def say(line: str) -> None:
@@ -80,34 +64,48 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    if processes() > 1:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)  # so that torchrun's summary names the first failure
     try:
         try:
             main(sys.argv[1:] if argv is None else list(argv))
+        except (UserError, SystemExit) as error:
+            if not is_main_process() and getattr(error, "code", 2) == 2:
+                time.sleep(SECONDS_FOR_MAIN_PROCESS)  # torchrun ends this process once the main process has ended
+            raise
         finally:
             print(end="", flush=True)  # here, where an error of it is seen; there may be no standard output
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_script(2, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            end_script(2, f"error: out of memory ({first_line(error):.200}); {MEMORY_REMEDY}")
+        if not is_lost_connection(error):
             raise
-        print(
-            f"error: out of memory ({first_line(error):.200}); lower --eval_batch_size, --batch_size or --max_length, "
-            "or choose a smaller model or an --optim with less state",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except BrokenPipeError:  # who read our output, such as head, has gone
+        end_script(1, "error: another process has ended; its own message says why" if is_main_process() else None)
+    except BrokenPipeError:  # whoever read our output, such as head, has gone
         drop_output()
-        sys.exit(1)
+        end_script(1)
     except OSError as error:  # such as a full disk, which may be that of standard output
         drop_output()
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        end_script(2, f"error: {first_line(error)}")
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        end_script(130, "stopped")
     sys.exit(0)
+
+
+MEMORY_REMEDY = (
+    "lower --eval_batch_size, --batch_size or --max_length, or choose a smaller model or an --optim with less state"
+)
+
+
+def end_script(code: int, line: str | None = None) -> NoReturn:
+    """Print a line on standard error and exit."""
+    if line is not None:
+        print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":

@@ -24,3 +24,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
     )
+
+
+LOST_CONNECTION = re.compile(r"connection (was )?(closed|reset|refused)|gloo|broken pipe", re.IGNORECASE)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error only says that another process of a distributed run has ended."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or bool(LOST_CONNECTION.search(str(error)))
