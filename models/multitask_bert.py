@@ -260,7 +260,7 @@ class MultitaskBERT(nn.Module):
             yield f"head {name}", list(head.parameters())
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
-        """Every parameter that a batch of `task` can reach; with heads of masked words, those and not the task's."""
+        """Return every parameter that a batch of `task` reaches; with heads of masked words, those and not the task's."""
         reached: list[nn.Module] = [self.backbone(task)]
         reached.append(self.mlm[self.backbone_of[task]] if self.mlm else self.heads[task])
         if task in self.pals:
@@ -268,4 +268,6 @@ class MultitaskBERT(nn.Module):
         compared = self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task])
         if self.pair_layer is not None and compared and not self.mlm:
             reached.append(self.pair_layer)
-        return [parameter for module in reached for parameter in module.parameters()]
+        pools = self.options.pooling == "cls" and not self.mlm
+        unused = set() if pools else set(self.backbone(task).pooler_dense.parameters())
+        return [parameter for module in reached for parameter in module.parameters() if parameter not in unused]

@@ -248,9 +248,8 @@ class DataParallelLoss:
             return self.loss
         return DistributedDataParallel(
             LossModule(self.loss, parameters),
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=True,
+            find_unused_parameters=self.one_wrapper,  # a batch of one task does not reach those of the others
         )
 
     def __call__(self, task: str, batch: Any, reduce: bool) -> tuple[Tensor, Tensor]:
