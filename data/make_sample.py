@@ -1,7 +1,7 @@
 """Write a small, fully synthetic data set in the format of the SST, Quora and STS files.
 
-Every sentence comes from the grammar below and every label follows from how its sentence was built, so the files are
-free to copy, and a demo trains on them in minutes. The same seed gives the same bytes.
+Every sentence comes from the grammar below, and every label follows from how its sentence was built. So the files are
+free to copy. A demo trains on them in minutes. The same seed gives the same bytes.
 
     python data/make_sample.py [--out DIR] [--seed N]
 """
@@ -18,7 +18,7 @@ Slots = dict[str, list[str]]
 
 
 def read_families(text: str) -> dict[str, list[list[str]]]:
-    """Read `name: entry; entry` lines into the lists of entries that each name has, one list for a line."""
+    """Read `name: entry; entry` lines. Return the lists of entries by name, one list for each line."""
     table: dict[str, list[list[str]]] = {}
     for line in text.splitlines():
         names, _, entries = line.strip().partition(":")
@@ -28,15 +28,15 @@ def read_families(text: str) -> dict[str, list[list[str]]]:
 
 
 def read_grammar(text: str) -> Slots:
-    """Read `name: entry; entry` lines into one list of entries for each name."""
+    """Read `name: entry; entry` lines. Return all entries by name."""
     return {name: [entry for line in table for entry in line] for name, table in read_families(text).items()}
 
 
-# In the lists below a line is `name: entry; entry; ...`, a repeated name adds to it, `a, b:` gives both names the same
-# entries, and {name} stands for any entry of that name.
+# In the lists below a line is `name: entry; entry; ...`. A repeated name adds entries. `a, b:` gives both names the
+# same entries. {name} stands for any entry of that name.
 
 # --- SST: film reviews ------------------------------------------------------------------------------------------------
-# Adjectives and verbs have a strength from -2 (label 0) to +2 (label 4), which the frame around them then shifts.
+# Adjectives and verbs have a strength from -2 (label 0) to +2 (label 4). The frame around them shifts it.
 
 REVIEW = read_grammar("""
     adj +2: superb; dazzling; magnificent; exquisite; unforgettable; masterful; sublime; breathtaking; glorious
@@ -85,7 +85,7 @@ REVIEW = read_grammar("""
 """)
 
 # --- Quora: questions -------------------------------------------------------------------------------------------------
-# Each paragraph is a question, and "ask" has its wordings. "|" parts two ways to say one thing; another entry makes it
+# Each paragraph is a question, and "ask" has its wordings. "|" separates two ways to say the same. Another entry makes
 # another question.
 
 QUESTION_TEXT = """
@@ -150,12 +150,12 @@ QUESTION_TEXT = """
     city: Dublin; Prague; Genoa; Riga; Toulouse; Valencia; Graz; Gdansk; Malmo; Leipzig; Athens; Cork
 """
 QUESTIONS = [read_grammar(paragraph) for paragraph in QUESTION_TEXT.split("\n\n")]
-SAME_WORDING = {True: 0.25, False: 0.5}  # how often a duplicate / another question repeats the wording
-UNRELATED_QUESTIONS = 0.2  # share of the negatives that have nothing in common
+SAME_WORDING = {True: 0.25, False: 0.5}  # how often a duplicate (True) or another question repeats the wording
+UNRELATED_QUESTIONS = 0.2  # share of the negative pairs whose questions have nothing in common
 
 # --- STS: events ------------------------------------------------------------------------------------------------------
-# Each line is a family of related concepts; "|" parts synonyms. The verbs of a family take the objects of the same
-# family, and "/" parts a verb's present and past participle.
+# Each line is a family of related concepts. "|" separates synonyms. The verbs of a family take the objects of the same
+# family. "/" separates a verb's present and past participle.
 
 EVENTS = read_families("""
     agent: man|guy; woman|lady; old man|elderly man
@@ -183,9 +183,9 @@ EVENTS = read_families("""
     manner: quickly|in a hurry; eagerly|with enthusiasm
     manner: late at night|in the middle of the night; at dusk|in the evening
 """)
-PRESENT = {"place": 0.7, "manner": 0.5}  # how often an event has these slots; it always has the others
+PRESENT = {"place": 0.7, "manner": 0.5}  # how often an event has these slots. It always has the others
 WEIGHTS = {"agent": 3, "verb": 3, "object": 3, "place": 2, "manner": 1}
-SYNONYM, RELATED = 0.95, 0.5  # how much of a slot's weight is kept; an unrelated word keeps nothing
+SYNONYM, RELATED = 0.95, 0.5  # share of a slot's weight that a pair of such words keeps
 SENTENCES = read_grammar("""
     active: a {agent} is {verb} a {object} {place} {manner}.; there is a {agent} {verb} a {object} {place} {manner}.
     active: {manner} a {agent} is {verb} a {object} {place}.
@@ -193,15 +193,19 @@ SENTENCES = read_grammar("""
     passive: {place} a {object} is being {verb} by a {agent} {manner}.
 """)
 
-# --- The grammars at work ---------------------------------------------------------------------------------------------
+# --- Examples ---------------------------------------------------------------------------------------------------------
 
 
 class Example(NamedTuple):
+    """A row of a file."""
+
     texts: tuple[str, ...]  # one sentence or a pair
     label: str  # as printed in the file
 
 
 class Choice(NamedTuple):
+    """The word of a slot."""
+
     family: int
     concept: int
     word: str
@@ -218,13 +222,13 @@ def expand(rng: random.Random, text: str, slots: Slots) -> str:
 
 
 def tidy(text: str) -> str:
-    """Drop surplus spaces, turn "a" before a vowel into "an", and begin with a capital letter."""
+    """Remove surplus spaces, turn "a" before a vowel into "an", and capitalise the first letter."""
     text = re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", " ".join(text.split()))
     return text[0].upper() + text[1:]
 
 
 def make_opinion(rng: random.Random, scene: Slots, kind: str) -> tuple[str, int]:
-    """Return a clause and its strength; negation shifts to the weak opposite: "not superb" is only mildly bad."""
+    """Return a clause and its strength. Negation gives the weak opposite: "not superb" is only mildly bad."""
     frame = rng.choice(["plain", "boost", "damp", "negate"])
     strength = rng.choice([-1, 1] if frame == "damp" else [-2, -1, 1, 2])
     words = {"adj": scene[f"adj {strength:+d}"], "verb": scene[f"verb {strength:+d}"]}
@@ -234,7 +238,7 @@ def make_opinion(rng: random.Random, scene: Slots, kind: str) -> tuple[str, int]
 
 
 def make_review(rng: random.Random) -> Example:
-    """Return a film review. Of two opposed opinions {two} decides, less a step if {one} was strong."""
+    """Return a film review. Of two opposed opinions the one in {two} decides, weaker by a step if {one} is strong."""
     scene = REVIEW | {name: [rng.choice(REVIEW[name])] for name in ("genre", "director", "people", "setting", "number")}
     aspects = rng.sample(REVIEW["aspect"], 2)
     one, a = make_opinion(rng, scene | {"aspect": aspects[:1]}, rng.choice(["clause", "clause", "verdict"]))
@@ -248,13 +252,13 @@ def make_review(rng: random.Random) -> Example:
 
 
 def make_meaning(rng: random.Random, question: Slots) -> dict[str, str]:
-    """Choose an entry for each slot of a question, all of them different."""
+    """Choose an entry for each slot of a question. All entries are different."""
     meaning = {slot: rng.choice(entries) for slot, entries in question.items() if slot != "ask"}
     return meaning if len(set(meaning.values())) == len(meaning) else make_meaning(rng, question)
 
 
 def near_miss(rng: random.Random, question: Slots, meaning: dict[str, str]) -> dict[str, str]:
-    """Return a meaning that swaps {a} and {b} or else differs in a single slot."""
+    """Return a meaning that swaps {a} and {b} or differs in one slot."""
     if "a" in meaning and rng.random() < 0.5:
         return {**meaning, "a": meaning["b"], "b": meaning["a"]}
     slot = rng.choice(list(meaning))
@@ -262,7 +266,7 @@ def near_miss(rng: random.Random, question: Slots, meaning: dict[str, str]) -> d
 
 
 def ask(rng: random.Random, wording: str, meaning: dict[str, str]) -> str:
-    """Put a meaning into words, any of the alternatives that "|" parts."""
+    """Put a meaning into words. Choose any of the alternatives that "|" separates."""
     return tidy(expand(rng, wording, {slot: entry.split("|") for slot, entry in meaning.items()}))
 
 
@@ -281,7 +285,7 @@ def make_question_pair(rng: random.Random) -> Example:
 
 
 def make_event(rng: random.Random, like: Event, change: float) -> Event:
-    """Draw an event; each choice is that of the event `like` with probability 1 - `change`."""
+    """Draw an event. Each choice is the same as in the event `like` with probability 1 - `change`."""
 
     def keep() -> bool:
         return rng.random() >= change
@@ -299,21 +303,30 @@ def make_event(rng: random.Random, like: Event, change: float) -> Event:
     return event
 
 
+def common_share(a: Choice, b: Choice) -> float:
+    """Return how much two words of a slot have in common, 0 to 1."""
+    if a == b:
+        return 1
+    if (a.family, a.concept) == (b.family, b.concept):
+        return SYNONYM
+    return RELATED if a.family == b.family else 0
+
+
 def similarity(one: Event, two: Event) -> float:
-    """Return the weighted share of what two events have in common, 0 to 5 in steps of 0.2."""
+    """Return the weighted share that two events have in common, from 0 to 5 in steps of 0.2."""
     kept = total = 0.0
     for slot, weight in WEIGHTS.items():
         a, b = one.get(slot), two.get(slot)
         if a and b:
             total += weight
-            kept += weight * (1 if a == b else SYNONYM if a[:2] == b[:2] else RELATED if a.family == b.family else 0)
-        elif a or b:  # an added detail costs half of what another one would
+            kept += weight * common_share(a, b)
+        elif a or b:  # a missing detail costs half as much as a different one
             total += weight / 2
     return round(25 * kept / total) / 5
 
 
 def describe(rng: random.Random, event: Event) -> str:
-    """Put an event into an active or passive sentence."""
+    """Describe an event in an active or passive sentence."""
     voice = rng.choice(["active", "active", "passive"])
     slots = {slot: [event[slot].word if slot in event else ""] for slot in EVENTS}
     slots["verb"] = [event["verb"].word.split("/")[voice == "passive"]]
@@ -331,9 +344,11 @@ def make_event_pair(rng: random.Random) -> Example:
 
 
 class Task(NamedTuple):
+    """How the examples of a task are made, and the columns and label shares of its files."""
+
     make: Callable[[random.Random], Example]
     columns: list[str]  # the texts, then the label
-    shares: list[float]  # of the examples whose label, cut to an integer, is 0, 1 and so on
+    shares: list[float]  # of the examples with the labels 0, 1 and so on, rounded down
 
 
 TASKS = {
@@ -345,7 +360,7 @@ SPLITS = {"train": 600, "dev": 150, "test-student": 150}
 
 
 def draw(rng: random.Random, task: Task, count: int, seen: set[frozenset[str]]) -> list[Example]:
-    """Make `count` examples in the task's shares, none of them in `seen`, which grows by them."""
+    """Make `count` examples in the task's shares. None is in `seen`, and all are added to it."""
     quotas = [round(share * count) for share in task.shares]
     examples = []
     while any(quotas):
@@ -361,7 +376,7 @@ def draw(rng: random.Random, task: Task, count: int, seen: set[frozenset[str]]) 
 
 
 def to_rows(name: str, split: str, examples: Sequence[Example], numbers: Sequence[int]) -> list[list[str]]:
-    """Lay examples out as the course's files do: test files have no label, and SST's an odd second index."""
+    """Return the rows of a file of the course. Test files have no label, and SST's has an odd second index."""
     columns = TASKS[name].columns
     is_test = split == "test-student"
     rows = [["", "id", *(columns[:-1] if is_test else columns)]]
@@ -388,6 +403,7 @@ def write_sample(folder: Path, seed: int) -> None:
 
 
 def main() -> None:
+    """Parse the command line and write the files."""
     parser = argparse.ArgumentParser(description="Write the synthetic sample data set.")
     folder = "folder for its nine files (default: sample, beside this script)"
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR", help=folder)
@@ -396,7 +412,7 @@ def main() -> None:
     try:
         write_sample(args.out, args.seed)
     except OSError as error:
-        parser.exit(2, f"error: --out {args.out}: cannot be written ({error}); give a folder that can\n")
+        parser.exit(2, f"error: --out {args.out}: cannot be written ({error}); choose another folder\n")
 
 
 if __name__ == "__main__":

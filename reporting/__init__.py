@@ -1,1 +1,1 @@
-"""Tables, figures and pages about finished runs: what report.py and its --compare are made of."""
+"""Tables, figures and pages about finished runs and checkpoints, for report.py."""

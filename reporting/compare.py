@@ -1,9 +1,8 @@
 """Two checkpoints on the same dev sets: where they disagree, by how much, and whether one of them is better."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,41 +11,40 @@ from datasets import Examples, load_splits, tokenise
 from evaluation.metrics import confusion, correlation, decide, linear_fit, probabilities
 from evaluation.predict import predict
 from models.checkpoint import load, load_model, trained_tasks
+from reporting.commands import command_of, shared_command
 from reporting.figures import confusion_figure, scatter_figure
-from reporting.measures import fitted, mcnemar, metric_of, paired_bootstrap
-from reporting.page import Piece, Report, Section
-from reporting.sources import command_of
+from reporting.measures import fit_to_labels, mcnemar, metric_of, paired_bootstrap
+from reporting.page import Report, ReportItem, Section
 from reporting.tables import Column, Table, Value
-from reporting.trials import shared_command
 from tasks import TASKS, Task
 from training.logger import class_names
 from utils.device import Device, choose_device
 from utils.errors import UserError
 
-WORST = 15  # examples in a table
+SHOWN_EXAMPLES = 15  # in a table of the largest disagreements
 
 
 @dataclass(frozen=True)
-class Model:
+class Checkpoint:
     """A checkpoint and its dev predictions by task: probabilities [N(, classes)] or similarities [N]."""
 
     path: Path
     commit: str
     command: str
-    values: Mapping[str, np.ndarray]
+    predictions: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What two models say of one task's dev set: decided labels [N], or similarities [N] as they were predicted.
+class PairedPredictions:
+    """Two checkpoints' predicted labels [N] or similarities [N] of one task's dev set.
 
-    `far` [N] orders the examples by how much the models disagree on them.
+    `disagreement` [N] orders the examples by how much the checkpoints disagree.
     """
 
     examples: Examples
     a: np.ndarray
     b: np.ndarray
-    far: np.ndarray
+    disagreement: np.ndarray
 
     @property
     def task(self) -> Task:
@@ -56,14 +54,19 @@ class Pair:
     @property
     def labels(self) -> np.ndarray:
         """The true labels [N]."""
-        assert self.examples.labels is not None
-        return self.examples.labels
+        return labels_of(self.examples)
 
-    def on_one_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decided labels, or similarities [N] mapped to the labels' scale, since each model may have its own."""
+    def on_label_scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return both predictions, similarities mapped to the labels' scale, because models may use different ones."""
         if self.task.kind != "similarity":
             return self.a, self.b
-        return fitted(self.a, self.labels), fitted(self.b, self.labels)
+        return fit_to_labels(self.a, self.labels), fit_to_labels(self.b, self.labels)
+
+
+def labels_of(examples: Examples) -> np.ndarray:
+    """Return the labels [N] of dev examples, which always have some."""
+    assert examples.labels is not None
+    return examples.labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,168 +74,164 @@ class Pair:
 
 
 def shared_tasks(paths: tuple[Path, Path], say: Callable[[str], None]) -> dict[str, Task]:
-    """The tasks that both checkpoints know. Raises UserError where there is none."""
-    known = [set(trained_tasks(load(path, mmap=True), path)) for path in paths]
-    for name in TASKS:
-        if len([own for own in known if name in own]) == 1:
-            say(f"{TASKS[name].title}: left out, since only one of the two was trained on it")
-    tasks = {name: task for name, task in TASKS.items() if all(name in own for own in known)}
+    """Return the tasks that both checkpoints were trained on. Raise UserError if there is none."""
+    first, second = (set(trained_tasks(load(path, mmap=True), path)) for path in paths)
+    for name, task in TASKS.items():
+        if name in first ^ second:
+            say(f"{task.title}: left out, because only one of the two was trained on it")
+    tasks = {name: task for name, task in TASKS.items() if name in first & second}
     if not tasks:
         raise UserError(f"--compare {paths[0]} {paths[1]}: have no task in common; name checkpoints that share one")
     return tasks
 
 
-def predicted(
+def predict_dev(
     path: Path, dev: Mapping[str, Examples], device: Device, batch_size: int, say: Callable[[str], None]
-) -> Model:
-    """A checkpoint's predictions of dev sets."""
-    model, tokenizer, saved = load_model(path)
+) -> Checkpoint:
+    """Load a checkpoint and predict the dev sets of its tasks."""
+    model, tokenizer, config = load_model(path)
     model.to(device.device)
-    data = tokenise({"dev": dev}, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)["dev"]
-    values = {
-        name: probabilities(TASKS[name], predict(model, own, device.device, batch_size, device.amp))
-        for name, own in data.items()
+    pair_encoding = str(model.options.pair_encoding)
+    batches = tokenise({"dev": dict(dev)}, tokenizer, pair_encoding, config.data.extra_clean, say)["dev"]
+    predictions = {
+        name: probabilities(TASKS[name], predict(model, data, device.device, batch_size, device.amp))
+        for name, data in batches.items()
     }
-    return Model(path, load(path, mmap=True).get("git_commit") or "", command_of(saved), values)
+    return Checkpoint(path, load(path, mmap=True).get("git_commit") or "", command_of(config), predictions)
 
 
-def pair_of(examples: Examples, a: np.ndarray, b: np.ndarray) -> Pair:
-    """Two models' probabilities or similarities for the same examples."""
+def pair_predictions(examples: Examples, a: np.ndarray, b: np.ndarray) -> PairedPredictions:
+    """Pair two checkpoints' probabilities [N(, classes)] or similarities [N] of the same examples.
+
+    Similarities disagree by their distance on the labels' scale. Labels disagree by the number of classes between
+    them, and then by the total variation distance of the probabilities.
+    """
     task = examples.task
     if task.kind == "similarity":
-        pair = Pair(examples, a, b, np.zeros(len(a)))
-        return replace(pair, far=np.abs(np.subtract(*pair.on_one_scale())))
-    own_a, own_b = decide(task, a), decide(task, b)
-    apart = np.abs(a - b)
-    apart = apart.sum(axis=1) / 2 if task.kind == "classes" else apart  # total variation distance
-    return Pair(examples, own_a, own_b, np.abs(own_a - own_b) * (1 + apart))
+        labels = labels_of(examples)
+        return PairedPredictions(examples, a, b, np.abs(fit_to_labels(a, labels) - fit_to_labels(b, labels)))
+    distance = np.abs(a - b).sum(axis=1) / 2 if task.kind == "classes" else np.abs(a - b)
+    label_a, label_b = decide(task, a), decide(task, b)
+    return PairedPredictions(examples, label_a, label_b, np.abs(label_a - label_b) * (1 + distance))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables and figures
 
 
-def scores_piece(pairs: list[Pair]) -> Piece:
-    """Each task's metric for both, their difference with its interval, and the test of it."""
+def scores_item(pairs: Sequence[PairedPredictions]) -> ReportItem:
+    """Return each task's metric for both, the interval of their difference, and its test."""
     columns = [Column("task"), Column("examples"), Column("metric"), Column("A", ".4f"), Column("B", ".4f")]
-    columns += [
-        Column("B - A", "+.4f"),
-        Column("95% from", "+.4f"),
-        Column("to", "+.4f"),
-        Column("p", ".3g"),
-        Column("test"),
-    ]
+    columns += [Column(name, "+.4f") for name in ("B - A", "95% from", "to")]
+    columns += [Column("p", ".3g"), Column("test")]
     rows: list[list[Value]] = []
     for pair in pairs:
-        similarity = pair.task.kind == "similarity"
         metric = metric_of(pair.task)
         a, b = metric(pair.a, pair.labels), metric(pair.b, pair.labels)
         low, high, p = paired_bootstrap(metric, pair.a, pair.b, pair.labels)
-        if not similarity:
-            p = mcnemar(pair.a == pair.labels, pair.b == pair.labels)
-        test = "paired bootstrap" if similarity else "McNemar, exact"
+        test = "paired bootstrap"
+        if pair.task.kind != "similarity":
+            p, test = mcnemar(pair.a == pair.labels, pair.b == pair.labels), "McNemar, exact"
         rows.append([pair.task.title, len(pair.labels), pair.task.metric, a, b, b - a, low, high, p, test])
-    text = "Intervals are of a paired bootstrap over the dev examples; they say nothing of other seeds."
-    return Piece("comparison-scores", "Scores", text, Table(columns, rows))
+    text = "Intervals are of a paired bootstrap over the dev examples. They do not cover other seeds."
+    return ReportItem("comparison-scores", "Scores", text, Table(columns, rows))
 
 
-def classes_piece(pairs: list[Pair]) -> Piece:
-    """How often decisions differ, and by how much."""
+def decisions_item(pairs: Sequence[PairedPredictions]) -> ReportItem:
+    """Return how often predicted labels differ, and by how much."""
     columns = [Column("task"), Column("they differ", ".1%"), Column("of these off by one class", ".1%")]
     columns += [Column(name, ".1%") for name in ("both right", "only A right", "only B right", "both wrong")]
     columns.append(Column("of B's errors at most one class from A", ".1%"))
     rows: list[list[Value]] = []
     for pair in pairs:
-        gap, right_a, right_b = np.abs(pair.a - pair.b), pair.a == pair.labels, pair.b == pair.labels
-        several = pair.task.kind == "classes"
+        distance, right_a, right_b = np.abs(pair.a - pair.b), pair.a == pair.labels, pair.b == pair.labels
+        has_order = pair.task.kind == "classes"
+        outcomes = (right_a & right_b, right_a & ~right_b, right_b & ~right_a, ~right_a & ~right_b)
         rows.append(
-            [pair.task.title, share(gap > 0), share(gap[gap > 0] == 1) if several else None]
-            + [share(own) for own in (right_a & right_b, right_a & ~right_b, right_b & ~right_a, ~right_a & ~right_b)]
-            + [share(gap[~right_b] <= 1) if several else None]
+            [pair.task.title, share(distance > 0), share(distance[distance > 0] == 1) if has_order else None]
+            + [share(outcome) for outcome in outcomes]
+            + [share(distance[~right_b] <= 1) if has_order else None]
         )
-    return Piece("comparison-decisions", "Where decisions differ", "", Table(columns, rows))
+    return ReportItem("comparison-decisions", "Where decisions differ", "", Table(columns, rows))
 
 
-def share(of: np.ndarray) -> float | None:
-    """The share that is true; None of nothing."""
-    return float(of.mean()) if len(of) else None
+def share(values: np.ndarray) -> float | None:
+    """Return the share of true values. It is None if there are no values."""
+    return float(values.mean()) if len(values) else None
 
 
-def gaps_piece(pairs: list[Pair]) -> Piece:
-    """How far similarities lie apart."""
+def similarities_item(pairs: Sequence[PairedPredictions]) -> ReportItem:
+    """Return how much predicted similarities differ."""
     columns = [Column("task"), Column("mean difference", ".3f"), Column("more than 0.5 apart", ".1%")]
     columns += [Column("more than 1 apart", ".1%"), Column("r of A and B", ".4f")]
     rows: list[list[Value]] = []
     for pair in pairs:
-        agreement = correlation(pair.a, pair.b)
-        rows.append([pair.task.title, float(pair.far.mean()), share(pair.far > 0.5), share(pair.far > 1), agreement])
+        distance = pair.disagreement
+        shares = [share(distance > 0.5), share(distance > 1)]
+        rows.append([pair.task.title, float(distance.mean()), *shares, correlation(pair.a, pair.b)])
     text = "Each model's similarities are first mapped to the labels' scale by least squares."
-    return Piece("comparison-similarities", "How far similarities differ", text, Table(columns, rows))
+    return ReportItem("comparison-similarities", "How far similarities differ", text, Table(columns, rows))
 
 
-def worst_piece(pair: Pair) -> Piece | str:
-    """The examples on which the two differ most (R0, table 3)."""
-    order = np.argsort(-pair.far, kind="stable")[:WORST]
-    order = order[pair.far[order] > 0]
+def disagreements_item(pair: PairedPredictions) -> ReportItem | str:
+    """Return the examples on which the two differ most (R0, table 3)."""
+    order = np.argsort(-pair.disagreement, kind="stable")[:SHOWN_EXAMPLES]
+    order = order[pair.disagreement[order] > 0]
     if not len(order):
         return f"no examples of {pair.task.title}: A and B agree on all of them"
     number = ".2f" if pair.task.kind == "similarity" else "d"
     columns = [Column(name) for name in pair.task.text_columns]
     columns += [Column("true", "g"), Column("A", number), Column("B", number)]
+    numbers = (pair.labels, *pair.on_label_scale())
     rows: list[list[Value]] = [
-        [
-            *(column[i] for column in pair.examples.texts),
-            *(own[i].item() for own in (pair.labels, *pair.on_one_scale())),
-        ]
-        for i in order
+        [*(column[i] for column in pair.examples.texts), *(array[i].item() for array in numbers)] for i in order
     ]
     title = f"{pair.task.title}: the examples on which they differ most"
-    return Piece(f"comparison-{pair.task.name}-worst", title, "", Table(columns, rows))
+    return ReportItem(f"comparison-{pair.task.name}-worst", title, "", Table(columns, rows))
 
 
-def figure_piece(pair: Pair, note: str) -> Piece:
-    """What B says over what A says."""
+def figure_item(pair: PairedPredictions, footnote: str) -> ReportItem:
+    """Return a figure of B's predictions over A's."""
     task = pair.task
+    name, title = f"comparison-{task.name}", f"{task.title}: A and B"
     if task.kind == "similarity":
-        a, b = pair.on_one_scale()
-        figure = scatter_figure(a, b, linear_fit(a, b), ("similarity by A (fitted)", "similarity by B (fitted)"), note)
-        return Piece(f"comparison-{task.name}", f"{task.title}: A and B", figure=figure)
+        a, b = pair.on_label_scale()
+        axes = ("similarity by A (fitted)", "similarity by B (fitted)")
+        return ReportItem(name, title, figure=scatter_figure(a, b, linear_fit(a, b), axes, footnote))
     counts = confusion(task, pair.b, pair.a)
-    figure = confusion_figure(counts, class_names(task), note, x="decided by B", y="decided by A")
-    return Piece(
-        f"comparison-{task.name}", f"{task.title}: A and B", "Shares are of each decision of A.", figure=figure
-    )
+    figure = confusion_figure(counts, class_names(task), footnote, x="decided by B", y="decided by A")
+    return ReportItem(name, title, "Percentages are of each decision of A.", figure=figure)
 
 
-def compare(
+def compare_checkpoints(
     paths: tuple[Path, Path],
     data: DataOptions,
     files: Mapping[str, TaskOptions],
     compute: ComputeOptions,
     say: Callable[[str], None],
 ) -> Report:
-    """The report on two checkpoints.
+    """Return the report on two checkpoints.
 
-    Raises UserError for a file that is no checkpoint, for two without a common task, and for missing dev files.
+    Raise UserError if a file is not a checkpoint, if the two have no task in common, or if a dev file is missing.
     """
     tasks = shared_tasks(paths, say)
-    dev: dict[str, Any] = load_splits(data, files, tasks, ["dev"], say)["dev"]
+    dev: dict[str, Examples] = load_splits(data, files, tasks, ["dev"], say)["dev"]
     device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
-    a, b = (predicted(path, dev, device, compute.eval_batch_size, say) for path in paths)
-    pairs = [pair_of(dev[name], a.values[name], b.values[name]) for name in tasks]
+    a, b = (predict_dev(path, dev, device, compute.eval_batch_size, say) for path in paths)
+    pairs = [pair_predictions(dev[name], a.predictions[name], b.predictions[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]
     similar = [pair for pair in pairs if pair.task.kind == "similarity"]
-    commits = ", ".join(dict.fromkeys(model.commit[:12] or "not recorded" for model in (a, b)))
-    note = f"A {a.path}, B {b.path}; commit {commits}; {shared_command([a.command, b.command])}"
-    summary = Section("Both on dev", [scores_piece(pairs)])
+    summary = Section("Both on dev", [scores_item(pairs)])
     if decided:
-        summary.add(classes_piece(decided))
+        summary.add(decisions_item(decided))
     if similar:
-        summary.add(gaps_piece(similar))
+        summary.add(similarities_item(similar))
+    commits = ", ".join(dict.fromkeys(checkpoint.commit[:12] or "not recorded" for checkpoint in (a, b)))
+    footnote = f"A {a.path}, B {b.path}; commit {commits}; {shared_command([a.command, b.command])}"
     sections = [summary]
     for pair in pairs:
-        section = Section(pair.task.title, [figure_piece(pair, note)])
-        section.add(worst_piece(pair))
+        section = Section(pair.task.title, [figure_item(pair, footnote)])
+        section.add(disagreements_item(pair))
         sections.append(section)
     about = f"A is {a.path} ({a.command}), B is {b.path} ({b.command}); dev files in {data.data_dir}."
     return Report("Two checkpoints", about, sections)

@@ -1,4 +1,4 @@
-"""What a report consists of, and its files: a page with all in it, markdown, tables as csv and figures as png."""
+"""The parts of a report, and its files: one html page, markdown, tables as csv and figures as png."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ from utils.files import write_atomically, write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONG = 20  # rows above which a table is folded
+FOLDED_ROWS = 20  # a table with more rows is folded
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
   padding: 0 1rem 4rem; overflow-wrap: break-word; }
@@ -52,8 +52,8 @@ PAGE = """<!DOCTYPE html>
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A figure, the table of what it shows, or both, under one title. `name` is that of its files."""
+class ReportItem:
+    """A figure, the table of its numbers, or both, under one title. `name` names its files."""
 
     name: str
     title: str
@@ -64,18 +64,18 @@ class Piece:
 
 @dataclass
 class Section:
-    """Pieces that belong together, and a line for each that has nothing to show."""
+    """Items under one heading. `left_out` has a line for each item that the data do not suffice for."""
 
     title: str
-    pieces: list[Piece] = field(default_factory=list)
+    items: list[ReportItem] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, piece: Piece | str) -> None:
-        """A piece, or why there is none."""
-        if isinstance(piece, str):
-            self.left_out.append(f"{self.title}: {piece}")
+    def add(self, item: ReportItem | str) -> None:
+        """Add an item. A string says why there is none."""
+        if isinstance(item, str):
+            self.left_out.append(f"{self.title}: {item}")
         else:
-            self.pieces.append(piece)
+            self.items.append(item)
 
 
 @dataclass(frozen=True)
@@ -89,88 +89,94 @@ class Report:
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each figure that the runs have no data for."""
+        """A line for each item that the data do not suffice for."""
         return [line for section in self.sections for line in section.left_out]
 
+    def closing_lists(self) -> list[tuple[str, Sequence[str]]]:
+        """Return the lists at the end of the page with their titles: what is not in the report, and why."""
+        return [("Left out", self.left_out), ("Not read", self.problems)]
 
-def png(figure: "Figure") -> bytes:
-    """A figure as a file's content."""
+
+def to_png(figure: "Figure") -> bytes:
+    """Return a figure as the content of a png file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def named(report: Report) -> Report:
-    """The report with names that are fit for files and of which no two are the same."""
+def with_unique_names(report: Report) -> Report:
+    """Return the report with item names that are valid in file names and occur once."""
     taken: list[str] = []
     sections = []
     for section in report.sections:
-        pieces = []
-        for piece in section.pieces:
-            stem = name = re.sub(r"[^\w.=+]+", "-", piece.name).strip("-.")
+        items = []
+        for item in section.items:
+            stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
+            number = len(taken)
             while name in taken:
-                name = f"{stem}-{len(taken)}"
+                name = f"{stem}-{number}"
+                number += 1
             taken.append(name)
-            pieces.append(replace(piece, name=name))
-        sections.append(replace(section, pieces=pieces))
+            items.append(replace(item, name=name))
+        sections.append(replace(section, items=items))
     return replace(report, sections=sections)
 
 
-def write(report: Report, out: Path, stem: str) -> list[Path]:
-    """Write STEM.html, STEM.md, and each piece's NAME.csv and NAME.png into `out`; returns the first two."""
-    report = named(report)
+def write_report(report: Report, out: Path, stem: str) -> list[Path]:
+    """Write STEM.html, STEM.md, and NAME.csv and NAME.png of each item into `out`. Return the first two paths."""
+    report = with_unique_names(report)
     images: dict[str, bytes] = {}
-    for piece in (piece for section in report.sections for piece in section.pieces):
-        if piece.table is not None:
-            write_text(out / f"{piece.name}.csv", piece.table.csv())
-        if piece.figure is not None:
-            images[piece.name] = png(piece.figure)
-            write_atomically(out / f"{piece.name}.png", partial(Path.write_bytes, data=images[piece.name]))
+    for item in (item for section in report.sections for item in section.items):
+        if item.table is not None:
+            write_text(out / f"{item.name}.csv", item.table.to_csv())
+        if item.figure is not None:
+            images[item.name] = to_png(item.figure)
+            write_atomically(out / f"{item.name}.png", partial(Path.write_bytes, data=images[item.name]))
     page, text = out / f"{stem}.html", out / f"{stem}.md"
-    write_text(page, as_html(report, images))
-    write_text(text, as_markdown(report))
+    write_text(page, to_html(report, images))
+    write_text(text, to_markdown(report))
     return [page, text]
 
 
-def endings(report: Report) -> list[Section]:
-    """What the page ends with: what is not in it, and why."""
-    return [Section("Left out", left_out=report.left_out), Section("Not read", left_out=list(report.problems))]
-
-
-def as_markdown(report: Report) -> str:
-    """The report with links to its figures' files."""
+def to_markdown(report: Report) -> str:
+    """Return the report as markdown that shows the png files."""
     lines = [f"# {report.title}", "", report.about]
     for section in report.sections:
-        if section.pieces:
+        if section.items:
             lines += ["", f"## {section.title}"]
-        for piece in section.pieces:
-            lines += ["", f"### {piece.title}"]
-            if piece.text:
-                lines += ["", piece.text]
-            if piece.figure is not None:
-                lines += ["", f"![{piece.title}]({piece.name}.png)"]
-            if piece.table is not None:
-                lines += ["", piece.table.markdown()]
-    for ending in endings(report):
-        if ending.left_out:
-            lines += ["", f"## {ending.title}", "", *(f"- {line}" for line in ending.left_out)]
+        for item in section.items:
+            lines += ["", f"### {item.title}"]
+            if item.text:
+                lines += ["", item.text]
+            if item.figure is not None:
+                lines += ["", f"![{item.title}]({item.name}.png)"]
+            if item.table is not None:
+                lines += ["", item.table.to_markdown()]
+    for title, reasons in report.closing_lists():
+        if reasons:
+            lines += ["", f"## {title}", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
 
 
-def as_html(report: Report, images: Mapping[str, bytes]) -> str:
-    """One page that needs no other file and no network: `images`, by the names of their pieces, are in it."""
-    contents, body = [], []
-    for number, section in enumerate([*report.sections, *endings(report)]):
-        ending = number >= len(report.sections)
-        if not (section.left_out if ending else section.pieces):
-            continue
-        title = html.escape(section.title)
-        links = [f'<li><a href="#{piece.name}">{html.escape(piece.title)}</a></li>' for piece in section.pieces]
-        contents.append(f'<li><a href="#section-{number}">{title}</a><ol>{"".join(links)}</ol></li>')
-        body.append(f'<h2 id="section-{number}">{title}</h2>')
-        body += [piece_html(piece, images.get(piece.name)) for piece in section.pieces]
-        if ending:
-            body.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in section.left_out) + "</ul>")
+def to_html(report: Report, images: Mapping[str, bytes]) -> str:
+    """Return one page that needs no other file and no network. It contains `images`, by the names of their items."""
+    contents: list[str] = []
+    body: list[str] = []
+
+    def add_section(title: str, items: Sequence[ReportItem], elements: Sequence[str]) -> None:
+        name = f"section-{len(contents)}"
+        links = [f'<li><a href="#{item.name}">{html.escape(item.title)}</a></li>' for item in items]
+        contents.append(f'<li><a href="#{name}">{html.escape(title)}</a><ol>{"".join(links)}</ol></li>')
+        body.extend([f'<h2 id="{name}">{html.escape(title)}</h2>', *elements])
+
+    for section in report.sections:
+        if section.items:
+            add_section(
+                section.title, section.items, [item_html(item, images.get(item.name)) for item in section.items]
+            )
+    for title, reasons in report.closing_lists():
+        if reasons:
+            add_section(title, [], ["<ul>", *(f"<li>{html.escape(reason)}</li>" for reason in reasons), "</ul>"])
     return PAGE.format(
         style=STYLE,
         title=html.escape(report.title),
@@ -180,17 +186,17 @@ def as_html(report: Report, images: Mapping[str, bytes]) -> str:
     )
 
 
-def piece_html(piece: Piece, image: bytes | None) -> str:
-    """A piece as elements of the page."""
-    title = html.escape(piece.title)
-    parts = [f'<h3 id="{piece.name}">{title}</h3>']
-    if piece.text:
-        parts.append(f"<p>{html.escape(piece.text)}</p>")
+def item_html(item: ReportItem, image: bytes | None) -> str:
+    """Return an item as elements of the page."""
+    title = html.escape(item.title)
+    parts = [f'<h3 id="{item.name}">{title}</h3>']
+    if item.text:
+        parts.append(f"<p>{html.escape(item.text)}</p>")
     if image is not None:
         data = base64.b64encode(image).decode("ascii")
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
-    if piece.table is not None:
-        table = piece.table.html()
-        folded = image is not None or len(piece.table.rows) > LONG
+    if item.table is not None:
+        table = item.table.to_html()
+        folded = image is not None or len(item.table.rows) > FOLDED_ROWS
         parts.append(f"<details><summary>In numbers</summary>\n{table}\n</details>" if folded else table)
     return "\n".join(parts)

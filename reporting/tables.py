@@ -1,4 +1,4 @@
-"""A table that is written as markdown, as csv and as html."""
+"""A table that can be written as markdown, csv and html."""
 
 import csv
 import html
@@ -11,48 +11,50 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column's name, with its unit, and how its numbers are shown; the csv file has them in full."""
+    """A column's name with its unit, and the format in which people read its numbers."""
 
     name: str
     format: str = ""
 
     def text(self, value: Value) -> str:
-        """A value as people read it."""
-        return "" if value is None else value if isinstance(value, str) else format(value, self.format)
+        """Return a value as people read it."""
+        if value is None:
+            return ""
+        return value if isinstance(value, str) else format(value, self.format)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows, as wide as the columns."""
+    """Columns, and rows with a value for each column."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Value]]
 
-    def filled(self) -> "Table":
-        """The table without columns in which no row has anything."""
+    def without_empty_columns(self) -> "Table":
+        """Return the table without columns that are empty in every row."""
         kept = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
         return Table([self.columns[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
 
     def cells(self) -> list[list[str]]:
-        """All rows as text, the header first."""
+        """Return the header and all rows as text."""
         body = [[column.text(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
         return [[column.name for column in self.columns], *body]
 
-    def markdown(self) -> str:
-        """A table as GitHub shows it."""
+    def to_markdown(self) -> str:
+        """Return the table in GitHub's markdown."""
         header, *body = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in self.cells()]
         return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["-"] * len(header), *body])
 
-    def csv(self) -> str:
-        """The same with numbers in full."""
+    def to_csv(self) -> str:
+        """Return the table as csv. Numbers have all their digits."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([column.name for column in self.columns])
         writer.writerows(["" if value is None else value for value in row] for row in self.rows)
         return text.getvalue()
 
-    def html(self) -> str:
-        """A table element in a box of its own, which scrolls sideways where the page is narrow."""
+    def to_html(self) -> str:
+        """Return a table element. Its box scrolls sideways on a narrow page."""
         header, *body = [[html.escape(cell) for cell in row] for row in self.cells()]
         head = "".join(f"<th>{cell}</th>" for cell in header)
         lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]

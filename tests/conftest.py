@@ -129,3 +129,16 @@ def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_data(tmp_path_factory.mktemp("nltk_data"))
     nltk.data.path[:] = [str(folder)]
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Path:
+    """A folder with the runs `yin` (all tasks), `cross` (another arch) and `sst` (one task, one epoch)."""
+    import multitask_classifier
+
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*tiny_flags, "--no_tensorboard", "--no_test_predictions"]
+    kinds = {"yin": [], "cross": ["--arch", "v2", "--seed", "5"], "sst": ["--train_sst", "--epochs", "1"]}
+    for name, more in kinds.items():
+        multitask_classifier.main([*flags, *more, "--run_dir", str(folder / name)])
+    return folder

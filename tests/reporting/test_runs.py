@@ -1,0 +1,211 @@
+"""Figures and tables of runs show what the runs' files say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import cells_of, check_layout, figure_of, refusal
+from matplotlib.colors import to_rgb
+from scipy.stats import linregress
+from sklearn.metrics import confusion_matrix, mean_squared_error
+
+from config import DataOptions, TaskOptions
+from datasets import BadRows, read_examples
+from evaluation.metrics import correlation
+from evaluation.prediction_files import write_predictions
+from reporting.page import ReportItem
+from reporting.predictions import DevSets, Predictions, load_predictions, read_prediction_file
+from reporting.runs import (
+    MOST_CURVES,
+    confusion_item,
+    curves_item,
+    errors_item,
+    rates_item,
+    residuals_item,
+    runs_item,
+    scatter_item,
+    scores_item,
+)
+from reporting.sources import Run, read_run
+from tasks import PARA, SST, STS, TASKS, Task
+
+rng = np.random.default_rng
+TRAINED = {name: task for name, task in TASKS.items() if task.by_default}
+
+
+@pytest.fixture
+def run(finished_runs: Path) -> Run:
+    """The run of all tasks."""
+    return read_run(finished_runs / "yin", "yin", [])
+
+
+def bare_run(name: str, metrics: list[dict[str, Any]]) -> Run:
+    """Return a run of which nothing but metrics.jsonl is known."""
+    return Run(Path(name), name, None, metrics, [], None, None, "")
+
+
+def predictions_of(run: Run, task: Task) -> Predictions:
+    found = load_predictions(run, task, DevSets(None, {}, []))
+    assert found is not None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- predictions
+
+
+def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    values = rng(0).normal(size=20)
+    ids = [f"a , {i}" for i in range(20)]
+    write_predictions(tmp_path / "sts.csv", STS, ids, values)
+    assert read_prediction_file(tmp_path / "sts.csv", STS) == dict(zip(ids, values.tolist(), strict=True))
+    write_predictions(tmp_path / "sst.csv", SST, ids[:5], np.eye(5))
+    assert list(read_prediction_file(tmp_path / "sst.csv", SST).values()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "id \t Predicted_Sentiment \n",
+        "id \t Predicted_Sentiment \na , 1 \nb , \n",
+        "id \t Predicted_Sentiment \na , 1 \nb\n",
+        "id \t Predicted_Sentiment \na , 7 \n",
+        "id \t Predicted_Sentiment \na , 1 \na , 2 \n",
+        "id \t Predicted_Is_Paraphrase \na , 1 \n",
+    ],
+)
+def test_damaged_predictions_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.csv").write_text(content)
+    assert "x.csv: is damaged" in refusal(read_prediction_file, tmp_path / "x.csv", SST)
+
+
+def test_predictions_are_in_the_order_of_the_dev_file(run: Run, small_data: Path) -> None:
+    for task in TRAINED.values():
+        found = predictions_of(run, task)
+        examples = read_examples(small_data / task.files["dev"], task, "dev", BadRows(0, print))
+        assert examples.labels is not None and np.array_equal(found.labels, examples.labels)
+        written = (run.path / "predictions" / f"{task.name}-dev-output.csv").read_text().splitlines()[1:]
+        wanted = {line.split(" , ")[0]: float(line.split(" , ")[1]) for line in written}
+        assert found.predicted.tolist() == [wanted[example] for example in examples.ids]
+
+
+def test_each_dev_file_is_read_once(run: Run) -> None:
+    problems: list[str] = []
+    dev_sets = DevSets(None, {}, problems)
+    assert dev_sets.examples(run.config, SST) is dev_sets.examples(run.config, SST) is not None
+    missing = DevSets(DataOptions(data_dir="/nowhere"), {"sst": TaskOptions()}, problems)
+    assert missing.examples(None, SST) is None and missing.examples(None, SST) is None and len(problems) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+def test_the_confusion_matrix_is_drawn(run: Run) -> None:
+    for task in (SST, PARA):
+        found = predictions_of(run, task)
+        item = confusion_item(run, found)
+        (axes,) = figure_of(item).axes
+        counts = confusion_matrix(found.labels, found.predicted, labels=range(len(task.label_names)))
+        assert np.allclose(axes.images[0].get_array(), counts / counts.sum(axis=1, keepdims=True).clip(min=1))
+        assert [text.get_text().split("\n")[1] for text in axes.texts] == [str(count) for count in counts.ravel()]
+        assert [row[1:] for row in cells_of(item)[1:]] == [[str(count) for count in row] for row in counts]
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(task.label_names)
+
+
+def test_scatter_and_residuals_are_drawn(run: Run) -> None:
+    found = predictions_of(run, STS)
+    labels, predicted = found.labels.astype(float), found.predicted
+    (axes,) = figure_of(scatter_item(run, found)).axes
+    assert np.allclose(axes.collections[0].get_offsets(), np.stack([labels, predicted], axis=1))
+    best, ends = linregress(labels, predicted), np.array([labels.min(), labels.max()])
+    (line,) = axes.lines
+    assert np.allclose(line.get_xdata(), ends) and np.allclose(line.get_ydata(), best.intercept + best.slope * ends)
+    (axes,) = figure_of(residuals_item(run, found)).axes
+    inverse = linregress(predicted, labels)
+    residuals = inverse.intercept + inverse.slope * predicted - labels
+    assert np.allclose(axes.collections[0].get_offsets(), np.stack([labels, residuals], axis=1))
+    assert axes.get_xlabel() == "true similarity (0 to 5)"
+
+
+def test_learning_curves_are_those_of_metrics_jsonl(run: Run) -> None:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    above, below = figure_of(curves_item(run)).axes
+    metric = {name: task.metric for name, task in TRAINED.items()}
+    wanted = [[line[part][name][metric[name]] for line in lines] for part in ("dev", "train") for name in TRAINED]
+    curves = [line for line in above.lines if len(line.get_xdata()) == 2 and line.get_linestyle() != ":"]
+    assert [list(line.get_ydata()) for line in curves] == wanted
+    assert [line.get_linestyle() for line in curves] == ["-"] * 3 + ["--"] * 3
+    assert all(list(line.get_xdata()) == [1, 2] for line in curves)
+    losses = [list(line.get_ydata()) for line in below.lines if line.get_linestyle() != ":"]
+    assert losses == [[line["train"][name]["loss"] for line in lines] for name in TRAINED]
+    assert [list(line.get_xdata()) for line in above.lines if line.get_linestyle() == ":"] == [[run.best_epoch] * 2]
+    names = (above.get_ylabel(), below.get_ylabel(), below.get_xlabel())
+    assert names == ("accuracy or Pearson r", "training loss", "epoch")
+
+
+def test_a_task_that_is_scored_and_not_trained_has_a_dev_curve() -> None:
+    metrics = [{"epoch": epoch, "train": {"sst": {"loss": 1.0, "accuracy": 0.5}}, "dev": {"sts": {"pearson": 0.1}}}
+               for epoch in (1, 2)]  # fmt: skip
+    above, below = figure_of(curves_item(bare_run("r", metrics))).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[0.1, 0.1], [0.5, 0.5]]
+    assert [list(line.get_ydata()) for line in below.lines] == [[1.0, 1.0]]
+
+
+# ------------------------------------------------------------------------------------------------------------- all runs
+
+
+def test_runs_are_compared(finished_runs: Path) -> None:
+    several = [read_run(finished_runs / name, name, []) for name in ("cross", "sst", "yin")]
+    (axes,) = figure_of(scores_item(several)).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2], [1, 2]]  # one epoch is no curve
+    assert len({to_rgb(line.get_color()) for line in axes.lines}) == 2
+    assert isinstance(scores_item(several[:2]), str)
+    rows = cells_of(runs_item(several))
+    assert len({row[1] for row in rows[1:]}) == 3 and "v2" in rows[1][1]  # what distinguishes each
+    assert [row[0] for row in rows] == ["run", "cross", "sst", "yin"] and rows[2][rows[0].index("para accuracy")] == ""
+    saved = json.loads((finished_runs / "yin" / "scores.json").read_text())
+    assert rows[3][rows[0].index("sts pearson")] == f"{saved['dev']['sts']['pearson']:.4f}"
+    assert rows[3][rows[0].index("epoch kept")] == str(saved["epoch"])
+
+
+def test_of_many_runs_the_best_are_drawn() -> None:
+    """Names of runs may be long and may contain what matplotlib takes for a formula."""
+    names = [*(f"{'very_long_' * 12}{i:02}" for i in range(19)), r"cost $\wrong$ 3$ or 4$"]
+    runs = [
+        bare_run(name, [{"epoch": epoch, "train": {}, "dev": {"score": i * epoch / 100}} for epoch in (1, 2)])
+        for i, name in enumerate(names)
+    ]
+    item = scores_item(runs)
+    figure = figure_of(item)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(shown) == MOST_CURVES and all(name.endswith(f"{i}") for i, name in enumerate(shown[:-1], start=12))
+    assert all(len(name) < 70 for name in shown)
+    figure.draw_without_rendering()  # fails if it reads a wrong formula
+    assert isinstance(item, ReportItem) and "8 best of 20 runs" in item.text and len(cells_of(item)) == 41
+
+
+def test_rates_and_errors_have_rows_for_each_run(finished_runs: Path) -> None:
+    both = [read_run(finished_runs / name, name, []) for name in ("yin", "cross")]
+    binary = {run.name: predictions_of(run, PARA) for run in both}
+    rows = cells_of(rates_item(PARA, binary))
+    assert [row[0] for row in rows] == ["run", "yin", "cross"]
+    (tn, fp), (fn, tp) = confusion_matrix(binary["yin"].labels, binary["yin"].predicted, labels=[0, 1])
+    assert rows[1][2:] == [f"{x / y:.3f}" for x, y in ((tp, tp + fn), (fp, fp + tn), (tn, fp + tn), (fn, tp + fn))]
+    similar = {run.name: predictions_of(run, STS) for run in both}
+    _, *rows = cells_of(errors_item(STS, similar))
+    kinds = ("as they are", "after the best line")
+    assert [row[:2] for row in rows] == [[name, kind] for name in similar for kind in kinds]
+    yin = similar["yin"]
+    assert rows[0][4] == f"{mean_squared_error(yin.labels, yin.predicted):.3f}"
+    assert rows[1][10] == f"{correlation(yin.predicted, yin.labels) ** 2:.3f}"
+
+
+def test_nothing_of_the_figures_is_cut_off(run: Run, finished_runs: Path) -> None:
+    items = [curves_item(run), scores_item([run, read_run(finished_runs / "cross", "cross", [])])]
+    items += [make_item(run, predictions_of(run, STS)) for make_item in (scatter_item, residuals_item)]
+    items += [confusion_item(run, predictions_of(run, task)) for task in (SST, PARA)]
+    for item in items:
+        check_layout(figure_of(item))
+        assert figure_of(item).texts[0].get_text().startswith("commit ")

@@ -1,0 +1,53 @@
+"""The figures in TensorBoard."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import configure
+
+from tasks import SST, TASKS, Task
+from training import logger
+from training.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_titles_of_figures_are_whole(task: Task) -> None:
+    low, high = task.label_range
+    labels = np.random.default_rng(0).integers(int(low), int(high) + 1, size=40)
+    values = np.eye(int(high) + 1)[labels] if task.kind == "classes" else labels.astype(np.float64)
+    draw = logger.residual_figure if task.kind == "similarity" else logger.confusion_figure
+    figure = draw(task, values, labels)
+    figure.draw_without_rendering()
+    title = figure.axes[0].title.get_window_extent()
+    assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "eval_every", "drawn_after"),
+    [
+        (7, 1, [1, 2, 3, 4, 5, 6, 7]),
+        (20, 3, [3, 6, 9, 12, 15, 18, 20]),
+        (45, 1, [*range(3, 46, 3)]),
+        (200, 1, [*range(10, 201, 10)]),
+        (200, 7, [*range(14, 200, 14), 200]),
+    ],
+)
+def test_a_long_run_draws_few_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, eval_every: int, drawn_after: list[int]
+) -> None:
+    """Drawing them takes as long as a short epoch. Curves have every epoch."""
+    monkeypatch.setattr(logger, "confusion_figure", lambda *_: None)
+    config = configure("--train_sst", "--epochs", epochs, "--eval_every", eval_every, "--tensorboard")
+    telemetry = logger.Telemetry(RunDirectory(tmp_path), config, {"sst": SST})
+    assert telemetry.writer is not None
+    figures, scalars = [], []
+    monkeypatch.setattr(telemetry.writer, "add_figure", lambda tag, figure, step: figures.append(step))
+    monkeypatch.setattr(telemetry.writer, "add_scalar", lambda tag, value, step: scalars.append((tag, step)))
+    for number in range(1, epochs + 1):
+        due = number % eval_every == 0 or number == epochs
+        dev = {"sst": (np.eye(5), np.arange(5))} if due else {}
+        scores = {"sst": {"accuracy": 1.0}} if due else {}
+        telemetry.epoch(logger.Epoch(number, "all", number, {}, scores), dev)
+    assert figures == drawn_after
+    assert [step for tag, step in scalars if tag.startswith("speed/")] == [*range(1, epochs + 1)]
