@@ -73,8 +73,8 @@ class Capturer:
 class CudaGraphRunner:
     """Captures the pass of each task and shape at its third use, replays it from then on, and runs the others eagerly.
 
-    A graph holds for what it was captured under: the task, the scale of the loss, the shapes, which parameters train and
-    where they are, and whether the model is in training mode. Autocast and the auxiliary losses stay the same in a run.
+    A graph holds for what it was captured under: the task, the scale of the loss, the shapes, which parameters train,
+    where they are, and whether the model is in training mode. Autocast and auxiliary losses stay the same in a run.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ SHARE = 0.5  # of the memory that is free before training
 
 @dataclass(eq=False)
 class CachedFeatures:
-    """The outputs of one layer for a split: hidden states [tokens, H] or, of the last layer, sentence embeddings [C, N, H].
+    """The output of one layer for a split: hidden states [tokens, H], or embeddings [C, N, H] of the last.
 
     C counts the sequences of an example. `filled` [N] says which examples have been computed.
     """
@@ -63,7 +63,7 @@ class CachedData:
         return self.data.labels(indices)
 
     def begin_epoch(self, due: np.ndarray) -> None:
-        """Find what is frozen now, drop features that are no longer constant, and expect batches of the examples `due`."""
+        """Find what is frozen, drop features that are no longer constant, and expect batches of the examples `due`."""
         self.layers, self.due = self.backbone.frozen_layers(), due
         self.kept = {layers: kept for layers, kept in self.kept.items() if layers <= self.layers}
 

@@ -26,8 +26,8 @@ EMBEDDINGS, LAYERS = 0, 1  # the two stages of a part that draw dropout masks
 class GradCache:
     """Passes batches of more than `size` sequences through the backbones in parts.
 
-    The dropout masks of a part are a function of the seed, the number of the batch, the view and the part. A second pass
-    of the same view has the same masks, as SMART needs it; SimCSE's second view has other masks.
+    The dropout masks of a part are a function of the seed, the batch's number, the view and the part. A second pass of
+    the same view has the same masks, as SMART needs them; SimCSE's second view has other masks.
     """
 
     def __init__(self, model: MultitaskBERT, size: int, seed: int, device: torch.device) -> None:

@@ -70,7 +70,7 @@ class Loader:
         self.ready: tuple[TaskBatch, LoadedBatch] | None = None
 
     def begin_epoch(self, steps: Sequence[Step], done: int, number: int) -> None:
-        """Expect the batches of an epoch's `steps`, of which `done` are done; `number` counts the run's batches so far."""
+        """Expect the batches of an epoch's `steps` but the first `done`; `number` counts the run's batches so far."""
         if self.feature_cache is not None:
             self.feature_cache.begin_epoch(steps)
         remaining = (batch for step in steps[done:] for batch in step.batches)

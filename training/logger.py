@@ -234,8 +234,8 @@ class Logger:
     ) -> None:
         """Add the results of a step.
 
-        `number` counts the batches of the epoch before it, `batches_before` those of the run. Raises UserError for a loss
-        that is not finite.
+        `number` counts the batches of the epoch before it, `batches_before` those of the run. Raises UserError if a
+        loss is not finite.
         """
         seconds, peak_memory = self.timer.stop()
         for i, (batch, done) in enumerate(zip(step.batches, result.batches, strict=True)):

@@ -156,9 +156,9 @@ def check_losses_finite(
 ) -> None:
     """Raise UserError if a loss of `epoch`, counted from 1, is not finite, and write down what is known of its batch.
 
-    `meters` have the losses of the epoch's `batches` so far. bad_batch.json in the run directory then names the examples
-    of the first such batch and of the one before, since weights that an update ruined show in the next loss only. Waits
-    for the device.
+    `meters` have the losses of the epoch's `batches` so far. bad_batch.json in the run directory then names the
+    examples of the first such batch and of the one before: weights that an update ruined show in the next loss only.
+    Waits for the device.
     """
     bad: list[tuple[int, float]] = []
     for meter in meters.values():

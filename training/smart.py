@@ -1,5 +1,5 @@
-"""SMART (Jiang et al. 2020): outputs change little under small perturbations of the embeddings (equation 2) and from one
-step to the next (the Bregman proximal point method with momentum, equations 5 and 6).
+"""SMART (Jiang et al. 2020): outputs change little under small perturbations of the embeddings (equation 2), and little
+from one step to the next (the Bregman proximal point method with momentum, equations 5 and 6).
 
 Both losses compare the outputs of two passes that differ in nothing else. Dropout draws the masks of the clean pass
 again, and running statistics and generators stay as the clean pass left them.
@@ -35,7 +35,7 @@ def divergence(kind: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def ascend(run: Callable[[Tensor], Tensor], clean: Tensor, start: Tensor, kind: str, options: TrainOptions) -> Tensor:
-    """Return the perturbation [T, H] after --smart_steps ascent steps from `start` on the divergence of run() from `clean`.
+    """Return the perturbation [T, H] after --smart_steps ascent steps from `start`: it moves run() away from `clean`.
 
     The largest coordinate of each token's step is --smart_eta; each step ends inside the cube of --smart_epsilon.
     Public versions normalise again after that, so that their epsilon has no effect.

@@ -326,7 +326,7 @@ class Trainer:
     # Evaluation
 
     def tasks_to_evaluate(self) -> list[str]:
-        """Return the tasks whose dev set is evaluated after this epoch: all of them after the last one, none with --mlm."""
+        """Return the tasks whose dev set is evaluated after this epoch: all after the last one, none with --mlm."""
         number, options = self.progress.epoch, self.config.train
         last = number == options.epochs
         if options.mlm or (number % options.eval_every and not last):
@@ -339,7 +339,7 @@ class Trainer:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Give the model, inside, the averaged weights if there are some, and fresh statistics of batch normalisation."""
+        """Give the model, inside, the averaged weights, if any, and fresh statistics of batch normalisation."""
         average = self.average if self.average is not None and self.average.updates else None
         with ExitStack() as stack:
             if average is not None:
