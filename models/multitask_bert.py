@@ -260,7 +260,7 @@ class MultitaskBERT(nn.Module):
             yield f"head {name}", list(head.parameters())
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
-        """Return every parameter that a batch of `task` reaches; --mlm reaches heads of masked words, not the task's."""
+        """Return every parameter that a batch of `task` reaches; with --mlm, the heads of masked words."""
         reached: list[nn.Module] = [self.backbone(task)]
         reached.append(self.mlm[self.backbone_of[task]] if self.mlm else self.heads[task])
         if task in self.pals:

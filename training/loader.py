@@ -100,8 +100,7 @@ class Loader:
 
     def load(self, batch: TaskBatch, number: int) -> LoadedBatch:
         """Return a batch whose copy to the device has begun."""
-        data = self.train[batch.task]
-        indices, shard = self.context.shard(batch.indices, data.lengths)
+        data, (indices, shard) = self.train[batch.task], self.shard(batch)
         inputs, labels, rows = data.batch(indices), data.labels(batch.indices), None
         if self.masking is not None:
             assert isinstance(inputs, PackedBatch)
@@ -116,9 +115,14 @@ class Loader:
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""
         for batch in batches:
-            data = self.train[batch.task]
-            indices, _ = self.context.shard(batch.indices, data.lengths)
-            yield batch.task, data.batch(indices).to(self.device)
+            indices, _ = self.shard(batch)
+            yield batch.task, self.train[batch.task].batch(indices).to(self.device)
+
+    def shard(self, batch: TaskBatch) -> tuple[np.ndarray, Shard | None]:
+        """Return the examples of a batch that this process passes through the model, and their places in it."""
+        if self.context.size == 1:
+            return batch.indices, None
+        return self.context.shard(batch.indices, self.train[batch.task].lengths)
 
     @cached_property
     def sha256(self) -> dict[str, str]:

@@ -134,7 +134,7 @@ class Checkpointer:
         return content
 
     def cut_back(self, before: Mapping[str, int]) -> None:
-        """Cut the files that grow to their state of `before`: later lines belong to steps that will be made again.
+        """Cut the files that grow back to the sizes of `before`; later lines belong to steps to be made again.
 
         Raises UserError if they cannot be written.
         """
