@@ -229,7 +229,7 @@ def export(config: Config) -> None:
     With --export_peft, write its adapters as peft reads them.
     """
     from base_bert import save_pretrained
-    from lora import merged_state
+    from lora import merged_state_dict
     from models.checkpoint import load_model
     from models.peft_exchange import export_peft
     from utils.files import probe_folder
@@ -254,7 +254,7 @@ def export(config: Config) -> None:
     for name, backbone in model.backbones.items():
         if config.run.export is not None:
             folder = Path(config.run.export) / name
-            save_pretrained(folder, model.bert_config, merged_state(backbone), tokenizer)
+            save_pretrained(folder, model.bert_config, merged_state_dict(backbone), tokenizer)
             say(f"backbone {name} in {folder}")
         if config.run.export_peft is not None and model.lora is not None:
             folder = Path(config.run.export_peft) / name

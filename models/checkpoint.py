@@ -13,7 +13,7 @@ import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config
-from lora import LoRAConfig, inject, merged_state
+from lora import LoRAConfig, inject, merged_state_dict
 from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -193,7 +193,7 @@ def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Calla
     untrained = ("heads.", "pair_layer.") if its_config.train.mlm else ()
     weights = {key: own for key, own in source.state_dict().items() if not key.startswith(untrained)}
     for name, backbone in source.backbones.items():
-        weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
+        weights |= {f"backbones.{name}.{key}": own for key, own in merged_state_dict(backbone).items()}
     new = [name for name in model.tasks if name not in source.tasks]
     found = {*source.backbones, *(model.backbone_of[name] for name in model.tasks if name not in new)}
     backbones = [name for name in model.backbones if name not in found]

@@ -10,15 +10,14 @@ from bert import Adapter, BertModel
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions
 from lora import (
     LoRAConfig,
-    adapter_state,
-    base_state,
+    adapter_state_dict,
+    base_state_dict,
     base_weights_sha256,
-    frozen_by_policy,
     inject,
-    load_adapter_state,
+    load_adapter_state_dict,
     restore,
 )
-from models.freezing import parse_command, scheduled_layers, set_trainable
+from models.freezing import frozen_by_adapters, parse_command, scheduled_layers, set_trainable
 from models.heads import CosineHead, PairLayer, build_head, pair_features
 from models.mlm import MaskedWordHead
 from models.pals import TaskAdapter
@@ -158,7 +157,7 @@ class MultitaskBERT(nn.Module):
         self.add_adapters(config)
         try:
             for backbone in self.backbones.values():
-                load_adapter_state(backbone, state, source)
+                load_adapter_state_dict(backbone, state, source)
         except UserError:
             for backbone in self.backbones.values():
                 restore(backbone)
@@ -201,7 +200,7 @@ class MultitaskBERT(nn.Module):
             f"backbones.{name}.{tensor}"
             for name, backbone in self.backbones.items()
             for tensor in (
-                base_state(backbone) if fine_tune_mode == "last-layer" else frozen_by_policy(backbone, self.lora)
+                base_state_dict(backbone) if fine_tune_mode == "last-layer" else frozen_by_adapters(backbone, self.lora)
             )
         }
 
@@ -242,7 +241,7 @@ class MultitaskBERT(nn.Module):
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
         """The model's parts with their parameters, for tables: backbones, their adapters, PALs, pair layer, heads."""
         for name, backbone in self.backbones.items():
-            adapters = adapter_state(backbone)
+            adapters = adapter_state_dict(backbone)
             named = dict(backbone.named_parameters())
             yield f"backbone {name}", [own for key, own in named.items() if key not in adapters]
             if adapters:

@@ -12,6 +12,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def describe_error(error: BaseException) -> str:
+    """Return the type of an error and the first line of its text, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|\bMemoryError|can(no|')t allocate memory|not enough memory|Unable to allocate"
     r"|bad_alloc|ALLOC_FAILED|could not create a (primitive(?! desc)|memory object)",
