@@ -40,7 +40,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
 
     from base_bert import load_weights, read_config, resolve_pretrained
     from lora import LoRAConfig
-    from models.checkpoint import hand_over
+    from models.checkpoint import init_from_checkpoint
     from models.multitask_bert import MultitaskBERT
     from models.peft_exchange import import_peft
     from text.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def build_model(config: Config, tasks: dict[str, Task]) -> "tuple[MultitaskBERT,
         if not model.load_mlm_heads(folder):
             say(f"--mlm: {config.model.pretrained} has no head of masked words; a new one is trained")
     if config.train.init_from is not None:
-        hand_over(model, tokenizer, Path(config.train.init_from), say)
+        init_from_checkpoint(model, tokenizer, Path(config.train.init_from), say)
     if tokenizer.vocab_size > bert_config.vocab_size:
         raise UserError(
             f"--pretrained {config.model.pretrained}: its tokenizer has {tokenizer.vocab_size} words but its weights "
@@ -128,7 +128,7 @@ def train(config: Config, command: str, world: "World") -> None:
     kind(config, model, tokenizer, data["train"], data.get("dev", {}), device, run, say, world).fit()
     best = load(run.best) if world.leads else {}
     about = {"epoch": best["epoch"], "checkpoint": run.best.name} if world.leads else {}
-    world.load(model, best.get("weights", {}), run.best, model.never_trained(config.train.fine_tune_mode))
+    world.load(model, best.get("weights", {}), run.best, model.frozen_parameter_names(config.train.fine_tune_mode))
     if config.train.mlm:
         run.write_json("scores.json", {"dev": {}, **about})
     else:

@@ -727,7 +727,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     adapters: Path, tiny_flags: list[str], tmp_path: Path, change: str
 ) -> None:
     """--init_from with a checkpoint of adapters, one thing wrong in each."""
-    from models.checkpoint import hand_over
+    from models.checkpoint import init_from_checkpoint
 
     content, path = load(adapters / "run" / "best.pt"), tmp_path / "start.pt"
     weights = content["weights"]
@@ -753,7 +753,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     save(path, content)
     trainer = make_trainer(tiny_flags, tmp_path / "run")
     before = copied(trainer.model)
-    refused(lambda: hand_over(trainer.model, trainer.tokenizer, path, print), "start.pt", words[change])
+    refused(lambda: init_from_checkpoint(trainer.model, trainer.tokenizer, path, print), "start.pt", words[change])
     after = copied(trainer.model)
     assert list(after) == list(before) and all(torch.equal(after[key], own) for key, own in before.items())
     flags = [*tiny_flags, "--init_from", str(path), "--run_dir", str(tmp_path / "again")]

@@ -33,7 +33,7 @@ def test_only_what_may_train_changes(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.fit()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    frozen = model.never_trained(fine_tune_mode)
+    frozen = model.frozen_parameter_names(fine_tune_mode)
     assert frozen and not changed & frozen
     assert {name.split(".")[1] for name in changed if name.startswith("heads.")} == set(model.tasks)
     for name, backbone in model.backbones.items():

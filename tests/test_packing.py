@@ -23,12 +23,12 @@ from text.packing import (
     joined_bytes,
     pack,
     pack_padded,
+    pad_to_bucket,
     ragged_rows,
     split_bytes,
     stack_padded_pairs,
     take,
     unpack,
-    with_tail,
 )
 
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
@@ -368,7 +368,7 @@ def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dty
 def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = packed(ragged_ids(lengths, rng), [int(rng.integers(0, n + 1)) for n in lengths])
-    tailed = with_tail(batch)
+    tailed = pad_to_bucket(batch)
     tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
     assert (tailed.num_tokens, tailed.max_seqlen, tailed.tail) == (tokens, longest, tokens - sum(lengths))
     assert tailed.num_sequences == len(lengths) + 1 and batch.num_sequences == len(lengths)

@@ -110,7 +110,7 @@ class PackedBatch:
 
     `order` holds, for each stored sequence, its index in the batch as the caller gave it; `restore` is its inverse.
 
-    Behind them there may be a tail (see `with_tail`), one further sequence that nobody asked for: T and the offsets
+    Behind them there may be a tail (see `pad_to_bucket`), one further sequence that nobody asked for: T and the offsets
     count it, `order`, `restore` and whatever is in the caller's order do not.
     """
 
@@ -148,7 +148,7 @@ class PackedBatch:
     def grouping(self) -> Grouping:
         """The sequences as rectangles."""
         made = group(self.sizes)
-        return (with_tail_group(made, self.tail) if self.tail else made).to(self.cu_seqlens.device)
+        return (pad_grouping(made, self.tail) if self.tail else made).to(self.cu_seqlens.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """The batch's tensors by name."""
@@ -246,7 +246,7 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
     return Grouping(tuple(made), padded, packed)
 
 
-def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
+def pad_grouping(grouping: Grouping, tail: int) -> Grouping:
     """`grouping` with a rectangle of its own for a last sequence of `tail` tokens."""
     tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
     rows = torch.arange(tail)
@@ -365,7 +365,7 @@ def bucket(tokens: int, longest: int) -> tuple[int, int]:
     return (tokens // step + 1) * step, 1 << (max(longest, step) - 1).bit_length()
 
 
-def with_tail(batch: PackedBatch) -> PackedBatch:
+def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
     """A batch on the host grown to its `bucket` by tokens of a last sequence of their own.
 
     Nothing reads what a backbone makes of them, so that losses and gradients stay as they are.

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from config import ComputeOptions
 from datasets import Batches
 from evaluation.predict import predict
-from models.checkpoint import load_weights_into
+from models.checkpoint import load_model_state_dict
 from models.heads import BatchNorm
 from models.multitask_bert import MultitaskBERT
 from text.packing import to_device
@@ -117,8 +117,8 @@ class World:
         return optimizer.state_dict()
 
     def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
-        """`load_weights_into` on all ranks, of the weights that rank 0 has."""
-        load_weights_into(model, weights, source, left_out)
+        """`load_model_state_dict` on all ranks, of the weights that rank 0 has."""
+        load_model_state_dict(model, weights, source, left_out)
 
     def load_states(self, optimizer: Optimizer, content: Mapping[str, Any]) -> None:
         """Give an optimizer what `states` returned, which here all ranks have read."""
@@ -268,7 +268,7 @@ class Ranks(World):
 
     def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
         if self.leads:
-            load_weights_into(model, weights, source, left_out)
+            load_model_state_dict(model, weights, source, left_out)
         self.broadcast(model)
 
 

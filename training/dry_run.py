@@ -41,7 +41,7 @@ def average_bytes(model: MultitaskBERT, config: Config) -> int:
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
     """About the most that checkpoints take on disk: best.pt, two resume states, and a third while it is written."""
-    left_out = model.never_trained(config.train.fine_tune_mode)
+    left_out = model.frozen_parameter_names(config.train.fine_tune_mode)
     best = weight_bytes(own for name, own in model.named_parameters() if name not in left_out)
     resume = best + optimizer_bytes(model, config) + average_bytes(model, config)
     return int(1.05 * (best + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors

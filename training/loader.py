@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasets import Batches
-from text.packing import Batch, PackedBatch, to_device, with_tail
+from text.packing import Batch, PackedBatch, pad_to_bucket, to_device
 from training.distributed import ONE, World
 from training.task_sampling import Step
 
@@ -23,7 +23,7 @@ class Feed:
     def __init__(
         self, data: Mapping[str, Batches], device: torch.device, tails: bool = False, world: World = ONE
     ) -> None:
-        """With `tails`, packed batches get one (see packing.with_tail); a process of several gets its shard."""
+        """With `tails`, packed batches get one (see packing.pad_to_bucket); a process of several gets its shard."""
         self.data, self.device, self.tails, self.world = data, device, tails, world
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead = self.stream is not None
@@ -51,6 +51,6 @@ class Feed:
         own = self.world.shard(step.indices, data.lengths)
         batch, labels = data.batch(own), data.labels(step.indices)
         if self.tails and isinstance(batch, PackedBatch):
-            batch = with_tail(batch)
+            batch = pad_to_bucket(batch)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             return batch.to(self.device), to_device(labels, self.device)

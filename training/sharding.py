@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from bert import BertModel, Linear
 from datasets import Batches
-from models.checkpoint import refuse_misfits
+from models.checkpoint import check_state_dict
 from models.multitask_bert import MultitaskBERT
 from optimizer import local
 from training.distributed import Ranks, Reducer
@@ -88,7 +88,7 @@ class Shards(Ranks):
     def load(self, model: MultitaskBERT, weights: Mapping[str, Tensor], source: Path, left_out: Set[str]) -> None:
         own = model.state_dict()
         if self.leads:
-            refuse_misfits(own, weights, source, left_out)
+            check_state_dict(own, weights, source, left_out)
         for name, tensor in own.items():
             if name in left_out:
                 continue

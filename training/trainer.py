@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from config import Config
 from datasets import Batches, TaskData
 from evaluation.metrics import Scores, overall, probabilities, score_task
-from models.checkpoint import FORMAT, copy, load, model_checkpoint, refuse_other_base, save
+from models.checkpoint import FORMAT, check_base_weights, copy, load, model_checkpoint, save
 from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS, Schedule, local
 from tasks import Task
@@ -149,7 +149,7 @@ class Trainer:
         self.seconds = 0.0  # that former processes spent on the epoch
         self.gradient_waits = False  # whether a joint step's gradients wait for those of other tasks
         self.saves = SaveEvery(config.run.save_every)
-        self.left_out = model.never_trained(options.fine_tune_mode)  # of the weights that are saved
+        self.left_out = model.frozen_parameter_names(options.fine_tune_mode)  # of the weights that are saved
 
     def fit(self) -> Scores:
         """Train to the end, or until --patience runs out; returns the best dev scores.
@@ -485,7 +485,7 @@ class Trainer:
                 f"--resume {self.run.path}: the run began with {content['examples']} training examples, and there are "
                 f"{self.plan.sizes}; put its data back, or --overwrite it"
             )
-        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.world.load(self.model, content["weights"], self.run.resume, self.left_out)
         if other := [name for name, own in self.data_sha256.items() if content.get("data", {}).get(name, own) != own]:
             raise UserError(
