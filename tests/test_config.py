@@ -481,7 +481,8 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
 
 def ended(work: str, stdout: Any) -> tuple[int, str]:
     """Exit code and standard error of a script whose main is `work`."""
-    code = f"import sys; from utils.console import run_script, say; from utils.errors import UserError; run_script(lambda words: ({work}))"
+    imports = "import sys; from utils.console import run_script, say; from utils.errors import UserError; "
+    code = imports + f"run_script(lambda words: ({work}))"
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # what waits to be written is half of the matter
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
