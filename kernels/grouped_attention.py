@@ -111,7 +111,7 @@ class _Part:
 def _parts(grouping: Grouping, heads: int, first_only: bool) -> list[_Part]:
     parts, sequence = [], 0
     for group, (rows, places) in zip(grouping.groups, grouping.split(heads), strict=True):
-        own = slice(group.own.start * heads, group.own.stop * heads)
+        own = slice(group.rows.start * heads, group.rows.stop * heads)
         asking = slice(sequence * heads, (sequence + group.sequences) * heads) if first_only else own
         parts.append(_Part(group.sequences * heads, rows, places, group.key_mask, own, asking, first_only))
         sequence += group.sequences
