@@ -133,7 +133,7 @@ class _HeadGroup:
 def _split_heads(grouping: Grouping, heads: int, cls_only: bool) -> list[_HeadGroup]:
     groups, sequence = [], 0
     for group, (filling, places) in zip(grouping.groups, grouping.split(heads), strict=True):
-        rows = slice(group.own.start * heads, group.own.stop * heads)
+        rows = slice(group.rows.start * heads, group.rows.stop * heads)
         query_rows = slice(sequence * heads, (sequence + group.sequences) * heads) if cls_only else rows
         groups.append(_HeadGroup(group.sequences * heads, filling, places, group.key_mask, rows, query_rows, cls_only))
         sequence += group.sequences

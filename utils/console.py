@@ -1,11 +1,11 @@
-"""The console: lines that people read, progress bars, and how a script ends."""
+"""Print lines, tables and progress bars, and end a script with the right message and exit code."""
 
 import io
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TypeVar
 
@@ -18,12 +18,12 @@ GRACE = 5.0  # seconds that the process which says what went wrong has before th
 
 
 def processes() -> int:
-    """How many processes torchrun started for this run; 1 without it."""
+    """Return the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
+    """Return whether this is the only process, or the first one of torchrun, which prints for all."""
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
@@ -42,26 +42,26 @@ def said_once() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line at once, even into a file."""
+    """Print a line at once, also into a file; of several processes, the main one prints."""
     if is_main_process():
         print(line, flush=True)
 
 
 class LogLines:
-    """Standard error for a bar of tqdm that goes into a file or a pipe: each of its states becomes a line there."""
+    """Standard error for a bar of tqdm in a file or a pipe: each state of the bar becomes a line."""
 
     def write(self, text: str) -> None:
-        """Print what is no white space, with which a terminal's bar is drawn over."""
+        """Print a state of the bar, without the white space that redraws it on a terminal."""
         if line := text.strip():
             print(line, file=sys.stderr)
 
     def flush(self) -> None:
-        """As tqdm asks for it."""
+        """Flush standard error; tqdm calls this."""
         sys.stderr.flush()
 
 
 def bar_style() -> dict[str, Any]:
-    """How tqdm shows a bar: drawn over and over for people, a line every half minute in a file or a pipe."""
+    """Return the arguments of tqdm: a redrawn bar on a terminal, a line every half minute in a file or a pipe."""
     if sys.stderr.isatty():
         return {"dynamic_ncols": True}
     numbers = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -69,22 +69,25 @@ def bar_style() -> dict[str, Any]:
 
 
 def drop_output() -> None:
-    """Let go of output that cannot be written, since else the interpreter complains at its end."""
+    """Drop output that cannot be written; otherwise the interpreter complains when it ends."""
     try:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
+def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a script's main with `argv`, by default the process's own, and exit.
+
+    A UserError, an error of the system and exhausted memory become one line on standard error and exit code 2.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
         try:
             main(sys.argv[1:] if argv is None else list(argv))
         finally:
-            print(end="", flush=True)  # here, where an error of it is seen; there may be no standard output
+            print(end="", flush=True)  # here, so that an error of writing is caught below
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -97,10 +100,10 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    except BrokenPipeError:  # who read our output, such as head, has gone
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         drop_output()
         sys.exit(1)
-    except OSError as error:  # such as a full disk, which may be that of standard output
+    except OSError as error:  # such as a full disk, also that of standard output
         drop_output()
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -111,9 +114,9 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":
-    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay.
+    """Return a progress bar over `items`; `done` items were finished before.
 
-    So many items were `done` before these.
+    In a file or a pipe, a bar that stays (`leave`) prints a line every half minute, and another one prints nothing.
     """
     return tqdm(
         items,
