@@ -42,7 +42,7 @@ def kl_divergence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def ordinal_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy in nats of P(class <= j) against 1[label <= j], j < C - 1 (R0, F.2), in fp32.
+    """Return the mean binary cross-entropy in nats, in fp32, of P(class <= j) against 1[label <= j] (R0, F.2).
 
     Logits [B, C], classes [B]; the mean runs over B and j. R0 compares with one-hot targets instead, which is infinite
     where a cumulative probability is 1, as the last one always is.
@@ -107,7 +107,7 @@ def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
 def multiple_negatives_ranking(
     first: Tensor, second: Tensor, positive: Tensor, same: Tensor, scale: float = 20.0
 ) -> Tensor:
-    """Return the in-batch cross-entropy in nats, in fp32, over the `positive` [B] pairs of embeddings [B, H] and [B, H].
+    """Return the in-batch cross-entropy in nats, in fp32, over `positive` [B] pairs of embeddings [B, H] and [B, H].
 
     Each first embedding has to find its partner among the second ones of all positive pairs by cosine x scale
     (Henderson et al. 2017; R4, section 4.3, whose scale of 1 has a floor of over 2 nats at 64 pairs). `same` [B, B]
@@ -120,7 +120,7 @@ def multiple_negatives_ranking(
 
 
 def cosine_embedding(first: Tensor, second: Tensor, similar: Tensor, different: Tensor) -> Tensor:
-    """Return the mean of 1 - cos over `similar` [B] pairs of embeddings [B, H] and of max(0, cos) over `different` ones.
+    """Return the mean of 1 - cos over `similar` [B] pairs of embeddings [B, H], and max(0, cos) over `different` ones.
 
     In fp32 (R4, section 4.3). Other pairs do not count. The loss is 0 if no pair counts.
     """
