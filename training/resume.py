@@ -209,3 +209,22 @@ def optimizer_numbers(states: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, state in states.items():
         for values in state["state"].values():
             yield from ((f"{key} of the optimizer of {name}", value) for key, value in values.items())
+
+
+def generator_states(device: torch.device, context: DistributedContext) -> dict[str, Tensor]:
+    """Return the states [ranks, bytes] of the generators that training draws from, of all ranks."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: context.all_gather(state) for name, state in states.items()}
+
+
+def restore_generators(states: Mapping[str, Tensor], device: torch.device, context: DistributedContext) -> bool:
+    """Restore this rank's generators; return False, and do nothing, if the states are of another number of ranks."""
+    if len(states["cpu"]) != context.size:
+        return False
+    # clones, because torch reads beyond a state that is a row of another tensor
+    torch.set_rng_state(states["cpu"][context.rank].clone())
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][context.rank].clone(), device)
+    return True

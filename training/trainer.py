@@ -31,7 +31,7 @@ from training.meters import BatchResult, EpochRecord, StepResult
 from training.objective import MaskedWordObjective, Objective
 from training.optimizers import Optimizers
 from training.pcgrad import Gradient, assign_gradients, detach_gradients, pcgrad
-from training.resume import Checkpointer, check_finite
+from training.resume import Checkpointer, check_finite, generator_states, restore_generators
 from training.run_directory import RunDirectory
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
 from utils.console import progress, say
@@ -420,7 +420,7 @@ class Trainer:
             **self.optimizers.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "momentum_model": self.objective.momentum_model and self.objective.momentum_model.state_dict(),
-            "generators": {name: self.context.all_gather(s) for name, s in self.generator_states().items()},
+            "generators": generator_states(self.device.device, self.context),
             "meters": self.logger.state_dict(),
         }
         self.checkpointer.save_state(state, self.progress.batches)
@@ -461,31 +461,19 @@ class Trainer:
             if average is not None:
                 average.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
-        self.restore_generators(state["generators"])
+        if not restore_generators(state["generators"], self.device.device, self.context):
+            self.reseed(len(state["generators"]["cpu"]))
         self.started = -state["seconds"]
         self.logger.load_state_dict(state["meters"])
         self.checkpointer.cut_back(state["lengths"])
 
-    def generator_states(self) -> dict[str, Tensor]:
-        """Return the states of the generators that training draws from."""
-        if self.device.device.type == "cuda":
-            return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device.device)}
-        return {"cpu": torch.get_rng_state()}
-
-    def restore_generators(self, states: Mapping[str, Tensor]) -> None:
-        """Restore this rank's saved states [ranks, bytes]; another number of ranks seeds new generators."""
-        saved = len(states["cpu"])
-        if saved != self.context.size:
-            self.say(
-                f"--resume: {saved} processes began this run and {self.context.size} go on with it; "
-                f"from step {self.progress.batches} on, dropout draws other numbers than theirs"
-            )
-            torch.manual_seed(self.context.rank_seed(hash((self.config.train.seed, self.progress.batches)) % 2**63))
-            return
-        # clones, because torch reads beyond a state that is a row of another tensor
-        torch.set_rng_state(states["cpu"][self.context.rank].clone())
-        if "cuda" in states and self.device.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"][self.context.rank].clone(), self.device.device)
+    def reseed(self, saved: int) -> None:
+        """Seed new generators, since another number of processes, `saved`, began this run."""
+        self.say(
+            f"--resume: {saved} processes began this run and {self.context.size} go on with it; "
+            f"from step {self.progress.batches} on, dropout draws other numbers than theirs"
+        )
+        torch.manual_seed(self.context.rank_seed(hash((self.config.train.seed, self.progress.batches)) % 2**63))
 
 
 def make_objective(
