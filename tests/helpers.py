@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from tasks import TASKS, Task
 from training import commands
 from training import trainer as trainer_module
 from training.distributed import SINGLE_PROCESS, DistributedContext
+from training.loader import LoadedBatch
+from training.task_sampling import ROUTINES, Step, TaskBatch
 from training.trainer import Trainer
 from utils.device import Device
 from utils.errors import UserError
@@ -73,6 +76,29 @@ def make_trainer(
     if double:
         inputs.model.double()
     return commands.make_trainer(config, inputs, context)
+
+
+def make_ready(flags: list[str], run_dir: Path, *more: object, **options: Any) -> Trainer:
+    """Return a trainer for single steps: the first epoch's freezing, by default none, is done."""
+    trainer = make_trainer(flags, run_dir, "--fine_tune_mode", "full-model", *more, **options)
+    trainer.freeze(0)
+    trainer.model.train()
+    return trainer
+
+
+def step_of(task: str, rows: Any) -> Step:
+    """Return an optimizer step on one batch: the training examples `rows` of a task."""
+    return Step((TaskBatch(task, np.asarray(rows)),))
+
+
+def steps_of(trainer: Trainer, epoch: int = 0) -> list[Step]:
+    """Return the steps of an epoch, counted from 0."""
+    return ROUTINES[trainer.config.train.routine](trainer.plan, epoch)
+
+
+def load_batch(trainer: Trainer, task: str, rows: Any, number: int = 0) -> LoadedBatch:
+    """Return the training examples `rows` of a task as batch `number` of the run."""
+    return trainer.loader.next(TaskBatch(task, np.asarray(rows)), number)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
