@@ -27,6 +27,7 @@ from training import commands
 from training import trainer as trainer_module
 from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.loader import LoadedBatch
+from training.objective import ForwardResult, Objective
 from training.task_sampling import ROUTINES, Step, TaskBatch
 from training.trainer import Trainer
 from utils.device import Device
@@ -99,6 +100,15 @@ def steps_of(trainer: Trainer, epoch: int = 0) -> list[Step]:
 def load_batch(trainer: Trainer, task: str, rows: Any, number: int = 0) -> LoadedBatch:
     """Return the training examples `rows` of a task as batch `number` of the run."""
     return trainer.loader.next(TaskBatch(task, np.asarray(rows)), number)
+
+
+def forward_result(trainer: Trainer, task: str, rows: Any, number: int = 7) -> ForwardResult:
+    """Return a training pass of the examples `rows`, as auxiliary losses get it."""
+    model, batch = trainer.model.train(), load_batch(trainer, task, rows, number)
+    state = torch.get_rng_state()
+    embedding = model.embed(task, batch.inputs)
+    assert isinstance(trainer.objective, Objective)
+    return ForwardResult(trainer.objective, batch, embedding, model.outputs(task, embedding), state)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
