@@ -15,7 +15,7 @@ from torch import Tensor
 from config import Config
 from evaluation.predict import predict
 from models.build import build_model
-from models.checkpoint import load, load_model, load_weights_into, save
+from models.checkpoint import load, load_model, load_model_state_dict, save
 from tasks import DEFAULT_TASKS
 from training.trainer import Trainer
 
@@ -59,7 +59,7 @@ def test_load_model_gives_the_same_outputs(trained: Trainer) -> None:
 def test_a_checkpoint_of_another_arch_is_refused(trained: Trainer, tiny_flags: list[str], arch: str) -> None:
     other, _ = build_model(configure(*tiny_flags, "--arch", arch), DEFAULT_TASKS, print)
     before, best = copied(other), trained.checkpointer.run.best
-    message = refusal(load_weights_into, other, load(best)["weights"], best, set())
+    message = refusal(load_model_state_dict, other, load(best)["weights"], best, set())
     assert "another arch" in message and "more" in message and str(best) in message and len(message) < 1200
     assert changed(before, copied(other)) == set()
 
@@ -68,7 +68,7 @@ def test_weights_that_do_not_fit_are_listed(trained: Trainer) -> None:
     weights = dict(load(trained.checkpointer.run.best)["weights"])
     weights["heads.mnli.bias"] = weights.pop("heads.para.2.bias")
     weights["pair_layer.dense.bias"] = torch.zeros(3)
-    assert refusal(load_weights_into, trained.model, weights, Path("mine.pt"), set()) == (
+    assert refusal(load_model_state_dict, trained.model, weights, Path("mine.pt"), set()) == (
         "mine.pt: the weights do not fit the model, another arch perhaps: missing heads.para.2.bias; "
         "unknown heads.mnli.bias; pair_layer.dense.bias is (3,) instead of (64,)"
     )
