@@ -1,0 +1,99 @@
+"""PCGrad against the algorithm written out on whole vectors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.pcgrad import assign_gradients, detach_gradients, pcgrad
+
+SHAPES = [(3, 4), (5,), (2, 2, 2)]
+
+
+def random_gradients(count: int, seed: int = 0) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES] for _ in range(count)]
+
+
+def flat(gradient: list[Tensor]) -> np.ndarray:
+    return torch.cat([part.flatten() for part in gradient]).numpy()
+
+
+def by_the_algorithm(vectors: list[np.ndarray], order: np.random.Generator) -> np.ndarray:
+    """Yu et al. 2020, Algorithm 1: the sum of the projected gradients."""
+    total = np.zeros_like(vectors[0])
+    for i, vector in enumerate(vectors):
+        projected = vector.copy()
+        for j in order.permutation([j for j in range(len(vectors)) if j != i]):
+            if projected @ vectors[j] < 0:
+                projected -= projected @ vectors[j] / (vectors[j] @ vectors[j]) * vectors[j]
+        total += projected
+    return total
+
+
+def surgery(gradients: list[list[Tensor]], seed: int = 5) -> list[Tensor]:
+    found, _ = pcgrad(gradients, np.random.default_rng(seed))
+    return [part for part in found if part is not None]
+
+
+def test_the_example_with_the_original_gradients() -> None:
+    """(1,0) and (-1,1): each is projected on the other's ORIGINAL gradient."""
+    (found,) = surgery([[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]])
+    assert found.tolist() == pytest.approx([0.5, 1.5])
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_algorithm(count: int, seed: int) -> None:
+    common, *gradients = random_gradients(count + 1, seed)
+    signs = np.resize([1, -1], count)  # for and against a common direction, so that some conflict
+    gradients = [[a + s * b for a, b in zip(g, common, strict=True)] for s, g in zip(signs, gradients, strict=True)]
+    wanted = by_the_algorithm([flat(gradient) for gradient in gradients], np.random.default_rng(seed + 40))
+    assert flat(surgery(gradients, seed + 40)) == pytest.approx(wanted, abs=1e-12)
+    assert not np.allclose(wanted, sum(flat(gradient) for gradient in gradients))  # something was projected
+
+
+def test_without_conflict_it_is_the_plain_sum() -> None:
+    gradients = [[part.abs() for part in gradient] for gradient in random_gradients(3)]
+    for found, parts in zip(surgery(gradients), zip(*gradients, strict=True), strict=True):
+        torch.testing.assert_close(found, sum(parts), rtol=1e-14, atol=0)
+
+
+def test_the_order_of_projections_matters_and_is_seeded() -> None:
+    gradients = random_gradients(3, 2)
+    results, again = ({tuple(np.round(flat(surgery(gradients, n)), 9)) for n in range(12)} for _ in range(2))
+    assert len(results) > 1 and results == again
+
+
+def test_parameters_that_a_task_does_not_reach() -> None:
+    """They count as zero; a parameter that none reaches, as a frozen one, keeps no gradient."""
+    first, second = random_gradients(2, 3)
+    holes = [[first[0], None, None], [second[0], second[1], None]]
+    zeros = [[first[0], torch.zeros(5).double(), torch.zeros(2, 2, 2).double()], [*second[:2], torch.zeros(2, 2, 2)]]
+    found, _ = pcgrad(holes, np.random.default_rng(1))
+    wanted = by_the_algorithm([flat(gradient) for gradient in zeros], np.random.default_rng(1))
+    assert found[2] is None and found[0] is not None and found[1] is not None
+    assert flat([found[0], found[1]]) == pytest.approx(wanted[:17], abs=1e-12)
+
+
+def test_a_gradient_of_zero_changes_nothing() -> None:
+    (first,) = random_gradients(1)
+    for found, wanted in zip(surgery([first, [torch.zeros_like(part) for part in first]]), first, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_conflicts_are_counted_by_pairs() -> None:
+    gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])], [torch.tensor([0.0, 1.0])]]
+    assert pcgrad(gradients, np.random.default_rng(0))[1].item() == 1
+
+
+def test_gradients_are_copied_and_cleared_and_given_back() -> None:
+    """Copies: the memory of a gradient may be written by the next backward pass."""
+    reached, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    memory = torch.tensor([1.0, 2.0])
+    reached.grad = memory
+    gradient = detach_gradients([reached, other])
+    memory.fill_(9)
+    assert reached.grad is None and gradient[0] is not None and gradient[0].tolist() == [1, 2] and gradient[1] is None
+    assign_gradients([reached, other], gradient)
+    assert reached.grad is gradient[0] and other.grad is None

@@ -1,0 +1,49 @@
+"""Run directories: what a run may go on from, what --overwrite removes, and names that never collide."""
+
+from pathlib import Path
+
+import pytest
+from helpers import make_trainer, refusal
+
+from training.run_directory import RunDirectory
+from utils.files import write_text
+
+
+def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "there is no resume.pt to go on from" in refusal(make_trainer, tiny_flags, run, "--resume")
+    make_trainer(tiny_flags, run).fit()
+    message = refusal(make_trainer, tiny_flags, run, "--resume", "--lr", 0.5, "--quora_lr_multiplier", 2)
+    assert message.endswith("began with --lr 0.001 instead of 0.5, --para_lr_multiplier 5.0 instead of 2.0; repeat its flags")
+    message = refusal(make_trainer, tiny_flags, run, "--resume", "--train_sst")
+    assert "began with the tasks sst, para, sts instead of sst; repeat" in message
+    make_trainer(tiny_flags, run, "--resume", "--save_every", 50, "--eval_batch_size", 9)
+    (run / "config.json").unlink()
+    assert "config.json" in refusal(make_trainer, tiny_flags, run, "--resume")
+
+
+def test_overwrite_removes_a_runs_files_only(tmp_path: Path) -> None:
+    run, events = RunDirectory(tmp_path), "events.out.tfevents.1.host"
+    files = ["best.pt", "config.json", "bad_batch.json", "predictions/sst-dev-output.csv"]
+    files += [f"tensorboard/{events}", f"tensorboard/a/{events}"]
+    theirs = ["notes.txt", "predictions/mine.txt", "tensorboard/b/mine.txt"]
+    for name in (*files, *theirs):
+        write_text(tmp_path / name, "x")
+    run.prepare(overwrite=True, resume=False, needed=0)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {".lock", "predictions", "tensorboard", "tensorboard/b", *theirs}
+    for name in theirs:
+        (tmp_path / name).unlink()
+    run.clear()
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(5):
+        names.append(RunDirectory.fresh_name("v2"))
+        (tmp_path / "runs" / names[-1]).mkdir(parents=True)
+    assert len(set(names)) == 5 and all(name.startswith("v2-") for name in names)
+    assert RunDirectory.named(None, "abc").path == Path("runs/abc")
+    assert RunDirectory.named("x/y", "abc").path == Path("x/y")

@@ -1,0 +1,257 @@
+"""Routines: orders of tasks as written traces, and what each of the batches holds."""
+
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import DRAWING_ROUTINES, ROUTINES_WITHOUT_ROUNDS
+from training.task_sampling import (
+    ROUTINES,
+    Plan,
+    Step,
+    annealed,
+    annealed_shares,
+    interleave,
+    joint,
+    passes,
+    random_epoch,
+    round_robin,
+    sequential,
+    shuffled,
+    task_batches,
+)
+
+SIZES = {"sst": 5, "para": 7, "sts": 3}
+ROUNDS = {"sst": 2, "para": 1, "sts": 5}  # Run it Back
+PLAN = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=ROUNDS)
+ONCE = Plan(seed=11711, batch_size=2, sizes=SIZES, rounds=dict.fromkeys(SIZES, 1))
+
+WHOLE = (sequential, interleave)  # go through each task a given number of times
+DRAWING = {name: routine for name, routine in ROUTINES.items() if routine not in (*WHOLE, joint)}
+
+
+def trace(steps: list[Step]) -> list[tuple[str, int]]:
+    """Return task and size of each batch."""
+    return [(batch.task, len(batch.indices)) for step in steps for batch in step.batches]
+
+
+def order(steps: list[Step], task: str) -> list[int]:
+    """Return the examples of a task in the order in which they come."""
+    return [int(i) for step in steps for batch in step.batches if batch.task == task for i in batch.indices]
+
+
+def tasks(steps: list[Step]) -> list[str]:
+    """Return the task of each step."""
+    return [step.batches[0].task for step in steps]
+
+
+def test_sequential_trace_with_rounds() -> None:
+    assert trace(sequential(PLAN, 3)) == [
+        ("sst", 2), ("sst", 2), ("sst", 1), ("sst", 2), ("sst", 2), ("sst", 1),
+        ("para", 2), ("para", 2), ("para", 2), ("para", 1),
+        ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1), ("sts", 2), ("sts", 1),
+        ("sts", 2), ("sts", 1),
+    ]  # fmt: skip
+
+
+def test_interleave_trace_goes_on_past_the_shortest() -> None:
+    assert trace(interleave(PLAN, 0)) == [
+        ("sst", 2), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 2), ("sts", 1),
+        ("sst", 1), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 1), ("sts", 1),
+        ("sst", 2), ("sts", 2),
+        ("sst", 1), ("sts", 1),
+        ("sts", 2),
+        ("sts", 1),
+        ("sts", 2),
+        ("sts", 1),
+    ]  # fmt: skip
+
+
+def test_round_robin_trace_begins_again_with_the_short_ones() -> None:
+    assert trace(round_robin(replace(ONCE, steps_per_epoch=11), 0)) == [
+        ("sst", 2), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 2), ("sts", 1),
+        ("sst", 1), ("para", 2), ("sts", 2),
+        ("sst", 2), ("para", 1),
+    ]  # fmt: skip
+
+
+def test_joint_trace_cuts_the_tasks_to_the_smallest() -> None:
+    steps = joint(ONCE, 0)
+    assert [trace([step]) for step in steps] == [
+        [("sst", 2), ("para", 2), ("sts", 2)],
+        [("sst", 1), ("para", 1), ("sts", 1)],
+    ]
+
+
+def test_golden_orders() -> None:
+    """The very numbers and draws: a changed address would make old runs impossible to repeat or resume."""
+    assert [order(sequential(ONCE, epoch), "para") for epoch in (0, 1)] == [
+        [3, 5, 2, 4, 1, 6, 0],
+        [3, 1, 0, 5, 6, 2, 4],
+    ]
+    assert {routine: tasks(DRAWING[routine](ONCE, 1)) for routine in ("random", "annealed")} == {
+        "random": ["para", "sst", "para", "sts", "sst", "sts", "sst", "sst", "para"],
+        "annealed": ["sts", "sts", "sst", "sst", "sts", "sst", "sts", "para", "sts"],
+    }
+
+
+def test_the_same_seed_gives_the_same_order_in_another_process() -> None:
+    code = (
+        "from training.task_sampling import Plan, interleave\n"
+        f"steps = interleave(Plan(11711, 2, {SIZES!r}, {ROUNDS!r}), 6)\n"
+        "print([(b.task, b.indices.tolist()) for s in steps for b in s.batches])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    steps = interleave(PLAN, 6)
+    assert done.stdout.strip() == str([(b.task, b.indices.tolist()) for s in steps for b in s.batches])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    rounds=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    batch_size=st.integers(1, 17),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 30),
+)
+def test_any_plan_is_kept(sizes: list[int], rounds: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    """Each example comes once a round, in the same batches whatever the order of the tasks."""
+    names = ["sst", "para", "sts", "cfimdb"][: len(sizes)]
+    plan = Plan(seed, batch_size, dict(zip(names, sizes, strict=True)), dict(zip(names, rounds, strict=False)))
+    for routine in WHOLE:
+        steps = routine(plan, epoch)
+        assert all(len(step.batches) == 1 and step.batches[0].indices.dtype == np.int64 for step in steps)
+        for name, size in plan.sizes.items():
+            found = order(steps, name)
+            assert found == order(sequential(plan, epoch), name)
+            for number in range(plan.rounds[name]):
+                assert sorted(found[number * size : (number + 1) * size]) == list(range(size))
+            sizes_of_round = [batch_size] * (size // batch_size) + [size % batch_size] * (size % batch_size > 0)
+            assert [n for task, n in trace(steps) if task == name] == sizes_of_round * plan.rounds[name]
+
+
+def test_orders_differ_between_epochs_rounds_tasks_and_seeds() -> None:
+    """Nor do addresses run into each other: "s" and 116 are not what another name and round spell."""
+    sizes = {"s": 100, "st": 100, "sts": 100}
+    orders = {
+        tuple(shuffled(Plan(seed, 8, sizes, dict.fromkeys(sizes, 1)), epoch, task, number).tolist())
+        for seed in (0, 1, 2)
+        for epoch in range(3)
+        for task in sizes
+        for number in (0, 1, 115, 116)
+    }
+    assert len(orders) == 3 * 3 * 3 * 4 and all(sorted(one) == list(range(100)) for one in orders)
+
+
+def test_the_order_of_tasks_is_that_of_the_plan() -> None:
+    plan = Plan(0, 2, {"sts": 3, "sst": 3}, {"sst": 1, "sts": 1})
+    assert tasks(sequential(plan, 0)) == ["sts", "sts", "sst", "sst"]
+    assert tasks(interleave(plan, 0)) == ["sts", "sst", "sts", "sst"]
+
+
+def test_a_fraction_of_a_task_is_another_one_every_time() -> None:
+    """Partial Quora (R0, appendix G): a twentieth of it in each round, and over time all of it."""
+    plan = Plan(7, 4, {"sst": 6, "para": 100}, {"sst": 1, "para": 1}, fractions={"para": 0.05})
+    seen = Counter(i for epoch in range(200) for i in order(sequential(plan, epoch), "para"))
+    assert set(seen) == set(range(100)) and seen.total() == 200 * 5
+    assert sorted(order(sequential(plan, 0), "sst")) == list(range(6))
+    few = replace(plan, sizes={"sst": 6, "para": 101})  # a part of an example is one
+    assert len(order(sequential(few, 0), "para")) == 6
+
+
+def test_a_late_task_waits_for_its_epoch() -> None:
+    """Late Quora (R0, appendix G): the epochs before are those of a run without it."""
+    plan = Plan(7, 4, {"sst": 60, "para": 9, "sts": 4}, {"sst": 1, "para": 2, "sts": 0}, from_epochs={"para": 3})
+    plan = replace(plan, epochs=4, steps_per_epoch=50)
+    for routine in (*WHOLE, *(DRAWING[name] for name in ("random", "round-robin", "annealed"))):
+        found = [set(tasks(routine(plan, epoch))) for epoch in range(4)]
+        assert found == [{"sst"}, {"sst"}, {"sst", "para"}, {"sst", "para"}]
+    for routine in WHOLE:
+        assert order(routine(plan, 2), "para") == order(routine(replace(plan, from_epochs={}), 2), "para")
+
+
+# ------------------------------------------------------------------------------------------- routines that draw tasks
+
+
+def test_the_command_line_knows_the_drawing_routines() -> None:
+    assert tuple(DRAWING) == DRAWING_ROUTINES
+    assert tuple(ROUTINES)[2:] == ROUTINES_WITHOUT_ROUNDS
+
+
+@pytest.mark.parametrize("routine", DRAWING)
+def test_a_drawn_task_is_gone_through_before_it_comes_again(routine: str) -> None:
+    """Round after round, each in an order of its own; any epoch can be made without those before it."""
+    plan = replace(ONCE, steps_per_epoch=40)
+    for epoch in range(3):
+        steps = DRAWING[routine](plan, epoch)
+        assert len(steps) == 40 and all(type(task) is str for task in tasks(steps))
+        for task, size in SIZES.items():
+            found = order(steps, task)
+            for number in range(len(found) // size):
+                assert found[number * size : (number + 1) * size] == shuffled(plan, epoch, task, number).tolist()
+    again = DRAWING[routine](plan, 2)
+    assert trace(again) == trace(steps) and all(order(again, task) == order(steps, task) for task in SIZES)
+
+
+def test_without_a_number_of_steps_an_epoch_is_as_long_as_a_sequential_one() -> None:
+    for routine in ("random", "round-robin", "annealed"):
+        assert len(DRAWING[routine](ONCE, 0)) == len(sequential(ONCE, 0)) == 9
+
+
+def test_random_epoch_has_one_task_and_each_as_often() -> None:
+    chosen: Counter[str] = Counter()
+    for epoch in range(300):
+        steps = random_epoch(replace(ONCE, seed=1), epoch)
+        (task,) = set(tasks(steps))
+        assert sorted(order(steps, task)) == list(range(SIZES[task]))
+        chosen[task] += 1
+    assert all(70 < times < 130 for times in chosen.values())
+
+
+def test_random_draws_each_task_as_often() -> None:
+    times = Counter(tasks(ROUTINES["random"](replace(ONCE, steps_per_epoch=3000), 0)))
+    assert all(900 < times[task] < 1100 for task in SIZES)
+
+
+def test_annealed_sampling_goes_through_the_tasks_as_often_as_in_r1() -> None:
+    sizes = {"sst": 10245, "para": 282841, "sts": 6040}
+    plan = Plan(0, 16, sizes, dict.fromkeys(sizes, 1), epochs=100, steps_per_epoch=300)
+    shares = sum(annealed_shares(plan, epoch) for epoch in range(100))
+    expected = shares * 300 * 16 / np.array(list(sizes.values()))
+    assert expected.round(1).tolist() == [5.8, 1.3, 7.7]
+    assert annealed_shares(plan, 0) == pytest.approx(np.array(list(sizes.values())) / sum(sizes.values()))
+    found = passes(replace(plan, epochs=10), "annealed", 10)
+    assert list(found.values()) == pytest.approx((expected / 10).tolist(), rel=0.2)
+
+
+def test_annealing_over_a_single_epoch_by_another_factor_and_of_a_fraction() -> None:
+    plan = Plan(0, 2, {"sst": 30, "sts": 10}, {"sst": 1, "sts": 1}, epochs=1)
+    assert annealed_shares(plan, 0).tolist() == [0.75, 0.25] and len(annealed(plan, 0)) == 20
+    plan = Plan(0, 2, {"sst": 16, "sts": 4}, {"sst": 1, "sts": 1}, {"sst": 0.25}, epochs=3, anneal=1.0)
+    assert annealed_shares(plan, 0).tolist() == [0.5, 0.5]
+    plan = replace(plan, fractions={})
+    assert annealed_shares(plan, 1) == pytest.approx([2 / 3, 1 / 3]) and annealed_shares(plan, 2).tolist() == [0.5, 0.5]
+
+
+def test_passes_count_what_the_batches_hold() -> None:
+    assert passes(PLAN, "sequential", 3) == {"sst": 6.0, "para": 3.0, "sts": 15.0}
+    late = replace(PLAN, from_epochs={"para": 3}, fractions={"sts": 1 / 3})
+    assert passes(late, "interleave", 3) == {"sst": 6.0, "para": 1.0, "sts": 5.0}
+    assert [len(batch.indices) for batch in task_batches(late, 2, "sts")] == [1] * 5
+
+
+def test_joint_takes_other_examples_of_the_large_tasks_in_each_epoch() -> None:
+    taken = [frozenset(order(joint(ONCE, epoch), "para")) for epoch in range(60)]
+    assert all(len(rows) == 3 for rows in taken) and len(set(taken)) > 10
+    assert frozenset.union(*taken) == frozenset(range(7))
+    assert all(sorted(order(joint(ONCE, epoch), "sts")) == [0, 1, 2] for epoch in range(5))
