@@ -1,30 +1,36 @@
 """What several test modules use."""
 
 import base64
+import json
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from base_bert import save_pretrained
+from bert import BertModel
 from cli.parser import parse
-from config import Config
+from config import BertConfig, Config
 from reporting.page import ReportItem
-from tasks import TASKS
+from tasks import TASKS, Task
+from text.packing import PackedBatch, pack
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def configure(*words: object) -> Config:
+def configure(*words: object, tasks: Mapping[str, Task] = TASKS) -> Config:
     """Return the configuration of these flags."""
-    return parse([str(word) for word in words], TASKS, "multitask_classifier.py", "Test.")
+    return parse([str(word) for word in words], tasks, "multitask_classifier.py", "Test.")
 
 
 def refusal(run: Callable[..., object], *words: object) -> str:
@@ -40,6 +46,98 @@ def shell(script: str, *words: object, cwd: Path | None = None) -> subprocess.Co
     command = [sys.executable, ROOT / script, *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
+
+
+def output(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *words: object) -> str:
+    """Return what a script's main prints on standard output."""
+    capsys.readouterr()
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a json file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def predictions_of(folder: Path) -> dict[str, np.ndarray]:
+    """Return the labels in the prediction files of a run, by file name."""
+    return {
+        path.name: np.array([float(row.split(" , ")[1]) for row in path.read_text().splitlines()[1:]])
+        for path in sorted((folder / "predictions").iterdir())
+    }
+
+
+def fail(*arguments: object) -> Any:
+    """Take the place of a function that must not be called."""
+    raise AssertionError("it was called")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model and data so small that a training run takes a second
+
+SAMPLE = ROOT / "data" / "sample"
+HEADERS = {
+    "sst": b"\tid\tsentence\tsentiment\n",
+    "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n",
+    "sts": b"\tid\tsentence1\tsentence2\tsimilarity\n",
+}
+
+
+def cut(folder: Path, train: int, dev: int = 12, test: int = 6) -> Path:
+    """Write the first rows of each sample file into `folder`, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in SAMPLE.glob("*.csv"):
+        rows = train if "train" in path.name else dev if "dev" in path.name else test
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / path.name).write_text("".join(lines[: rows + 1]), encoding="utf-8")
+    return folder
+
+
+def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
+    """Write a random BERT into `folder`: two layers, 32 wide, whose vocabulary is the words of the sample data."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
+    words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"max_position_embeddings": 64, **shape}
+    # A wide initialisation, so that sentences have different embeddings.
+    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(config)
+    save_pretrained(folder, config, model.state_dict())
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed batches
+
+
+def ragged_ids(lengths: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """Return an array of random ids that are not 0 for each length."""
+    return [rng.integers(1, 1000, n) for n in lengths]
+
+
+def packed(rows: Sequence[np.ndarray], second_start: Sequence[int] | None = None) -> PackedBatch:
+    """Return a batch of these sequences."""
+    lengths = [len(row) for row in rows]
+    return pack(np.concatenate(rows), np.array(lengths), np.array(second_start or lengths))
+
+
+def assert_same_batch(a: PackedBatch, b: PackedBatch) -> None:
+    """Check that two batches have the same numbers, dtypes and groups."""
+    for name, tensor in a.tensors().items():
+        other = b.tensors()[name]
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+    assert a.max_seqlen == b.max_seqlen
+    for name in ("padded_rows", "packed_rows"):
+        assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
+    for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
+        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
+        assert (g.key_mask is None) == (h.key_mask is None)
+        assert g.key_mask is None or torch.equal(g.key_mask, h.key_mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
