@@ -111,6 +111,25 @@ def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
     return folder
 
 
+FILMS = Task(
+    name="films",
+    title="Film reviews",
+    kind="classes",
+    label_column="sentiment",
+    label_range=(0, 1),
+    text_columns=("sentence",),
+    files={"train": "films-train.csv", "dev": "films-dev.csv", "test": "films-test-student.csv"},
+    prediction_column="Predicted_Sentiment",
+    backbone="sentiment",
+    losses=("ce",),
+    lr_multiplier=2.0,
+    weight_decay=1e-3,
+    lr_floor=1 / 4,
+    aliases=("movies",),
+    by_default=False,
+)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Packed batches
 

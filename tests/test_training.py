@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_config import FILMS
+from helpers import FILMS
 from torch import Tensor
 
 import multitask_classifier
