@@ -1,6 +1,5 @@
 """What every test file shares: the import path, one thread, and oracles that do not mistake our datasets.py."""
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +35,8 @@ torch.set_num_threads(1)
 _hide_our_datasets()
 sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry != str(ROOT))]
 
+from helpers import SAMPLE, cut, make_bert  # noqa: E402  (they import our datasets.py)
+
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
@@ -45,53 +46,16 @@ def minilm() -> Path:
     return resolve_pretrained("all-MiniLM-L6-v2")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A model and data so small that a training run takes a second
-
-SAMPLE = ROOT / "data" / "sample"
-
-
 @pytest.fixture(scope="session")
 def sample() -> Path:
     """Folder of the sample data: 600, 150 and 150 rows of each task."""
     return SAMPLE
 
 
-def cut(folder: Path, train: int, dev: int = 12, test: int = 6) -> Path:
-    """`folder` with the first rows of every sample file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in SAMPLE.glob("*.csv"):
-        rows = train if "train" in path.name else dev if "dev" in path.name else test
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[: rows + 1]), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 20, 12 and 6 rows of the sample data; tests must not write here."""
     return cut(tmp_path_factory.mktemp("small-data"), 20)
-
-
-def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
-    """`folder` with a random BERT of two layers, 32 wide, whose vocabulary is the words of the sample data."""
-    from base_bert import save_pretrained
-    from bert import BertModel
-    from config import BertConfig
-
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
-    words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"max_position_embeddings": 64, **shape}
-    # A wide initialisation, so that sentences have embeddings that differ.
-    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertModel(config)
-    save_pretrained(folder, config, model.state_dict())
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -115,20 +79,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> 
     trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
     trainer.fit()
     return trainer
-
-
-@pytest.fixture(scope="session")
-def nltk_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small nltk data, where nltk finds them and nothing else.
-
-    There is one for all tests, since nltk's corpora stay with the folder that they were first read from.
-    """
-    import nltk
-    from test_cleaning import make_data
-
-    folder = make_data(tmp_path_factory.mktemp("nltk_data"))
-    nltk.data.path[:] = [str(folder)]
-    return folder
 
 
 @pytest.fixture(scope="session")

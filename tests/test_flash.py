@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_packing import packed, ragged_ids
+from helpers import packed, ragged_ids
 from test_training import make_trainer
 from torch import Tensor
 

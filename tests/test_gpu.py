@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_bert
-from test_packing import packed, ragged_ids
+from helpers import packed, ragged_ids
 from test_training import changed, copied, interrupted, make_trainer, metrics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

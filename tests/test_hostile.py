@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_bert
-from test_cache import fail
+from helpers import fail
 from test_training import copied, make_trainer
 
 import ensemble

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from conftest import cut
+from helpers import configure, refusal
 from test_base_bert import CONFIG, hf_model, hf_state, reference_state, write_weights
-from test_config import refusal
 from test_memory import limit
 from test_multitask_bert import make_model, options
-from test_scripts import refusal as refusal_of
 from test_training import assert_resumes, changed, copied, make_trainer, metrics
 from torch import Tensor
+from training.pretraining import Pretrainer
 
 import ensemble
 import multitask_classifier
@@ -28,7 +28,6 @@ from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST, TASKS
 from text.packing import PackedBatch, pack, pack_padded
 from text.tokenizer import Tokenizer, load_tokenizer
-from training.pretraining import Pretrainer
 from training.task_sampling import Step
 from utils.errors import UserError
 
@@ -387,10 +386,10 @@ def test_a_checkpoint_without_trained_heads_is_not_evaluated(
 ) -> None:
     best = run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "run") / "best.pt"
     for more in ([], ["--predict", "-", "--task", "sst"]):
-        message = refusal_of(lambda *words: multitask_classifier.main(list(words)), "--evaluate", str(best), *more)
+        message = refusal(lambda *words: multitask_classifier.main(list(words)), "--evaluate", str(best), *more)
         assert "--mlm" in message and "--init_from" in message
     words = [str(best), "--data_dir", str(small_data), "--run_dir", str(tmp_path / "e")]
-    message = refusal_of(lambda *words: ensemble.main(list(words)), *words)
+    message = refusal(lambda *words: ensemble.main(list(words)), *words)
     assert "--mlm" in message and "--init_from" in message
     multitask_classifier.main(["--evaluate", str(best), "--export", str(tmp_path / "exported")])
     bert = transformers.BertModel.from_pretrained(tmp_path / "exported" / "sentiment")
@@ -431,7 +430,7 @@ def test_everything_trains_unless_something_else_is_said() -> None:
     ],
 )
 def test_what_needs_labels_is_refused(words: str, named: str) -> None:
-    message = refusal("--mlm", *words.split())
+    message = refusal(configure, "--mlm", *words.split())
     assert named in message and "--mlm" in message
 
 

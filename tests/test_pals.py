@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_config import configure, refusal
+from helpers import configure, refusal
 from test_multitask_bert import TINY, make_batch, make_model, make_texts, options
 from test_training import State, assert_resumes, changed, copied, make_trainer, states_by_epoch
 from torch import Tensor, nn
@@ -444,7 +444,7 @@ def test_the_plan_counts_them(tiny_flags: list[str], capsys: pytest.CaptureFixtu
     ],
 )
 def test_senseless_flags_are_refused(words: str, named: list[str]) -> None:
-    message = refusal(*words.split())
+    message = refusal(configure, *words.split())
     assert all(word in message for word in named)
 
 

@@ -1,7 +1,8 @@
-"""R0's members and ensembles as recipes: their values are the report's, all of them run, and make goes on."""
+"""R0's commands run as printed, its members and ensembles are recipes, and make goes on where it stopped."""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,52 +11,70 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, configure, read_json
 from processes import Child, kill_myself
-from test_config import DUALITY, ENSEMBLES, ROOT, YIN_YANG, configure, unwrapped
 
+import ensemble
 import multitask_classifier
 from cli.parser import expand_arguments
 from config import Config
+from evaluation import combine
 from training.trainer import Trainer
 
 RECIPES = ROOT / "recipes"
-# Which of the report's commands trains which of its checkpoints.
-COMMANDS = {
-    "duality-of-robust-men": "Duality of Robust Men",
-    "duality-of-fast-man": "Duality of Faster Men",
-    "duality-of-slow-man": "Duality of Slow Men",
-    "duality-of-man-nonlinear": "Duality of Nonlinear Men",
-    "duality-of-long-distance-runners-20": "Mega Duality",
-    "g6-yin-yang": "Yin Yang",
-    "g6-yang-yin": "Yang Yin",
-    "g6-yin-yang-fast": "Fast",
-    "g6-yin-yang-steady-hand": "Steady Hand",
-    "g6-yang-yin-the-parabola": "The Parabola",
-    "g6-yin-yang-2": "Yin Yang 2",
-    **{f"g6-yin-yang-steady-hand-{number}": f"Steady Hand {number}" for number in range(2, 7)},
-    "g6-run-it-back": "Run it Back",
-    "g6-interleaver": "Interleaver",
-    "g6-interleaver-more-para": "Interleaver more para",
-    "g6-interleaver-fast": "Interleaver fast",
-    "g6-interleaver-steady-hand": "Interleaver steady hand",
-    "g6-interleaver-the-parabola": "Interleaver the parabola",
-    "g6-interleaver-2": "Interleaver 2",
+PRINTED = dict(re.findall(r"^== (.*)\n([^=]*)", (ROOT / "tests" / "r0_commands.txt").read_text(), re.MULTILINE))
+
+# Recipe, the printed command, and its values. Of a Duality: mode, optimizer, lr, head, epochs.
+DUALITY = {
+    "duality-of-robust-men": ("Duality of Robust Men", "iterative", "RAdam", 1e-4, "conv", 10),
+    "duality-of-fast-man": ("Duality of Faster Men", "iterative", "Adamax", 2.1e-4, "conv", 7),
+    "duality-of-slow-man": ("Duality of Slow Men", "full-model", "Adamax", 5e-5, "conv", 7),
+    "duality-of-man-nonlinear": ("Duality of Nonlinear Men", "iterative", "Adamax", 1e-4, "nonlinear", 7),
+    "duality-of-long-distance-runners-20": ("Mega Duality", "iterative", "Adamax", 1e-4, "conv", 20),
 }
+# lr, weight decay of SST and STS, lambda, multipliers of SST, Quora and STS, passes over SST, Quora and STS
+YIN_YANG = {
+    "g6-yin-yang": ("Yin Yang", 1e-4, 8e-3, 9e-3, 0.55, (7, 1, 3), (1, 1, 1)),
+    "g6-yang-yin": ("Yang Yin", 1e-4, 8e-3, 9e-3, 0.55, (3, 4, 1), (1, 1, 1)),
+    "g6-yin-yang-fast": ("Fast", 1.5e-4, 8e-3, 9e-3, 0.55, (5, 5, 2), (1, 1, 1)),
+    "g6-yin-yang-steady-hand": ("Steady Hand", 1e-4, 9e-3, 1e-2, 0.5, (4, 5, 3), (1, 1, 1)),
+    "g6-yang-yin-the-parabola": ("The Parabola", 1e-4, 9e-3, 1e-2, 0.5, (3, 8, 1), (1, 1, 1)),
+    "g6-yin-yang-2": ("Yin Yang 2", 1e-4, 9e-3, 1e-2, 0.5, (4, 1, 3), (1, 1, 1)),
+    "g6-yin-yang-steady-hand-2": ("Steady Hand 2", 1e-4, 9e-3, 1e-2, 0.5, (3, 4, 2), (1, 1, 1)),
+    "g6-yin-yang-steady-hand-3": ("Steady Hand 3", 1e-4, 9e-3, 1e-2, 0.55, (4, 5, 3), (1, 1, 1)),
+    "g6-yin-yang-steady-hand-4": ("Steady Hand 4", 1e-4, 9e-3, 1e-2, 0.6, (2, 3, 2), (1, 1, 1)),
+    "g6-yin-yang-steady-hand-5": ("Steady Hand 5", 1e-4, 9e-3, 1e-2, 0.5, (5, 6, 4), (1, 1, 1)),
+    "g6-yin-yang-steady-hand-6": ("Steady Hand 6", 1e-4, 9e-3, 1e-2, 0.5, (6, 7, 5), (1, 1, 1)),
+    "g6-run-it-back": ("Run it Back", 1e-4, 9e-3, 1e-2, 0.55, (4, 1, 3), (2, 1, 5)),
+    "g6-interleaver": ("Interleaver", 1e-4, 8e-3, 9e-3, 0.55, (4, 1, 3), (5, 1, 5)),
+    "g6-interleaver-more-para": ("Interleaver more para", 1e-4, 8e-3, 9e-3, 0.55, (3, 4, 2), (4, 1, 4)),
+    "g6-interleaver-fast": ("Interleaver fast", 1.5e-4, 8e-3, 9e-3, 0.55, (5, 5, 2), (3, 1, 3)),
+    "g6-interleaver-steady-hand": ("Interleaver steady hand", 1e-4, 9e-3, 1e-2, 0.5, (4, 5, 3), (5, 1, 5)),
+    "g6-interleaver-the-parabola": ("Interleaver the parabola", 1e-4, 9e-3, 1e-2, 0.5, (3, 8, 2), (2, 2, 2)),
+    "g6-interleaver-2": ("Interleaver 2", 1e-4, 9e-3, 1e-2, 0.5, (4, 2, 4), (10, 1, 10)),
+}
+COMMANDS = {recipe: values[0] for recipe, values in {**DUALITY, **YIN_YANG}.items()}
 MEMBERS = [*COMMANDS, "g6-duality-of-man"]
-LISTS = {
-    "duality": "H.2",
-    "yue-the-moon-spirit": "I.7",
-    "interleaver": "K",
-    "menage-a-onze": "L.1",
-    "oligarchy-v1": "Oligarchy v1",
-    "oligarchy-v2": "Oligarchy v2",
-    "lisan-al-gaib": "Lisan al Gaib",
-    "the-sage": "The Sage",
+# Recipe, the printed list, and its number of members.
+ENSEMBLES = {
+    "duality": ("ensemble H.2", 6),
+    "yue-the-moon-spirit": ("ensemble I.7", 6),
+    "interleaver": ("ensemble K", 6),
+    "menage-a-onze": ("ensemble L.1", 12),
+    "oligarchy-v1": ("ensemble Oligarchy v1", 14),
+    "oligarchy-v2": ("ensemble Oligarchy v2", 18),
+    "lisan-al-gaib": ("ensemble Lisan al Gaib", 23),
+    "the-sage": ("ensemble The Sage", 16),
 }
+
+
+def printed(name: str) -> list[str]:
+    """Return the words of a printed command. The pages also break lines after `--` and within 1e-5."""
+    return shlex.split(re.sub(r"(?<= --)\n\s*|(?<= 1)\n\s*(?=e-)", "", PRINTED[name]))
 
 
 def added(member: str) -> list[str]:
-    """What a recipe has beyond the printed flags."""
+    """Return what a recipe has beyond the printed flags."""
     out = ["--run_dir", f"runs/r0/{member}", "--filepath", f"runs/r0/{member}.pt"]
     if "duality" in member:
         out += ["--arch", "duality"]
@@ -67,36 +86,58 @@ def recipe(member: str) -> Config:
 
 
 def test_every_command_and_ensemble_of_r0_has_its_file() -> None:
-    assert sorted(COMMANDS.values()) == sorted([*DUALITY, *YIN_YANG])
-    assert sorted(LISTS.values()) == sorted(set(ENSEMBLES) - {"minimal"})
-    own = {path.stem for path in RECIPES.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")}
-    assert own == set(MEMBERS)
-    assert {path.stem for path in (RECIPES / "ensembles").iterdir()} == set(LISTS)
+    lists = {name for name, _ in ENSEMBLES.values()}
+    assert set(PRINTED) == {*COMMANDS.values(), *lists, "ensemble minimal"} and len(PRINTED) == 23 + 9
+    ours = {
+        path.stem for path in RECIPES.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")
+    }
+    assert ours == set(MEMBERS)
+    assert {path.stem for path in (RECIPES / "ensembles").iterdir()} == set(ENSEMBLES)
 
 
 @pytest.mark.parametrize("member", COMMANDS)
-def test_a_recipe_is_the_printed_command(member: str) -> None:
-    printed = unwrapped({**DUALITY, **YIN_YANG}[COMMANDS[member]])
-    assert recipe(member) == configure(*printed, *added(member))
-    # flag by flag: a default that happens to agree must be in the file only where it is printed
-    assert sorted(expand_arguments([f"@{RECIPES / member}.args"])) == sorted(
-        [*expand_arguments(printed), *added(member)]
-    )
+def test_printed_commands_mean_what_they_say_and_are_recipes(member: str) -> None:
+    words = printed(COMMANDS[member])
+    config = configure(*words)
+    train, (sst, para, sts) = config.train, config.tasks.values()
+    assert (config.compute.use_gpu, config.compute.amp, train.batch_size) == (True, True, 64)
+    assert list(config.tasks) == ["sst", "para", "sts"] and (sst.loss, para.loss, sts.loss) == ("ce", "bce", "pearson")
+    if member in DUALITY:
+        assert DUALITY[member][1:] == (train.fine_tune_mode, train.optim, train.lr, config.model.clf, train.epochs)
+        multipliers, decays = (5, 5, 3), (9e-3, 1e-4, 1e-2)  # of which two and two are not printed but our defaults
+    else:
+        _, lr, sst_decay, sts_decay, lr_lambda, multipliers, passes = YIN_YANG[member]
+        assert (train.lr, train.lr_lambda, train.epochs) == (lr, lr_lambda, 7)
+        assert (train.fine_tune_mode, train.optim, config.model.clf) == ("iterative", "Adamax", "conv")
+        assert (sst.num_trains, para.num_trains, sts.num_trains) == passes
+        decays = (sst_decay, 1e-5, sts_decay)
+    assert (sst.lr_multiplier, para.lr_multiplier, sts.lr_multiplier) == multipliers
+    assert (sst.weight_decay, para.weight_decay, sts.weight_decay) == decays
+    # Flag by flag, since a default that happens to agree must be in the file only if it is printed.
+    words = [*expand_arguments(words), *added(member)]
+    assert sorted(expand_arguments([f"@{RECIPES / member}.args"])) == sorted(words)
+    assert recipe(member) == configure(*words)
 
 
 def test_duality_of_man_is_inferred_from_robust_men() -> None:
     undone = ["--optim", "Adamax", "--epochs", 7, "--sst_lr_multiplier", 10, "--para_weight_decay", 1e-5]
-    printed = unwrapped(DUALITY["Duality of Robust Men"])
-    assert recipe("g6-duality-of-man") == configure(*printed, *undone, *added("g6-duality-of-man"))
+    words = [*printed("Duality of Robust Men"), *undone, *added("g6-duality-of-man")]
+    assert recipe("g6-duality-of-man") == configure(*words)
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_an_ensemble_is_the_printed_list(name: str) -> None:
-    words = expand_arguments([f"@{RECIPES / 'ensembles' / name}.args"])
-    printed = [word for word in shlex.split(ENSEMBLES[LISTS[name]][0]) if word.endswith(".pt")]
-    assert words[: words.index("--filepaths")] == ["--use_gpu", "--run_dir", f"runs/r0/{name}"]
-    assert words[words.index("--filepaths") + 1 :] == [f"runs/r0/{checkpoint}" for checkpoint in printed]
-    assert {Path(checkpoint).stem for checkpoint in printed} <= set(MEMBERS)
+@pytest.mark.parametrize("name", [*ENSEMBLES, "minimal"])
+def test_an_ensemble_is_the_printed_list(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, count = ENSEMBLES.get(name, ("ensemble minimal", 2))
+    checkpoints = [word for word in printed(listed) if word.endswith(".pt")]
+    taken: list[list[str]] = []
+    monkeypatch.setattr(combine, "run_ensemble", lambda names, *options: taken.append(list(names)))
+    ensemble.main(printed(listed))
+    assert taken == [checkpoints] and len(checkpoints) == count
+    if name in ENSEMBLES:
+        words = expand_arguments([f"@{RECIPES / 'ensembles' / name}.args"])
+        assert words[: words.index("--filepaths")] == ["--use_gpu", "--run_dir", f"runs/r0/{name}"]
+        assert words[words.index("--filepaths") + 1 :] == [f"runs/r0/{checkpoint}" for checkpoint in checkpoints]
+        assert {Path(checkpoint).stem for checkpoint in checkpoints} <= set(MEMBERS)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -106,13 +147,31 @@ def test_every_recipe_trains(member: str, tiny_flags: list[str], tmp_path: Path)
     multitask_classifier.main([f"@{RECIPES / member}.args", *tiny_flags, *few, *place])
     assert (tmp_path / "member.pt").read_bytes() == (tmp_path / "run" / "best.pt").read_bytes()
     epoch = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8"))
-    steps = {name: own["steps"] for name, own in epoch["train"].items()}
-    assert steps == {name: own.num_trains for name, own in recipe(member).tasks.items()}  # a batch a round
+    steps = {name: task["steps"] for name, task in epoch["train"].items()}
+    assert steps == {name: options.num_trains for name, options in recipe(member).tasks.items()}  # a batch a pass
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.args")), ids=lambda path: path.name)
+def test_our_own_recipes_are_valid(path: Path) -> None:
+    assert list(configure(f"@{path}").tasks) == ["sst", "para", "sts"]
+
+
+def test_the_dictionary_of_adapters_runs(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--train_sst", "--lora_dict", '{"mode": "attn-only", "r": 1, "dora": 1}', "--epochs", "7", "--dry_run"]
+    multitask_classifier.main([*tiny_flags, *flags])
+    # A, B of rank 1 and the magnitudes: three vectors for each of query, key and value in two layers, 32 wide
+    count, text = 2 * 3 * 3 * 32, capsys.readouterr().out
+    assert re.search(rf"^adapters sentiment +{count} +{count} +100\.0%$", text, re.MULTILINE)
+    assert re.search(r"^backbone sentiment +[\d,]+ +0 +0\.0%$", text, re.MULTILINE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# make ensemble-NAME
 
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
-    """A copy of the repository's face with an ensemble of two, whose first member has two votes."""
+    """A folder with links to the scripts, and an ensemble of two members, the first of which has two votes."""
     for script in ("multitask_classifier.py", "ensemble.py", "Makefile", "requirements.txt"):
         (tmp_path / script).symlink_to(ROOT / script)
     ensembles = tmp_path / "recipes" / "ensembles"
@@ -133,7 +192,7 @@ def workshop(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: str) -> str:
-    """What make prints in `folder`, with this Python in place of a venv."""
+    """Return what make prints in `folder`, with this Python instead of a venv."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MFLAGS"}
     command = ["make", f"BIN={folder / 'bin'}", f"VENV={folder / 'venv'}", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -144,26 +203,22 @@ def make(folder: Path, *words: str) -> str:
 def test_make_goes_on_where_it_stopped(
     workshop: Path, tiny_flags: list[str], small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = f"DATA={small_data}"
     flags = [*tiny_flags, "--max_train_examples", "8"]
-    target = ("ensemble-two", data, f"FLAGS={shlex.join(flags)}")
-
+    target = ("ensemble-two", f"DATA={small_data}", f"FLAGS={shlex.join(flags)}")
     plan = make(workshop, "-n", *target).splitlines()
-    assert [line.split()[2] for line in plan if "multitask_classifier.py" in line] == [
-        "@recipes/a.args",
-        "@recipes/b.args",
-    ]
+    trained = [line.split()[2] for line in plan if "multitask_classifier.py" in line]
+    assert trained == ["@recipes/a.args", "@recipes/b.args"]
 
-    # a is killed after its first epoch, with its checkpoint written; b before the end of its first
-    save_resume = Trainer.save_resume
+    # a is killed after its first epoch, when its checkpoint is written, and b before the end of its first epoch
+    save_state = Trainer.save_state
 
     def killed(trainer: Trainer) -> None:
-        save_resume(trainer)
+        save_state(trainer)
         kill_myself()
 
     with monkeypatch.context() as patch:
         patch.chdir(workshop)
-        patch.setattr(Trainer, "save_resume", killed)
+        patch.setattr(Trainer, "save_state", killed)
         words = ["@recipes/a.args", "--data_dir", str(small_data), *flags]
         assert Child(lambda: multitask_classifier.main(words), workshop / "killed").wait() == -signal.SIGKILL
     runs = workshop / "runs" / "r0"
@@ -175,10 +230,9 @@ def test_make_goes_on_where_it_stopped(
     make(workshop, *target)
     both = (runs / "a" / "metrics.jsonl").read_bytes()
     assert both.startswith(first_epoch) and both.count(b"\n") == 2
-    assert json.loads((runs / "a" / "config.json").read_text(encoding="utf-8"))["run"]["overwrite"] is False
-    assert json.loads((runs / "b" / "config.json").read_text(encoding="utf-8"))["run"]["overwrite"] is True
-    scores = json.loads((runs / "two" / "scores.json").read_text(encoding="utf-8"))
-    assert scores["votes"] == {"runs/r0/a.pt": 2, "runs/r0/b.pt": 1}
+    assert read_json(runs / "a" / "config.json")["run"]["overwrite"] is False
+    assert read_json(runs / "b" / "config.json")["run"]["overwrite"] is True
+    assert read_json(runs / "two" / "scores.json")["votes"] == {"runs/r0/a.pt": 2, "runs/r0/b.pt": 1}
 
     plan = make(workshop, "-n", *target)
     assert "multitask_classifier.py" not in plan and "ensemble.py @recipes/ensembles/two.args" in plan

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_config import ROOT, configure
+from helpers import ROOT, configure
 
 import multitask_classifier
 from config import Config

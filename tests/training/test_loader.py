@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_packing import assert_same
+from helpers import assert_same_batch
 from test_training import copied, make_trainer
 
 from tasks import DEFAULT_TASKS
@@ -31,7 +31,7 @@ def test_a_batch_made_ahead_is_made_once(tiny_flags: list[str], tmp_path: Path) 
             assert (batch is prepared) == (taken is step) and feed.ready is None
             wanted = data.batch(taken.indices)
             assert isinstance(batch, PackedBatch) and isinstance(wanted, PackedBatch)
-            assert_same(batch, wanted)
+            assert_same_batch(batch, wanted)
             assert torch.equal(labels, data.labels(taken.indices))
             feed.expect(step)
 

@@ -11,12 +11,12 @@ from test_memory import state_of, trainer_of
 from test_training import copied, make_trainer, metrics, tensors_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.health import refuse_bad_losses, refuse_ruined
 
 from datasets import TaskData
 from models.checkpoint import load
 from tasks import TASKS
 from training import trainer as loop
-from training.health import refuse_bad_losses, refuse_ruined
 from training.meters import TaskMeter
 from training.trainer import LOG_EVERY, Trainer
 from utils.device import Device

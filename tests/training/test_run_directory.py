@@ -14,7 +14,9 @@ def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: 
     assert "there is no resume.pt to go on from" in refusal(make_trainer, tiny_flags, run, "--resume")
     make_trainer(tiny_flags, run).fit()
     message = refusal(make_trainer, tiny_flags, run, "--resume", "--lr", 0.5, "--quora_lr_multiplier", 2)
-    assert message.endswith("began with --lr 0.001 instead of 0.5, --para_lr_multiplier 5.0 instead of 2.0; repeat its flags")
+    assert message.endswith(
+        "began with --lr 0.001 instead of 0.5, --para_lr_multiplier 5.0 instead of 2.0; repeat its flags"
+    )
     message = refusal(make_trainer, tiny_flags, run, "--resume", "--train_sst")
     assert "began with the tasks sst, para, sts instead of sst; repeat" in message
     make_trainer(tiny_flags, run, "--resume", "--save_every", 50, "--eval_batch_size", 9)

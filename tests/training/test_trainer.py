@@ -1,6 +1,5 @@
 """The loop: what trains and what stays, the steps of an epoch, evaluation and the best checkpoint; a run takes a second."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 from helpers import (
     assert_resumes,
     changed,
-    copied,
     digest,
     load_batch,
     make_ready,
@@ -284,7 +282,9 @@ def test_what_pcgrad_makes_is_what_is_clipped(tiny_flags: list[str], tmp_path: P
     """To clip the gradient of each task would leave another norm and another direction."""
     handed: list[Tensor] = []
     for number, more in enumerate(([], ["--clip", 0.05])):
-        trainer = make_ready(tiny_flags, tmp_path / str(number), "--routine", "joint", "--pcgrad", "--arch", "v2", *more)
+        trainer = make_ready(
+            tiny_flags, tmp_path / str(number), "--routine", "joint", "--pcgrad", "--arch", "v2", *more
+        )
         step = steps_of(trainer)[0]
         parameters = list(trainer.model.parameters())
         trainer.optimizers.for_step(step).register_step_pre_hook(

@@ -1,4 +1,4 @@
-"""Packed batches against straightforward reference code: the round trip, the grouping, the masks, the pairs."""
+"""Packed batches against simple reference code: the round trip, the grouping, the masks, the pairs."""
 
 import itertools
 from dataclasses import fields
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_batch, packed, ragged_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,11 +36,6 @@ lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 QUICK = settings(max_examples=60, deadline=None)
 
 
-def ragged_ids(lengths: list[int], rng: np.random.Generator) -> list[np.ndarray]:
-    """One array of random non-zero ids for each length."""
-    return [rng.integers(1, 1000, n) for n in lengths]
-
-
 def padded(rows: list[np.ndarray], width: int, fill: int = 0) -> tuple[Tensor, Tensor]:
     """Ids and attention mask [S, width], written row by row."""
     ids, mask = np.full((len(rows), width), fill), np.zeros((len(rows), width), np.int64)
@@ -47,31 +43,6 @@ def padded(rows: list[np.ndarray], width: int, fill: int = 0) -> tuple[Tensor, T
         ids[i, : len(row)] = row
         mask[i, : len(row)] = 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def packed(rows: list[np.ndarray], second_start: list[int] | None = None) -> PackedBatch:
-    lengths = [len(row) for row in rows]
-    return pack(np.concatenate(rows), np.array(lengths), np.array(second_start or lengths))
-
-
-def assert_same(a: PackedBatch, b: PackedBatch) -> None:
-    """Every tensor and number of two batches is the same, and of the same dtype."""
-    for field in fields(PackedBatch):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, Tensor):
-            assert x.dtype == y.dtype, field.name
-            assert torch.equal(x, y), field.name
-    assert a.max_seqlen == b.max_seqlen
-    for name in ("padded_rows", "packed_rows"):
-        assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
-    for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
-        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
-        assert (g.key_mask is None) == (h.key_mask is None)
-        if g.key_mask is not None and h.key_mask is not None:
-            assert torch.equal(g.key_mask, h.key_mask)
-
-
-# ------------------------------------------------------------------------------------------------ the round trip
 
 
 @QUICK
@@ -108,8 +79,8 @@ def test_pack_padded_and_unpack_are_inverse(lengths: list[int], extra: int, seed
     types = (torch.arange(width) >= torch.tensor(seconds)[:, None]).long()
 
     batch = pack_padded(ids, mask, types)
-    assert_same(batch, packed(rows, seconds))
-    assert_same(pack_padded(ids, mask.bool()), packed(rows))
+    assert_same_batch(batch, packed(rows, seconds))
+    assert_same_batch(pack_padded(ids, mask.bool()), packed(rows))
     assert torch.equal(unpack(batch.input_ids, batch, width), ids * mask)
     assert torch.equal(unpack(batch.token_type_ids, batch, width), types * mask)
     assert unpack(batch.input_ids, batch).shape == (len(rows), max(lengths))
@@ -125,15 +96,6 @@ def test_ragged_rows_count_up_from_each_start() -> None:
     rows = ragged_rows(np.array([5, 0, 9]), np.array([2, 3, 1]))
     assert rows.tolist() == [5, 6, 0, 1, 2, 9]
     assert ragged_rows(np.array([], int), np.array([], int)).tolist() == []
-
-
-def test_pack_accepts_the_int32_arrays_of_the_tokenizer() -> None:
-    rows = [np.array([4, 5, 6], np.int32), np.array([7], np.int32)]
-    batch = pack(np.concatenate(rows), np.array([3, 1], np.int32), np.array([2, 1], np.int32))
-    assert_same(batch, packed(rows, [2, 1]))
-
-
-# -------------------------------------------------------------------------------------------------- the grouping
 
 
 def assert_grouping_is_exact(lengths: np.ndarray, groups: int) -> None:
@@ -202,13 +164,6 @@ def test_grouping_pads_as_little_as_any_cut(lengths: list[int], groups: int) -> 
     assert len(group(np.array(lengths), groups).padded_rows) == least_padded_rows(lengths, groups)
 
 
-def test_default_number_of_groups_is_optimal_for_eleven_distinct_lengths() -> None:
-    lengths = [1, 2, 4, 5, 9, 11, 12, 20, 21, 40, 41]
-    grouping = group(np.array(lengths))
-    assert len(grouping.groups) == GROUPS == 8
-    assert len(grouping.padded_rows) == least_padded_rows(lengths, GROUPS)
-
-
 def test_grouping_of_many_sequences() -> None:
     lengths = np.sort(np.random.default_rng(0).integers(1, 120, 300))
     assert_grouping_is_exact(lengths, GROUPS)
@@ -221,18 +176,6 @@ def test_no_masks_where_nothing_is_padded(lengths: list[int]) -> None:
     grouping = group(np.array(lengths))
     assert [made.key_mask for made in grouping.groups] == [None] * len(set(lengths))
     assert grouping.padded_rows.tolist() == grouping.packed_rows.tolist() == list(range(sum(lengths)))
-
-
-@pytest.mark.parametrize("lengths", [[1], [9], [1, 1, 1], [1, 40], [4] * 12])
-def test_round_trip_of_edge_cases(lengths: list[int]) -> None:
-    rows = ragged_ids(lengths, np.random.default_rng(3))
-    ids, mask = padded(rows, max(lengths))
-    batch = pack_padded(ids, mask)
-    assert torch.equal(unpack(batch.input_ids, batch), ids)
-    assert not batch.token_type_ids.any()
-
-
-# ------------------------------------------------------------------------------------------------ invalid tensors
 
 
 @pytest.mark.parametrize(
@@ -254,15 +197,12 @@ def test_token_types_that_fall_raise(types: list[list[int]]) -> None:
 def test_token_types_at_padding_are_ignored() -> None:
     ids, mask = padded([np.array([5, 6, 7])], 5)
     garbage = pack_padded(ids, mask, torch.tensor([[0, 0, 1, 0, 1]]))
-    assert_same(garbage, packed([np.array([5, 6, 7])], [2]))
+    assert_same_batch(garbage, packed([np.array([5, 6, 7])], [2]))
 
 
-# --------------------------------------------------------------------------------------------------------- pairs
-
-
-def random_pairs(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pairs of [CLS] .. [SEP] sequences (ids 101, 102), the shortest with nothing between."""
-    rng = np.random.default_rng(seed)
+def random_pairs() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return pairs of [CLS] .. [SEP] sequences (ids 101, 102), of which the shortest have nothing between."""
+    rng = np.random.default_rng(0)
 
     def texts(longest: int) -> list[np.ndarray]:
         return [np.array([101, *rng.integers(1000, 2000, n), 102]) for n in (*rng.integers(0, longest, 8), 0)]
@@ -270,26 +210,21 @@ def random_pairs(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return texts(9), texts(14)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_stack_padded_pairs_puts_all_first_texts_before_all_second_ones(seed: int) -> None:
-    first, second = random_pairs(seed)
+def test_stack_padded_pairs_puts_all_first_texts_before_all_second_ones() -> None:
+    first, second = random_pairs()
     one, two = padded(first, 12), padded(second, 17)
-    assert_same(stack_padded_pairs(*one, *two), packed(first + second))
-    assert_same(stack_padded_pairs(*two, *one), packed(second + first))
+    assert_same_batch(stack_padded_pairs(*one, *two), packed(first + second))
+    assert_same_batch(stack_padded_pairs(*two, *one), packed(second + first))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_join_padded_pairs_drops_the_second_cls_and_sets_token_types(seed: int) -> None:
-    first, second = random_pairs(seed)
+def test_join_padded_pairs_drops_the_second_cls_and_sets_token_types() -> None:
+    first, second = random_pairs()
     joined = [np.concatenate([a, b[1:]]) for a, b in zip(first, second, strict=True)]
     batch = join_padded_pairs(*padded(first, 12), *padded(second, 17))
-    assert_same(batch, packed(joined, [len(a) for a in first]))
+    assert_same_batch(batch, packed(joined, [len(a) for a in first]))
     types = unpack(batch.token_type_ids, batch)
     for row, a, b in zip(types.tolist(), first, second, strict=True):
         assert row[: len(a) + len(b) - 1] == [0] * len(a) + [1] * (len(b) - 1)
-
-
-# ----------------------------------------------------------------------------------------------------- to a device
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
@@ -302,32 +237,18 @@ def test_to_moves_every_tensor_and_keeps_the_rest() -> None:
     tensors = [x for x in moved if isinstance(x, Tensor)]
     assert len(tensors) == 6 + 2 + sum(g.key_mask is not None for g in batch.grouping.groups)
     assert all(x.device.type == "meta" for x in tensors)
-    for field in fields(PackedBatch):
-        x, y = getattr(batch, field.name), getattr(meta, field.name)
-        if isinstance(x, Tensor):
-            assert (x.shape, x.dtype) == (y.shape, y.dtype), field.name
-    for g, h in zip(batch.grouping.groups, meta.grouping.groups, strict=True):
-        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
-    assert (meta.max_seqlen, meta.num_sequences, meta.num_tokens) == (11, 13, batch.num_tokens)
-
-
-def test_to_keeps_all_values() -> None:
-    batch = packed(ragged_ids([5, 1, 3, 3, 9, 2, 2, 7, 8, 4, 6, 10, 11], np.random.default_rng(1)), [2] + [1] * 12)
-    moved = batch.to(torch.device("cpu", 0))  # another device by name, the same by memory
-    assert moved is not batch
-    assert_same(moved, batch)
+    assert_same_batch(batch.to(torch.device("cpu", 0)), batch)  # another device by name, the same memory
 
 
 def test_a_batch_on_its_way_through_a_backbone_moves_whole() -> None:
     """With the layers that it has behind it, and with the tokens where some still need them."""
-    batch = packed(ragged_ids([5, 1, 3], np.random.default_rng(1)))
-    for rest in (batch, None):
-        own = EncodedBatch(torch.randn(9, 4), 2, rest)
-        moved = own.to(torch.device("meta"))
+    for rest in (packed(ragged_ids([5, 1, 3], np.random.default_rng(1))), None):
+        batch = EncodedBatch(torch.randn(9, 4), 2, rest)
+        moved = batch.to(torch.device("meta"))
         assert moved.layers == 2 and (moved.packed is None) == (rest is None)
-        assert list(moved.tensors()) == list(own.tensors()) == ["hidden", *(rest.tensors() if rest else ())]
+        assert list(moved.tensors()) == list(batch.tensors()) == ["hidden", *(rest.tensors() if rest else ())]
         for name, tensor in moved.tensors().items():
-            wanted = own.tensors()[name]
+            wanted = batch.tensors()[name]
             assert (tensor.device.type, tensor.shape, tensor.dtype) == ("meta", wanted.shape, wanted.dtype)
 
 
@@ -358,9 +279,6 @@ def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dty
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
         assert torch.equal(found, wanted)
         assert found.data_ptr() % found.itemsize == 0
-
-
-# ---------------------------------------------------------------------------------------------------------- the tail
 
 
 @QUICK

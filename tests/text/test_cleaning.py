@@ -1,29 +1,25 @@
-"""--extra_clean: the rule, on real nltk with small data of its own, and checkpoints that clean as in training."""
+"""--extra_clean: the rule, with real nltk on small data, and checkpoints that clean as in training."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from helpers import ROOT, output, read_json, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ensemble
 import multitask_classifier
-from config import Config
 from datasets import Examples, TaskData
 from models.checkpoint import load, save
 from tasks import DEFAULT_TASKS, STS
 from text.cleaning import DATA, NEGATIONS, Cleaner, expand_contractions
 from text.tokenizer import load_tokenizer
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Some of nltk's English stopwords, all of its negations and halves of contractions that matter among them.
 STOPWORDS = """i me my we you he she it they this that these am is are was were be been being have has had do does did
@@ -49,7 +45,7 @@ POS_LETTER = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 
 
 def make_wordnet(folder: Path) -> None:
-    """WordNet's own files: every lemma is a synset by itself, at its true offset in the data file."""
+    """Write the files of WordNet into `folder`: each lemma is a synset, at its true offset in the data file."""
     folder.mkdir(parents=True)
     files = {"lexnames": "00\tadj.all\t3\n", "index.sense": "", "cntlist.rev": ""}
     for number, (pos, lemmas) in enumerate(LEMMAS.items(), start=1):
@@ -66,8 +62,8 @@ def make_wordnet(folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def make_data(folder: Path) -> Path:
-    """A folder as NLTK_DATA names it."""
+def make_nltk_data(folder: Path) -> Path:
+    """Write stopwords and WordNet into `folder`, as NLTK_DATA names it, and return it."""
     make_wordnet(folder / "corpora" / "wordnet")
     (folder / "corpora" / "stopwords").mkdir()
     (folder / "corpora" / "stopwords" / "english").write_text(STOPWORDS.replace(" ", "\n") + "\n", encoding="utf-8")
@@ -75,9 +71,13 @@ def make_data(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data(nltk_data: Path) -> Path:
-    """The small data, without which no test here can do."""
-    return nltk_data
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The only folder in which nltk finds data."""
+    import nltk
+
+    folder = make_nltk_data(tmp_path_factory.mktemp("nltk_data"))
+    nltk.data.path[:] = [str(folder)]
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,10 @@ def cleaner(data: Path) -> Cleaner:
     return Cleaner()
 
 
-# ------------------------------------------------------------------------------------------------------------ the rule
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process, where nltk is not imported yet."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -179,21 +182,18 @@ def test_anything_can_be_cleaned(cleaner: Cleaner, text: str) -> None:
     assert not text.strip() or cleaned.strip()
 
 
-def test_the_fingerprint_follows_stopwords_and_library(cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_follows_stopwords_and_library(
+    cleaner: Cleaner, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = cleaner.fingerprint
-    assert first == Cleaner().fingerprint
+    # Sets have another order in another process, where cleaned texts must be found again.
+    code = "from text.cleaning import Cleaner; print(Cleaner().fingerprint)"
+    assert python(code, NLTK_DATA=str(data), PYTHONHASHSEED="1").stdout == f"{first}\n"
     other = Cleaner()
     monkeypatch.setattr(other, "_stopwords", other._stopwords | {"film"})
     assert other.fingerprint != first
     monkeypatch.setattr("nltk.__version__", "99.0")
     assert cleaner.fingerprint != first
-
-
-def test_the_fingerprint_is_that_of_other_processes(cleaner: Cleaner, data: Path) -> None:
-    """Where sets have another order; else nothing that was cleaned would be found again."""
-    code = "from text import cleaning; print(cleaning.Cleaner().fingerprint)"
-    done = python(code, NLTK_DATA=str(data), PYTHONHASHSEED="1")
-    assert done.stdout == f"{cleaner.fingerprint}\n", done.stderr
 
 
 def test_pairs_are_cleaned_column_by_column(cleaner: Cleaner, tiny_bert: Path) -> None:
@@ -205,129 +205,73 @@ def test_pairs_are_cleaned_column_by_column(cleaner: Cleaner, tiny_bert: Path) -
         found = TaskData(raw, tokenizer, encoding, cleaner)
         wanted = TaskData(Examples(STS, "dev", Path("x"), ["a", "b"], cleaned, None), tokenizer, encoding)
         assert found.examples is raw
-        for own, other in zip(found.tokens, wanted.tokens, strict=True):
-            np.testing.assert_array_equal(own.input_ids, other.input_ids)
-            np.testing.assert_array_equal(own.offsets, other.offsets)
+        for tokens, other in zip(found.tokens, wanted.tokens, strict=True):
+            np.testing.assert_array_equal(tokens.input_ids, other.input_ids)
+            np.testing.assert_array_equal(tokens.offsets, other.offsets)
 
 
-# ------------------------------------------------------------------------------- checkpoints clean as they were trained
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str], data: Path) -> Path:
-    """A folder with a run `clean` and a run `plain` that differ in the one flag."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, flags in {"clean": ["--extra_clean"], "plain": []}.items():
-        multitask_classifier.main([*tiny_flags, *flags, "--no_tensorboard", "--run_dir", str(folder / name)])
-    return folder
-
-
-def scores(folder: Path) -> Any:
-    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
-
-
-def predictions(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in (folder / "predictions").iterdir()}
-
-
-def without_the_flag(path: Path, out: Path) -> Path:
-    """The same checkpoint as one from before the flag was known."""
-    content = load(path)
-    assert content["config"]["data"].pop("extra_clean") is True
-    save(out, content)
-    return out
-
-
-def test_the_flag_is_in_the_checkpoint(runs: Path) -> None:
-    for name, wanted in (("clean", True), ("plain", False)):
-        assert Config.from_dict(load(runs / name / "best.pt")["config"]).data.extra_clean is wanted
-
-
-def test_evaluation_cleans_as_in_training(runs: Path, small_data: Path, tmp_path: Path) -> None:
-    for name, checkpoint in {
-        "clean": runs / "clean" / "best.pt",
-        "plain": runs / "plain" / "best.pt",
-        "forgotten": without_the_flag(runs / "clean" / "best.pt", tmp_path / "old.pt"),
-    }.items():
-        out = tmp_path / name
-        flags = ["--evaluate", checkpoint, "--data_dir", small_data, "--run_dir", out, "--threads", 1]
-        multitask_classifier.main([str(flag) for flag in flags])
-    for name in ("clean", "plain"):
-        assert scores(tmp_path / name) == scores(runs / name)
-        assert predictions(tmp_path / name) == predictions(runs / name)
-    assert predictions(tmp_path / "forgotten") != predictions(runs / "clean")  # so that forgetting it would show
-
-
-def test_prediction_cleans_as_in_training(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_clean_as_in_training(
+    tiny_flags: list[str], small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = {name: tmp_path / name / "best.pt" for name in ("clean", "plain")}
+    for name, path in checkpoints.items():
+        more = ["--extra_clean"] if name == "clean" else []
+        multitask_classifier.main([*tiny_flags, *more, "--no_tensorboard", "--run_dir", str(path.parent)])
+    content = load(checkpoints["clean"])
+    del content["config"]["data"]["extra_clean"]
+    save(checkpoints["clean"].with_name("forgotten.pt"), content)  # shows that the flag makes a difference
+    checkpoints["forgotten"] = checkpoints["clean"].with_name("forgotten.pt")
     lines = tmp_path / "lines.txt"
     lines.write_text("The plot is n't good\tA good plot\nplot not good\tgood plot\n", encoding="utf-8")
+    dev, same = {}, {}
+    for name, path in checkpoints.items():
+        where = ["--data_dir", str(small_data), "--run_dir", str(tmp_path / f"{name}-again")]
+        multitask_classifier.main(["--evaluate", str(path), *where])
+        dev[name] = read_json(tmp_path / f"{name}-again" / "scores.json")["dev"]
+        words = ["--evaluate", path, "--predict", lines, "--task", "sts"]
+        rows = [line.split("\t") for line in output(capsys, multitask_classifier.main, *words).splitlines()]
+        assert [row[1] for row in rows] == ["The plot is n't good", "plot not good"]  # texts are printed as given
+        same[name] = rows[0][0] == rows[1][0]
+    trained = {name: read_json(tmp_path / name / "scores.json")["dev"] for name in ("clean", "plain")}
+    assert {name: dev[name] for name in trained} == trained and trained["clean"] != trained["plain"]
+    assert dev["forgotten"] != dev["clean"] and same == {"clean": True, "plain": False, "forgotten": False}
 
-    def similarities(checkpoint: Path) -> list[str]:
-        capsys.readouterr()
-        multitask_classifier.main(["--evaluate", str(checkpoint), "--predict", str(lines), "--task", "sts"])
-        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-        assert [row[1] for row in rows] == ["The plot is n't good", "plot not good"]  # as they were given
-        return [row[0] for row in rows]
-
-    first, second = similarities(runs / "clean" / "best.pt")
-    assert first == second
-    first, second = similarities(without_the_flag(runs / "clean" / "best.pt", tmp_path / "old.pt"))
-    assert first != second
-
-
-def test_members_of_one_ensemble_may_differ(runs: Path, small_data: Path, tmp_path: Path) -> None:
-    members = [str(runs / name / "best.pt") for name in ("clean", "plain")]
-    flags = ["--data_dir", small_data, "--run_dir", tmp_path / "e", "--cache", tmp_path / "cache", "--threads", 1]
-    ensemble.main([*members, *(str(flag) for flag in flags)])
-    rows = json.loads((tmp_path / "e" / "scores.json").read_text(encoding="utf-8"))["members"]
-    for member, name in zip(members, ("clean", "plain"), strict=True):
+    members = [checkpoints["clean"], checkpoints["plain"]]
+    flags = ["--data_dir", small_data, "--run_dir", tmp_path / "e", "--cache", tmp_path / "cache"]
+    output(capsys, ensemble.main, *members, *flags)
+    rows = read_json(tmp_path / "e" / "scores.json")["members"]
+    for path, name in zip(members, trained, strict=True):
         for task in DEFAULT_TASKS:
-            assert rows[member][task] == pytest.approx(scores(runs / name)[task], abs=1e-6)
-    assert scores(runs / "clean") != scores(runs / "plain")
+            assert rows[str(path)][task] == pytest.approx(trained[name][task], abs=1e-6)
+    message = refusal(lambda: output(capsys, ensemble.main, *members, *flags, "--soup", "uniform"))
+    assert "--extra_clean False instead of True" in message
 
 
-def test_weights_of_both_kinds_are_not_averaged(runs: Path, small_data: Path, tmp_path: Path) -> None:
-    members = [str(runs / name / "best.pt") for name in ("clean", "plain")]
-    with pytest.raises(UserError, match="--extra_clean False instead of True"):
-        ensemble.main([*members, "--soup", "uniform", "--data_dir", str(small_data), "--run_dir", str(tmp_path / "e")])
-
-
-# ------------------------------------------------------------------------------------------------ where nltk is lacking
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Without nltk or its data
 
 DEAD = "http://127.0.0.1:9"  # nobody listens on this port
 
 
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own in the repository, where nltk is not imported yet."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-def clean_elsewhere(home: Path, nltk_data: str = "") -> subprocess.CompletedProcess[str]:
-    """Clean a sentence with another home and without a network."""
+def clean_elsewhere(home: Path, nltk_data: str = "") -> tuple[int, str, str]:
+    """Clean a sentence with another home folder and without a network; return exit code and output."""
     imports = "from text.cleaning import Cleaner; from utils.console import run_script; "
     code = imports + "run_script(lambda words: print(Cleaner().clean(words[0])))"
     environment = {"HOME": str(home), "NLTK_DATA": nltk_data, "https_proxy": DEAD, "http_proxy": DEAD}
-    return python(code, "The wolves", **environment)
+    done = python(code, "The wolves", **environment)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_missing_data_are_one_line(tmp_path: Path) -> None:
-    done = clean_elsewhere(tmp_path, str(tmp_path / "here"))
-    assert done.returncode == 2 and done.stdout == ""
-    fetching, line = done.stderr.splitlines()
-    assert fetching == "fetching nltk's stopwords and wordnet"
+def test_missing_data_are_named(tmp_path: Path, data: Path) -> None:
+    code, out, errors = clean_elsewhere(tmp_path, str(tmp_path / "here"))
+    fetching, line = errors.splitlines()
+    assert (code, out, fetching) == (2, "", "fetching nltk's stopwords and wordnet")
     assert line.startswith("error: --extra_clean: nltk's stopwords and wordnet are in none of ")
     for word in (str(tmp_path / "here"), str(tmp_path / "nltk_data"), "NLTK_DATA"):
         assert word in line
     assert "`python -m nltk.downloader stopwords wordnet`" in line
-
-
-def test_only_what_is_missing_is_named(tmp_path: Path, data: Path) -> None:
-    (tmp_path / "nltk_data" / "corpora").mkdir(parents=True)
     shutil.copytree(data / "corpora" / "wordnet", tmp_path / "nltk_data" / "corpora" / "wordnet")
-    done = clean_elsewhere(tmp_path)
-    assert done.returncode == 2 and "error: --extra_clean: nltk's stopwords are in none of" in done.stderr
+    assert "error: --extra_clean: nltk's stopwords are in none of" in clean_elsewhere(tmp_path)[2]
 
 
 def test_data_are_found_as_the_downloader_leaves_them(tmp_path: Path, data: Path) -> None:
@@ -335,34 +279,32 @@ def test_data_are_found_as_the_downloader_leaves_them(tmp_path: Path, data: Path
     corpora = tmp_path / "elsewhere" / "corpora"
     shutil.copytree(data / "corpora" / "stopwords", corpora / "stopwords")
     shutil.make_archive(str(corpora / "wordnet"), "zip", data / "corpora", "wordnet")
-    done = clean_elsewhere(tmp_path, str(tmp_path / "elsewhere"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "wolf\n", "")
+    assert clean_elsewhere(tmp_path, str(tmp_path / "elsewhere")) == (0, "wolf\n", "")
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_damaged_data_are_one_line(tmp_path: Path, name: str) -> None:
-    folder = make_data(tmp_path / "nltk_data")
+    folder = make_nltk_data(tmp_path / "nltk_data")
     file = {"stopwords": "stopwords/english", "wordnet": "wordnet/index.noun"}[name]
     (folder / "corpora" / file).write_bytes(b"\xff\xfe 3 x\n")
-    done = clean_elsewhere(tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: --extra_clean: nltk's {name} cannot be read (")
+    code, _, errors = clean_elsewhere(tmp_path)
+    assert code == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"error: --extra_clean: nltk's {name} cannot be read (")
 
 
-def test_nltk_is_imported_only_when_it_is_asked_for(tiny_flags: list[str], data: Path) -> None:
+def test_nltk_is_imported_only_with_the_flag(tiny_flags: list[str], data: Path) -> None:
     code = (
         "import sys, multitask_classifier as m\n"
-        "m.main([*sys.argv[1:], '--dry_run'])\n"
-        "print('nltk' in sys.modules)\n"
-        "m.main([*sys.argv[1:], '--dry_run', '--extra_clean'])\n"
-        "print('nltk' in sys.modules)\n"
+        "for more in ([], ['--extra_clean']):\n"
+        "    m.main([*sys.argv[1:], '--dry_run', *more])\n"
+        "    print('nltk' in sys.modules)\n"
     )
     done = python(code, *tiny_flags, NLTK_DATA=str(data))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line in ("True", "False")] == ["False", "True"]
 
 
-def test_nltk_itself_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nltk_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(UserError, match=r"no package nltk; pip install -r requirements\.txt"):
         Cleaner()

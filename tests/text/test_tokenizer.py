@@ -127,6 +127,12 @@ def test_ids_by_hand(tmp_path: Path) -> None:
     assert found.second_start.tolist() == [7, 2, 4]
     assert found.truncated == 2
     assert ours.encode(["good"]).second_start.tolist() == [3]
+    assert (ours.pad_id, ours.mask_id, ours.vocab_size, ours.max_length) == (0, 4, len(VOCABULARY), 9)
+    assert ours.special_ids == (0, 1, 2, 3, 4)
+    nothing = ours.encode([], [])
+    assert (len(nothing), nothing.input_ids.size, nothing.offsets.tolist(), nothing.truncated) == (0, 0, [0], 0)
+    with pytest.raises(ValueError, match="differs"):
+        ours.encode(["a", "b"], ["a"])
 
 
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,22 +143,6 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for block in (1, 4, 10):
         monkeypatch.setattr(tokenizer, "BLOCK", block)
         assert_same(ours.encode(texts[:10], texts[5:15]), reference, texts[:10], texts[5:15], 6)
-
-
-def test_no_texts(tmp_path: Path) -> None:
-    found = load_tokenizer(write_vocabulary(tmp_path), 8).encode([], [])
-    assert (len(found), found.input_ids.size, found.offsets.tolist(), found.truncated) == (0, 0, [0], 0)
-
-
-def test_uneven_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="differs"):
-        load_tokenizer(write_vocabulary(tmp_path), 8).encode(["a", "b"], ["a"])
-
-
-def test_properties(tmp_path: Path) -> None:
-    ours = load_tokenizer(write_vocabulary(tmp_path), 8)
-    assert (ours.pad_id, ours.mask_id, ours.vocab_size, ours.max_length) == (0, 4, len(VOCABULARY), 8)
-    assert ours.special_ids == (0, 1, 2, 3, 4)
 
 
 def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
@@ -166,14 +156,10 @@ def test_sha256_follows_vocabulary_and_settings(tmp_path: Path) -> None:
     assert len({first, cased, load_tokenizer(folder, 8).sha256}) == 3
 
 
-def test_of_two_files_the_full_one_holds(tmp_path: Path) -> None:
-    wanted = load_tokenizer(write_full(tmp_path), 8).sha256
-    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]), encoding="utf-8")
-    assert load_tokenizer(tmp_path, 8).sha256 == wanted
-
-
 def test_json_round_trip(tmp_path: Path) -> None:
     first = load_tokenizer(write_full(tmp_path), 8)
+    (tmp_path / "vocab.txt").write_text("another vocabulary")  # of two files, tokenizer.json holds
+    assert load_tokenizer(tmp_path, 8).sha256 == first.sha256
     second = Tokenizer.from_json(first.to_json(), 8, "best.pt")
     assert second.sha256 == first.sha256
     assert_same(second.encode(TEXTS, TEXTS[::-1]), oracle(tmp_path), TEXTS, TEXTS[::-1], 8)
@@ -182,33 +168,22 @@ def test_json_round_trip(tmp_path: Path) -> None:
             Tokenizer.from_json(text, 8, "best.pt")
 
 
-def test_a_folder_without_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path}: has no vocabulary; .*tokenizer.json or vocab.txt"):
-        load_tokenizer(tmp_path, 8)
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}'])
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
-        load_tokenizer(tmp_path, 8)
-
-
-def test_damaged_settings_are_refused(tmp_path: Path) -> None:
-    (write_vocabulary(tmp_path) / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
-        load_tokenizer(tmp_path, 8)
-
-
-def test_a_vocabulary_without_special_tokens_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nfilm\n")
-    with pytest.raises(UserError, match=r"vocab\.txt: the vocabulary has no \[SEP\], \[MASK\]"):
-        load_tokenizer(tmp_path, 8)
-
-
-def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="holds no WordPiece model"):
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, ": has no vocabulary; .*tokenizer.json or vocab.txt"),
+        ({"tokenizer.json": ""}, r"tokenizer\.json: cannot be read as a tokenizer"),
+        ({"tokenizer.json": "{"}, r"tokenizer\.json: cannot be read as a tokenizer"),
+        ({"tokenizer.json": '{"version": "1.0"}'}, r"tokenizer\.json: cannot be read as a tokenizer"),
+        ({"tokenizer.json": tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()}, "holds no WordPiece model"),
+        ({"vocab.txt": "[PAD]\n", "tokenizer_config.json": "{"}, "cannot be read as a tokenizer"),
+        ({"vocab.txt": "[PAD]\n[UNK]\n[CLS]\nfilm\n"}, r"vocab\.txt: the vocabulary has no \[SEP\], \[MASK\]"),
+    ],
+)
+def test_a_folder_without_the_tokenizer_of_a_bert_is_refused(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{words}"):
         load_tokenizer(tmp_path, 8)
 
 
