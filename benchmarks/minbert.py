@@ -1,0 +1,128 @@
+"""This package's side of a comparison, and the one place where the benchmark builds and drives its Trainer."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from base_bert import load_weights
+from benchmarks.measure import ignore, say
+from benchmarks.options import BenchmarkOptions
+from benchmarks.workloads import Workload, load_start, requested_device
+from cli.parser import parse
+from config import Config
+from datasets import TaskData, load_splits, tokenise
+from evaluation.predict import predict
+from lora import LoRAConfig
+from models.multitask_bert import MultitaskBERT
+from tasks import TASKS, Task
+from text.tokenizer import Tokenizer
+from training.distributed import ONE, World
+from training.run_directory import RunDirectory
+from training.task_sampling import Step, task_batches
+from training.trainer import Trainer
+from utils.device import Device
+
+
+class TrainerDriver:
+    """A Trainer whose steps the benchmark makes one by one, without `Trainer.fit` and its files."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskBERT,
+        tokenizer: Tokenizer,
+        data: Mapping[str, Mapping[str, TaskData]],
+        device: Device,
+        say: Callable[[str], None],
+        world: World = ONE,
+    ) -> None:
+        """Build the Trainer; `data` has the splits train and dev by task."""
+        self.config, self.model, self.dev, self.device = config, model, data["dev"], device
+        run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
+        self.trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say, world)
+
+    def start_epoch(self, epoch: int) -> str:
+        """Freeze what does not train in `epoch`, counted from 0, and return the stage of unfreezing."""
+        stage = self.model.freeze_for_epoch(self.config.train, epoch)
+        self.model.train()
+        return stage
+
+    def batches(self, task: str) -> list[np.ndarray]:
+        """Return the example numbers [B] of each batch of a task in the first epoch."""
+        return [step.indices for step in task_batches(self.trainer.plan, 0, task)]
+
+    def train(self, task: str, batches: Sequence[np.ndarray]) -> list[Tensor]:
+        """Make an optimizer step for each batch, given by its example numbers [B], and return the losses."""
+        return self.run([Step(task, indices) for indices in batches])
+
+    def train_epoch(self, task: str, batches: Sequence[np.ndarray]) -> list[Tensor]:
+        """Make the steps of a whole epoch, which the feature cache, if there is one, prepares for."""
+        steps = [Step(task, indices) for indices in batches]
+        if self.trainer.frozen is not None:
+            self.trainer.frozen.begin_epoch(steps)
+        return self.run(steps)
+
+    def run(self, steps: Sequence[Step]) -> list[Tensor]:
+        """Make steps in a row as `Trainer.fit` does, and return the losses."""
+        losses = []
+        for number, step in enumerate(steps):
+            losses.append(self.trainer.train_step(step, False)[0])
+            if number + 1 < len(steps):
+                self.trainer.feed.expect(steps[number + 1])
+        return losses
+
+    def evaluate(self) -> None:
+        """Predict the dev sets of all tasks."""
+        self.trainer.evaluate(list(self.model.tasks))
+
+    def graphs_report(self) -> str | None:
+        """Return what was recorded as CUDA graphs, or None without --cuda_graphs."""
+        return self.trainer.passes.report()
+
+
+def driver_from_flags(
+    options: BenchmarkOptions, flags: Sequence[str], tasks: Mapping[str, Task], say: Callable[[str], None]
+) -> TrainerDriver:
+    """Return what trains `tasks` by these flags of multitask_classifier.py on the benchmark's data and device."""
+    config = parse([*flags, "--data_dir", options.data_dir], TASKS, "benchmark.py", "")
+    device = requested_device(options, say)
+    folder, bert_config, tokenizer = load_start(options.pretrained)
+    splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], say)
+    data = tokenise(splits, tokenizer, "siamese", False, say)
+    model = MultitaskBERT(config.model, bert_config, tasks)
+    model.load_backbones(load_weights(folder, bert_config))
+    return TrainerDriver(config, model, tokenizer, data, device, ignore)
+
+
+class MinbertSide:
+    """This package, running the code of training and evaluation. With `adapters`, only they and the head train."""
+
+    def __init__(self, work: Workload, adapters: LoRAConfig | None = None, world: World = ONE) -> None:
+        name = work.task.name
+        self.work, self.model = work, MultitaskBERT(work.config.model, work.bert_config, {name: work.task})
+        self.model.backbone(name).load_state_dict(load_weights(work.folder, work.bert_config))
+        for module in self.model.heads[name].modules():
+            if isinstance(module, nn.Linear):  # a cosine has none
+                module.load_state_dict(work.head().state_dict())
+        if adapters is not None:
+            self.model.add_adapters(adapters)
+        self.model.manage_freezing("unfreezeall")
+        data = {"train": {name: work.train}, "dev": {name: work.dev}}
+        self.driver = TrainerDriver(work.config, self.model, work.tokenizer, data, work.device, say, world)
+        self.model.train()
+
+    def forward(self, indices: np.ndarray) -> Tensor:
+        """Return the outputs [B, classes] or [B] of training examples [B]."""
+        return self.model(self.work.task.name, self.work.train.batch(indices).to(self.work.device.device))
+
+    def train_on(self, *batches: np.ndarray) -> None:
+        """Make an optimizer step for the examples [B] of each batch."""
+        self.driver.train(self.work.task.name, batches)
+
+    def evaluate(self) -> np.ndarray:
+        """Return the outputs [N, classes] or [N] of all dev examples."""
+        device = self.work.device
+        return predict(self.model, self.work.dev, device.device, self.work.config.train.batch_size, device.amp)
