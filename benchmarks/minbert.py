@@ -56,23 +56,19 @@ class TrainerDriver:
 
     def train(self, task: str, batches: Sequence[np.ndarray]) -> list[Tensor]:
         """Make an optimizer step for each batch, given by its example numbers [B], and return the losses."""
-        return self.run([Step(task, indices) for indices in batches])
-
-    def train_epoch(self, task: str, batches: Sequence[np.ndarray]) -> list[Tensor]:
-        """Make the steps of a whole epoch, which the feature cache, if there is one, prepares for."""
         steps = [Step(task, indices) for indices in batches]
-        if self.trainer.frozen is not None:
-            self.trainer.frozen.begin_epoch(steps)
-        return self.run(steps)
-
-    def run(self, steps: Sequence[Step]) -> list[Tensor]:
-        """Make steps in a row as `Trainer.fit` does, and return the losses."""
         losses = []
         for number, step in enumerate(steps):
             losses.append(self.trainer.train_step(step, False)[0])
             if number + 1 < len(steps):
                 self.trainer.feed.expect(steps[number + 1])
         return losses
+
+    def train_epoch(self, task: str, batches: Sequence[np.ndarray]) -> None:
+        """Make the steps of a whole epoch. The feature cache, if there is one, prepares for them first."""
+        if self.trainer.frozen is not None:
+            self.trainer.frozen.begin_epoch([Step(task, indices) for indices in batches])
+        self.train(task, batches)
 
     def evaluate(self) -> None:
         """Predict the dev sets of all tasks."""

@@ -48,6 +48,11 @@ def requested_device(options: BenchmarkOptions, say: Callable[[str], None]) -> D
     return choose_device(options.use_gpu, options.amp, options.threads, say)
 
 
+def training_steps(options: BenchmarkOptions) -> int:
+    """Return the number of training steps of each side, warmup included."""
+    return options.block * (options.warmup + options.steps)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Start weights
 
@@ -117,7 +122,7 @@ def prepared_data(options: BenchmarkOptions, min_rows: int = 0) -> Iterator[Benc
         yield options
         return
     *_, tokenizer = load_start(options.pretrained)
-    rows = max(min_rows, options.batch_size * options.block * (options.warmup + options.steps))
+    rows = max(min_rows, options.batch_size * training_steps(options))
     counts = {"train": rows, "dev": EVAL_BATCHES * options.batch_size}
     with tempfile.TemporaryDirectory() as folder:
         for task in (TASKS[name] for name in REAL_ROWS):
@@ -153,11 +158,6 @@ class Workload:
         """Return a linear head on u, or on u and v. Each call returns the same weights."""
         torch.manual_seed(self.config.train.seed)
         return nn.Linear(self.bert_config.hidden_size * len(self.task.text_columns), self.task.num_outputs)
-
-
-def training_steps(options: BenchmarkOptions) -> int:
-    """Return the number of training steps of each side, warmup included."""
-    return options.block * (options.warmup + options.steps)
 
 
 def workload_config(options: BenchmarkOptions, task: Task, bert_config: BertConfig) -> Config:
