@@ -20,6 +20,7 @@ from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer
 from training.distributed import ONE, World
+from training.logger import describe_freezing
 from training.run_directory import RunDirectory
 from training.task_sampling import Step, task_batches
 from training.trainer import Trainer
@@ -45,10 +46,10 @@ class TrainerDriver:
         self.trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say, world)
 
     def start_epoch(self, epoch: int) -> str:
-        """Freeze what does not train in `epoch`, counted from 0, and return the stage of unfreezing."""
-        stage = self.model.freeze_for_epoch(self.config.train, epoch)
+        """Freeze what does not train in `epoch`, counted from 0, and say in words what trains."""
+        layers = self.model.freeze_for_epoch(self.config.train, epoch)
         self.model.train()
-        return stage
+        return describe_freezing(self.model, layers, self.config.train.fine_tune_mode)
 
     def batches(self, task: str) -> list[np.ndarray]:
         """Return the example numbers [B] of each batch of a task in the first epoch."""
@@ -105,7 +106,7 @@ class MinbertSide:
                 module.load_state_dict(work.head().state_dict())
         if adapters is not None:
             self.model.add_adapters(adapters)
-        self.model.manage_freezing("unfreezeall")
+        self.model.set_trainable_layers(work.bert_config.num_hidden_layers + 1)  # everything
         data = {"train": {name: work.train}, "dev": {name: work.dev}}
         self.driver = TrainerDriver(work.config, self.model, work.tokenizer, data, work.device, say, world)
         self.model.train()

@@ -85,7 +85,7 @@ def target_lines(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[
 def recipe_line(record: Mapping[str, Any]) -> str:
     """Return what `measure_recipe` measured."""
     stages = "; ".join(
-        f"{stage} {', '.join(f'{name} {1e3 * seconds:.2f}' for name, seconds in tasks.items())} ms/step"
+        f"{stage}: {', '.join(f'{name} {1e3 * seconds:.2f}' for name, seconds in tasks.items())} ms/step"
         for stage, tasks in record["stages"].items()
     )
     return f"recipe: {stages}; evaluation {record['evaluation']:.0f} s in all\n{record['graphs'] or ''}".rstrip()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.options import BenchmarkOptions
 from cli.parser import parse
 from config import Config
 from reporting.page import ReportItem
@@ -40,6 +41,12 @@ def shell(script: str, *words: object, cwd: Path | None = None) -> subprocess.Co
     command = [sys.executable, ROOT / script, *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
+
+
+def benchmark_options(pretrained: Path, data_dir: Path | str, **others: Any) -> BenchmarkOptions:
+    """Return the options of a small benchmark."""
+    small: dict[str, Any] = {"batch_size": 8, "steps": 2, "warmup": 1, "threads": 1}
+    return BenchmarkOptions(**{**small, "pretrained": str(pretrained), "data_dir": str(data_dir), **others})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,25 +3,23 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
+from helpers import benchmark_options
 
 import benchmark
-from benchmarks.options import BenchmarkOptions
 from benchmarks.workloads import make_workload
 from utils.errors import UserError
 
-OptionsFactory = Callable[..., BenchmarkOptions]
 ROOT = Path(benchmark.__file__).resolve().parent
 
 
-def test_the_script(bert: Path, small_data: Path, make_options: OptionsFactory, tmp_path: Path) -> None:
+def test_the_script(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
     flags = ["--tasks", "para", "--modes", "train,eval", "--steps", "2", "--warmup", "1", "--threads", "1"]
-    flags += ["--batch_size", "8", "--pretrained", bert, "--data_dir", small_data, "--out", tmp_path / "results"]
+    flags += ["--batch_size", "8", "--pretrained", tiny_bert, "--data_dir", small_data, "--out", tmp_path / "results"]
     done = subprocess.run([sys.executable, ROOT / "benchmark.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").iterdir()
@@ -42,7 +40,7 @@ def test_the_script(bert: Path, small_data: Path, make_options: OptionsFactory, 
         assert shown[2] == record["mode"] and float(shown[5]) == pytest.approx(np.median(peer / ours), abs=0.006)
     assert train["batches"] == 1 and train["examples"] == [8, 8]
     assert evaluation["batches"] == 2 and evaluation["examples"] == [12, 12]
-    work = make_workload(make_options(bert), "para", print)
+    work = make_workload(benchmark_options(tiny_bert, small_data), "para", print)
     assert train["tokens"] == [work.train.batch(indices).num_tokens for indices in work.batches[1:]]
     assert evaluation["tokens"] == [work.dev.lengths.sum()] * 2
     assert str(path) in done.stdout

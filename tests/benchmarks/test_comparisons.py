@@ -1,28 +1,55 @@
 """Both sides of a comparison do the same work, and a difference is refused."""
 
+import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from helpers import benchmark_options
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import comparisons
 from benchmarks.comparisons import COMPARISONS, Side, check_same, measure_speed
 from benchmarks.measure import forward_flops
 from benchmarks.minbert import MinbertSide
-from benchmarks.options import BenchmarkOptions
 from benchmarks.peers import TransformersSide, import_transformers
 from benchmarks.workloads import LR, Workload, make_workload
 from kernels import linear
 from tasks import DEFAULT_TASKS
 from utils.errors import UserError
 
-OptionsFactory = Callable[..., BenchmarkOptions]
 FIFTY_STEPS_LR = 1e-4
+
+
+def write_bert(folder: Path, tiny_bert: Path, dropout: float) -> Path:
+    """Return a folder that transformers wrote, in which every parameter is random, biases included."""
+    shape = transformers.BertConfig.from_pretrained(tiny_bert).to_dict()
+    shape |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    torch.manual_seed(0)
+    model: Any = transformers.BertModel(transformers.BertConfig.from_dict(shape))
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float(name.endswith("LayerNorm.weight")), std=0.3)
+    model.save_pretrained(folder)
+    shutil.copy(tiny_bert / "vocab.txt", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A folder of start weights with dropout."""
+    return write_bert(tmp_path_factory.mktemp("bert"), tiny_bert, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def still_bert(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """The same without dropout."""
+    return write_bert(tmp_path_factory.mktemp("still-bert"), tiny_bert, dropout=0.0)
 
 
 def build_sides(work: Workload, comparison: str = "full-model") -> dict[str, Side]:
@@ -30,8 +57,8 @@ def build_sides(work: Workload, comparison: str = "full-model") -> dict[str, Sid
 
 
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
-def test_outputs_and_evaluation_are_the_same(bert: Path, make_options: OptionsFactory, task: str) -> None:
-    work = make_workload(make_options(bert), task, print)
+def test_outputs_and_evaluation_are_the_same(bert: Path, small_data: Path, task: str) -> None:
+    work = make_workload(benchmark_options(bert, small_data), task, print)
     sides = build_sides(work)
     assert check_same(sides, work) < 2e-5
     peer, ours = (np.asarray(side.evaluate()) for side in sides.values())
@@ -44,8 +71,8 @@ def test_outputs_and_evaluation_are_the_same(bert: Path, make_options: OptionsFa
 
 
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
-def test_training_is_the_same_without_dropout(still_bert: Path, make_options: OptionsFactory, task: str) -> None:
-    work = make_workload(make_options(still_bert), task, print)
+def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path, task: str) -> None:
+    work = make_workload(benchmark_options(still_bert, small_data), task, print)
     peer, ours = TransformersSide(work), MinbertSide(work)
     before = {side: [p.detach().clone() for p in side.model.parameters()] for side in (peer, ours)}
     for side in (peer, ours):
@@ -72,14 +99,14 @@ def test_training_is_the_same_without_dropout(still_bert: Path, make_options: Op
 @pytest.mark.parametrize("fewest", [1, linear.FEWEST])
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_fifty_steps_have_the_losses_of_padded_training(
-    still_bert: Path, make_options: OptionsFactory, task: str, fewest: int, monkeypatch: pytest.MonkeyPatch
+    still_bert: Path, small_data: Path, task: str, fewest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Train with SGD, whose step is torch's, at a rate at which the loss moves a thousand times as far as the bound.
 
     One case has oneDNN for all products, where there is oneDNN; the other has torch's for all of these small ones.
     """
     monkeypatch.setattr(linear, "FEWEST", fewest)
-    work = make_workload(make_options(still_bert, steps=49), task, print)
+    work = make_workload(benchmark_options(still_bert, small_data, steps=49), task, print)
     options = replace(work.config.tasks[task], lr_multiplier=1.0)
     train = replace(work.config.train, optim="SGD", lr=FIFTY_STEPS_LR)
     work = replace(work, config=replace(work.config, train=train, tasks={**work.config.tasks, task: options}))
@@ -104,10 +131,8 @@ def test_fifty_steps_have_the_losses_of_padded_training(
 
 
 @pytest.mark.parametrize("comparison", ["lora", "dora"])
-def test_both_sides_train_as_many_adapters_and_nothing_else(
-    bert: Path, make_options: OptionsFactory, comparison: str
-) -> None:
-    work = make_workload(make_options(bert), "sst", print)
+def test_both_sides_train_as_many_adapters_and_nothing_else(bert: Path, small_data: Path, comparison: str) -> None:
+    work = make_workload(benchmark_options(bert, small_data), "sst", print)
     sides = build_sides(work, comparison)
     assert check_same(sides, work) <= 1e-5
     counts = []
@@ -132,7 +157,7 @@ def test_both_sides_train_as_many_adapters_and_nothing_else(
 )
 def test_a_difference_is_refused(
     bert: Path,
-    make_options: OptionsFactory,
+    small_data: Path,
     perturbed: str,
     bias: str,
     change: float,
@@ -152,14 +177,12 @@ def test_a_difference_is_refused(
     monkeypatch.setattr(comparisons, "time_in_turn", lambda *_: pytest.fail("timed in spite of the difference"))
     wanted = f"SST sentiment: the outputs of transformers and minbert differ by up to {shown}"
     with pytest.raises(UserError, match=wanted):
-        measure_speed(make_options(bert), "full-model", "sst")
+        measure_speed(benchmark_options(bert, small_data), "full-model", "sst")
 
 
-def test_flops_are_those_that_torch_counts(
-    still_bert: Path, make_options: OptionsFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_are_those_that_torch_counts(still_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "has_onednn", lambda: False)  # torch does not count its products
-    work = make_workload(make_options(still_bert), "sst", print)
+    work = make_workload(benchmark_options(still_bert, small_data), "sst", print)
     lengths = np.diff(work.train.tokens[0].offsets)
     same = np.flatnonzero(lengths == np.bincount(lengths).argmax())  # nothing is padded
     assert len(same) > 1
@@ -170,8 +193,8 @@ def test_flops_are_those_that_torch_counts(
     assert counter.get_total_flops() == 3 * (forward_flops(work.bert_config, lengths[same]) + head)
 
 
-def test_loader_workers_make_the_same_batches(bert: Path, make_options: OptionsFactory) -> None:
-    work = make_workload(make_options(bert, loader_workers=1), "para", print)
+def test_loader_workers_make_the_same_batches(bert: Path, small_data: Path) -> None:
+    work = make_workload(benchmark_options(bert, small_data, loader_workers=1), "para", print)
     peer = TransformersSide(work)
     assert peer.loaded is not None
     for number, (texts, labels) in enumerate(peer.loaded):

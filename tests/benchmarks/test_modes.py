@@ -1,13 +1,13 @@
 """The modes without a peer, and the lines that they print."""
 
 import tempfile
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import benchmark_options
 
 from benchmarks.modes import (
     FROZEN_EPOCHS,
@@ -18,7 +18,6 @@ from benchmarks.modes import (
     measure_start,
     measure_tokenising,
 )
-from benchmarks.options import BenchmarkOptions
 from benchmarks.tables import frozen_line, optimizer_line, recipe_line, scaling_lines, start_line, tokenise_line
 from benchmarks.workloads import REAL_ROWS
 from bert import BertModel
@@ -26,14 +25,12 @@ from config import BertConfig
 from text.packing import PackedBatch
 from utils.errors import UserError
 
-OptionsFactory = Callable[..., BenchmarkOptions]
-
 
 def test_tokenising_a_large_file(
-    tiny_bert: Path, tmp_path: Path, make_options: OptionsFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    record = measure_tokenising(make_options(tiny_bert), pairs=12_000)
+    record = measure_tokenising(benchmark_options(tiny_bert, small_data), pairs=12_000)
     assert (record["mode"], record["pairs"]) == ("tokenise", 12_000)
     first, cached = record["first"], record["cached"]
     assert first["tokens"] == cached["tokens"] == pytest.approx(13, abs=0.1)
@@ -43,9 +40,9 @@ def test_tokenising_a_large_file(
     assert not (tmp_path / "cache").exists()  # its cache was a temporary folder
 
 
-def test_steps_of_the_optimizers(tiny_bert: Path, make_options: OptionsFactory) -> None:
+def test_steps_of_the_optimizers(tiny_bert: Path, small_data: Path) -> None:
     small = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    records = measure_optimizers(make_options(tiny_bert, steps=3), small)
+    records = measure_optimizers(benchmark_options(tiny_bert, small_data, steps=3), small)
     assert [(record["optimizer"], list(record["seconds"])) for record in records] == [
         ("AdamW", ["torch, fused", "minbert"]),
         ("Adamax", ["torch, foreach", "minbert"]),
@@ -59,7 +56,7 @@ def test_steps_of_the_optimizers(tiny_bert: Path, make_options: OptionsFactory) 
 
 
 def test_epochs_with_the_cache_of_frozen_layers(
-    tiny_bert: Path, make_options: OptionsFactory, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_dropout: list[bool] = []
     embed = BertModel.embed
@@ -69,7 +66,7 @@ def test_epochs_with_the_cache_of_frozen_layers(
         return embed(self, batch)
 
     monkeypatch.setattr(BertModel, "embed", counted)
-    record = measure_frozen(make_options(tiny_bert), "para")
+    record = measure_frozen(benchmark_options(tiny_bert, small_data), "para")
     assert with_dropout.count(True) == (1 + FROZEN_EPOCHS) * 3  # the side without a cache, an epoch before the timed
     assert with_dropout.count(False) == 1  # the side with the cache: all examples at once
     assert (record["task"], record["steps"], record["batch_size"]) == ("para", 3, 8)  # of 20 examples
@@ -81,30 +78,30 @@ def test_epochs_with_the_cache_of_frozen_layers(
     assert line.endswith(f"; {np.median(plain / cached):.1f} times as fast")
 
 
-def test_the_start_of_a_run(tiny_bert: Path, make_options: OptionsFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = measure_start(make_options(tiny_bert), starts=1)
+def test_the_start_of_a_run(tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measure_start(benchmark_options(tiny_bert, small_data), starts=1)
     assert 0 < record["seconds"]["help"][0] < record["seconds"]["run"][0]
-    assert start_line(record).startswith("start: --help 0.")
+    assert start_line(record).startswith(f"start: --help {record['seconds']['help'][0]:.2f} s; a whole run")
     with pytest.raises(UserError, match=r"multitask_classifier.py .* failed: (.*\n)*error: --run_dir"):
         monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: nullcontext(__file__))
-        measure_start(make_options(tiny_bert))
+        measure_start(benchmark_options(tiny_bert, small_data))
 
 
-def test_the_recipe_is_timed_stage_by_stage(tiny_bert: Path, make_options: OptionsFactory) -> None:
-    record = measure_recipe(make_options(tiny_bert), warmup=0, steps=1)
-    assert list(record["stages"]) == ["freezeall", "unfreezetop1", "unfreezetop2", "unfreezeall"]
+def test_the_recipe_is_timed_stage_by_stage(tiny_bert: Path, small_data: Path) -> None:
+    record = measure_recipe(benchmark_options(tiny_bert, small_data), warmup=0, steps=1)
+    heads, one, two, everything = record["stages"].values()
     assert all(list(tasks) == list(REAL_ROWS) and min(tasks.values()) > 0 for tasks in record["stages"].values())
-    quora = sum(record["stages"][name]["para"] for name in ("freezeall", "unfreezetop1", "unfreezetop1"))
-    quora += record["stages"]["unfreezetop2"]["para"] + 3 * record["stages"]["unfreezeall"]["para"]
+    # Of two layers, half a layer is one. The last three of seven epochs train everything.
+    quora = heads["para"] + 2 * one["para"] + two["para"] + 3 * everything["para"]
     assert record["train"]["para"] == pytest.approx(quora * 4422)  # batches of 64
-    assert recipe_line(record).startswith("recipe: freezeall sst ")
+    assert recipe_line(record).startswith("recipe: the heads train: sst ")
     with pytest.raises(UserError, match=r"recipe needs 31 steps of sst, but --data_dir .* has only 1; use .* made"):
-        measure_recipe(make_options(tiny_bert))
+        measure_recipe(benchmark_options(tiny_bert, small_data))
 
 
 @pytest.mark.long
-def test_processes_share_each_batch(tiny_bert: Path, sample: Path, make_options: OptionsFactory) -> None:
-    options = make_options(tiny_bert, data_dir=str(sample), batch_size=16, steps=3, ranks=("1", "2"))
+def test_processes_share_each_batch(tiny_bert: Path, sample: Path) -> None:
+    options = benchmark_options(tiny_bert, sample, batch_size=16, steps=3, ranks=("1", "2"))
     record = measure_scaling(options, "sst")
     assert {ranks: len(times) for ranks, times in record["seconds"].items()} == {"1": 3, "2": 3}
     first, second = scaling_lines(record).splitlines()

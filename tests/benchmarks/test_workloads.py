@@ -1,21 +1,19 @@
 """The data and batches that both sides of a comparison get."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import benchmark_options
 
-from benchmarks.options import GENERATED, BenchmarkOptions
+from benchmarks.options import GENERATED
 from benchmarks.workloads import EVAL_BATCHES, draw_lengths, make_workload, prepared_data
 from tasks import DEFAULT_TASKS
 from utils.errors import UserError
 
-OptionsFactory = Callable[..., BenchmarkOptions]
 
-
-def test_generated_data_have_the_real_lengths(tiny_bert: Path, make_options: OptionsFactory) -> None:
-    with prepared_data(make_options(tiny_bert, data_dir=GENERATED, steps=20), min_rows=400) as prepared:
+def test_generated_data_have_the_real_lengths(tiny_bert: Path) -> None:
+    with prepared_data(benchmark_options(tiny_bert, GENERATED, steps=20), min_rows=400) as prepared:
         work = make_workload(prepared, "para", print)
         assert len(work.train) == 8 * 21 and len(work.dev) == EVAL_BATCHES * 8
     lengths = draw_lengths(DEFAULT_TASKS["para"], 20_000, 0)
@@ -26,12 +24,12 @@ def test_generated_data_have_the_real_lengths(tiny_bert: Path, make_options: Opt
     assert not Path(prepared.data_dir).exists()
 
 
-def test_a_batch_larger_than_the_data(bert: Path, make_options: OptionsFactory) -> None:
+def test_a_batch_larger_than_the_data(tiny_bert: Path, small_data: Path) -> None:
     with pytest.raises(UserError, match=r"--batch_size 21: .*ids-sst-train.csv has only 20 examples"):
-        make_workload(make_options(bert, batch_size=21), "sst", print)
+        make_workload(benchmark_options(tiny_bert, small_data, batch_size=21), "sst", print)
 
 
-def test_few_data_are_used_again(bert: Path, make_options: OptionsFactory) -> None:
-    work = make_workload(make_options(bert, steps=6), "sst", print)
+def test_few_data_are_used_again(tiny_bert: Path, small_data: Path) -> None:
+    work = make_workload(benchmark_options(tiny_bert, small_data, steps=6), "sst", print)
     assert len(work.batches) == 7 and {len(indices) for indices in work.batches} == {8}
     assert set(np.concatenate(work.batches)) <= set(range(20))
