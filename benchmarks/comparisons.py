@@ -125,7 +125,7 @@ def measure_speed(options: BenchmarkOptions, comparison: str, task: str) -> list
 
 
 def measure_memory(options: BenchmarkOptions, comparison: str, side_name: str, task: str) -> dict[str, int]:
-    """Return the peak bytes of one side after building it and after each mode; run it in a process of its own.
+    """Return the peak bytes of one side after building it and after each mode; run it in a separate process.
 
     A peak never falls, so evaluation, which takes less, comes before training.
     """

@@ -1,4 +1,4 @@
-"""How the benchmark measures: seconds in turn, floating-point operations, peak rates, and processes of their own."""
+"""How the benchmark measures: seconds in turn, floating-point operations, peak rates, and separate processes."""
 
 import multiprocessing
 import time

@@ -251,7 +251,7 @@ def seconds_of_evaluations(driver: TrainerDriver) -> float:
 def measure_recipe(options: BenchmarkOptions, warmup: int = RECIPE_WARMUP, steps: int = RECIPE_STEPS) -> Record:
     """Return the seconds that R0's Yin Yang recipe would take on the real files.
 
-    Each stage of unfreezing has its own seconds per step; the rows of the real files give the number of steps. Raises
+    Each stage of unfreezing has other seconds per step; the rows of the real files give the number of steps. Raises
     UserError where a task has no step left after the warmup.
     """
     flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--use_gpu", "--amp"]
