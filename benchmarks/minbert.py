@@ -19,10 +19,10 @@ from lora import LoRAConfig
 from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer
-from training.distributed import ONE, World
+from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.logger import describe_freezing
 from training.run_directory import RunDirectory
-from training.task_sampling import Step, task_batches
+from training.task_sampling import Step, TaskBatch, task_batches
 from training.trainer import Trainer
 from utils.device import Device
 
@@ -38,38 +38,34 @@ class TrainerDriver:
         data: Mapping[str, Mapping[str, TaskData]],
         device: Device,
         say: Callable[[str], None],
-        world: World = ONE,
+        context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         """Build the Trainer; `data` has the splits train and dev by task."""
         self.config, self.model, self.dev, self.device = config, model, data["dev"], device
         run = RunDirectory(Path(os.devnull))  # only Trainer.fit writes
-        self.trainer = Trainer(config, model, tokenizer, data["train"], data["dev"], device, run, say, world)
+        train, dev = data["train"], data["dev"]
+        self.trainer = Trainer.from_config(config, model, tokenizer, train, dev, device, run, context, say)
 
     def start_epoch(self, epoch: int) -> str:
         """Freeze what does not train in `epoch`, counted from 0, and say in words what trains."""
         layers = self.model.freeze_for_epoch(self.config.train, epoch)
+        if self.trainer.data_parallel is not None:
+            self.trainer.data_parallel.rebuild()
         self.model.train()
         return describe_freezing(self.model, layers, self.config.train.fine_tune_mode)
 
     def batches(self, task: str) -> list[np.ndarray]:
         """Return the example numbers [B] of each batch of a task in the first epoch."""
-        return [step.indices for step in task_batches(self.trainer.plan, 0, task)]
+        return [batch.indices for batch in task_batches(self.trainer.plan, 0, task)]
 
     def train(self, task: str, batches: Sequence[np.ndarray]) -> list[Tensor]:
-        """Make an optimizer step for each batch, given by its example numbers [B], and return the losses."""
-        steps = [Step(task, indices) for indices in batches]
-        losses = []
-        for number, step in enumerate(steps):
-            losses.append(self.trainer.train_step(step, False)[0])
-            if number + 1 < len(steps):
-                self.trainer.feed.expect(steps[number + 1])
-        return losses
+        """Make an optimizer step for each batch, given by its example numbers [B], and return the losses.
 
-    def train_epoch(self, task: str, batches: Sequence[np.ndarray]) -> None:
-        """Make the steps of a whole epoch. The feature cache, if there is one, prepares for them first."""
-        if self.trainer.frozen is not None:
-            self.trainer.frozen.begin_epoch([Step(task, indices) for indices in batches])
-        self.train(task, batches)
+        These are the steps of an epoch for the loader, which prefetches, and for the feature cache, if there is one.
+        """
+        steps = [Step((TaskBatch(task, indices),)) for indices in batches]
+        self.trainer.loader.begin_epoch(steps, done=0, number=0)
+        return [self.trainer.train_step(step).batches[0].loss for step in steps]
 
     def evaluate(self) -> None:
         """Predict the dev sets of all tasks."""
@@ -77,7 +73,7 @@ class TrainerDriver:
 
     def graphs_report(self) -> str | None:
         """Return what was recorded as CUDA graphs, or None without --cuda_graphs."""
-        return self.trainer.passes.report()
+        return None if self.trainer.cuda_graphs is None else self.trainer.cuda_graphs.report()
 
 
 def driver_from_flags(
@@ -97,7 +93,9 @@ def driver_from_flags(
 class MinbertSide:
     """This package, running the code of training and evaluation. With `adapters`, only they and the head train."""
 
-    def __init__(self, work: Workload, adapters: LoRAConfig | None = None, world: World = ONE) -> None:
+    def __init__(
+        self, work: Workload, adapters: LoRAConfig | None = None, context: DistributedContext = SINGLE_PROCESS
+    ) -> None:
         name = work.task.name
         self.work, self.model = work, MultitaskBERT(work.config.model, work.bert_config, {name: work.task})
         self.model.backbone(name).load_state_dict(load_weights(work.folder, work.bert_config))
@@ -106,10 +104,9 @@ class MinbertSide:
                 module.load_state_dict(work.head().state_dict())
         if adapters is not None:
             self.model.add_adapters(adapters)
-        self.model.set_trainable_layers(work.bert_config.num_hidden_layers + 1)  # everything
         data = {"train": {name: work.train}, "dev": {name: work.dev}}
-        self.driver = TrainerDriver(work.config, self.model, work.tokenizer, data, work.device, say, world)
-        self.model.train()
+        self.driver = TrainerDriver(work.config, self.model, work.tokenizer, data, work.device, say, context)
+        self.driver.start_epoch(0)
 
     def forward(self, indices: np.ndarray) -> Tensor:
         """Return the outputs [B, classes] or [B] of training examples [B]."""

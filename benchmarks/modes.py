@@ -133,9 +133,9 @@ def time_rank(options: BenchmarkOptions, task: str, rank: int, size: int, port: 
     """Return the seconds of each training step in one of `size` processes that share each batch."""
     values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}})
-    with joined(ComputeOptions(options.use_gpu, options.amp, options.threads)) as world:
+    with joined(ComputeOptions(options.use_gpu, options.amp, options.threads)) as context:
         work = make_workload(options, task, ignore)
-        actions = {"step": MinbertSide(work, world=world).train_on}
+        actions = {"step": MinbertSide(work, context=context).train_on}
         rounds = [(indices,) for indices in work.batches]
         return time_in_turn(actions, rounds, options.warmup, work.device, f"scaling {task} {size}")["step"]
 
@@ -174,7 +174,7 @@ def measure_frozen(options: BenchmarkOptions, task: str, epochs: int = FROZEN_EP
         driver = driver_from_flags(options, [*flags, *more], {task: TASKS[task]}, printed)
         driver.start_epoch(0)
         batches = driver.batches(task)
-        actions[label] = partial(driver.train_epoch, task, batches)
+        actions[label] = partial(driver.train, task, batches)
     device = requested_device(options, ignore)
     seconds = time_in_turn(actions, [()] * (1 + epochs), 1, device, f"frozen {task}")
     return {"mode": "frozen", "task": task, "steps": len(batches), "batch_size": options.batch_size, "seconds": seconds}

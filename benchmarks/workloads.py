@@ -167,6 +167,7 @@ def workload_config(options: BenchmarkOptions, task: Task, bert_config: BertConf
         "data.max_train_examples": options.batch_size * training_steps(options),
         "model.arch": "v1",
         "model.hidden_dropout_prob": bert_config.hidden_dropout_prob,
+        "train.fine_tune_mode": "full-model",
         "train.batch_size": options.batch_size,
         "train.optim": "AdamW",
         "train.lr": LR,
@@ -187,8 +188,8 @@ def choose_batches(config: Config, task: Task, size: int, count: int) -> list[np
     plan = Plan.of(config.train, config.tasks, {task.name: size})
     per_epoch = size // config.train.batch_size
     epochs = range(math.ceil(count / per_epoch))
-    steps = [step for epoch in epochs for step in task_batches(plan, epoch, task.name)[:per_epoch]]
-    return [step.indices for step in steps[:count]]
+    batches = [batch for epoch in epochs for batch in task_batches(plan, epoch, task.name)[:per_epoch]]
+    return [batch.indices for batch in batches[:count]]
 
 
 def make_workload(options: BenchmarkOptions, name: str, say: Callable[[str], None]) -> Workload:

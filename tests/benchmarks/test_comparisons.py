@@ -88,7 +88,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
     # The first moment is a tenth of the gradient, the same whatever the optimizer's eps does.
     for theirs, mine in pairs.items():
         wanted = peer.optimizer.state[theirs]["exp_avg"]
-        found = ours.driver.trainer.optimizers[task].state[mine]["exp_avg"]
+        found = ours.driver.trainer.optimizers.by_name[task].state[mine]["exp_avg"]
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
         assert wanted.abs().max() > 0
         assert (mine - theirs).abs().mean() < LR / 10
@@ -96,7 +96,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
         assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("fewest", [1, linear.FEWEST])
+@pytest.mark.parametrize("fewest", [1, linear.MIN_MULTIPLICATIONS])
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_fifty_steps_have_the_losses_of_padded_training(
     still_bert: Path, small_data: Path, task: str, fewest: int, monkeypatch: pytest.MonkeyPatch
@@ -105,7 +105,7 @@ def test_fifty_steps_have_the_losses_of_padded_training(
 
     One case has oneDNN for all products, where there is oneDNN; the other has torch's for all of these small ones.
     """
-    monkeypatch.setattr(linear, "FEWEST", fewest)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", fewest)
     work = make_workload(benchmark_options(still_bert, small_data, steps=49), task, print)
     options = replace(work.config.tasks[task], lr_multiplier=1.0)
     train = replace(work.config.train, optim="SGD", lr=FIFTY_STEPS_LR)
