@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from base_bert import save_pretrained
+from benchmarks.options import BenchmarkOptions
 from bert import BertModel
 from cli.parser import parse
 from config import BertConfig, Config
@@ -39,9 +40,9 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def configure(*words: object, tasks: Mapping[str, Task] = TASKS) -> Config:
+def configure(*words: object) -> Config:
     """Return the configuration of these flags."""
-    return parse([str(word) for word in words], tasks, "multitask_classifier.py", "Test.")
+    return parse([str(word) for word in words], TASKS, "multitask_classifier.py", "Test.")
 
 
 def refusal(run: Callable[..., object], *words: object) -> str:
@@ -58,245 +59,6 @@ def shell(script: str, *words: object, cwd: Path | None = None) -> subprocess.Co
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
 
-
-def output(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *words: object) -> str:
-    """Return what a script's main prints on standard output."""
-    capsys.readouterr()
-    main([str(word) for word in words])
-    return capsys.readouterr().out
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a json file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def predictions_of(folder: Path) -> dict[str, np.ndarray]:
-    """Return the labels in the prediction files of a run, by file name."""
-    return {
-        path.name: np.array([float(row.split(" , ")[1]) for row in path.read_text().splitlines()[1:]])
-        for path in sorted((folder / "predictions").iterdir())
-    }
-
-
-def fail(*arguments: object) -> Any:
-    """Take the place of a function that must not be called."""
-    raise AssertionError("it was called")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A model and data so small that a training run takes a second
-
-SAMPLE = ROOT / "data" / "sample"
-HEADERS = {
-    "sst": b"\tid\tsentence\tsentiment\n",
-    "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n",
-    "sts": b"\tid\tsentence1\tsentence2\tsimilarity\n",
-}
-
-
-def cut(folder: Path, train: int, dev: int = 12, test: int = 6) -> Path:
-    """Write the first rows of each sample file into `folder`, and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in SAMPLE.glob("*.csv"):
-        rows = train if "train" in path.name else dev if "dev" in path.name else test
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[: rows + 1]), encoding="utf-8")
-    return folder
-
-
-def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
-    """Write a random BERT into `folder`: two layers, 32 wide, whose vocabulary is the words of the sample data."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
-    words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"max_position_embeddings": 64, **shape}
-    # A wide initialisation, so that sentences have different embeddings.
-    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = BertModel(config)
-    save_pretrained(folder, config, model.state_dict())
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    return folder
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed batches
-
-
-def ragged_ids(lengths: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
-    """Return an array of random ids that are not 0 for each length."""
-    return [rng.integers(1, 1000, n) for n in lengths]
-
-
-def packed(rows: Sequence[np.ndarray], second_start: Sequence[int] | None = None) -> PackedBatch:
-    """Return a batch of these sequences."""
-    lengths = [len(row) for row in rows]
-    return pack(np.concatenate(rows), np.array(lengths), np.array(second_start or lengths))
-
-
-def assert_same_batch(a: PackedBatch, b: PackedBatch) -> None:
-    """Check that two batches have the same numbers, dtypes and groups."""
-    for name, tensor in a.tensors().items():
-        other = b.tensors()[name]
-        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
-    assert a.max_seqlen == b.max_seqlen
-    for name in ("padded_rows", "packed_rows"):
-        assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
-    for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
-        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
-        assert (g.key_mask is None) == (h.key_mask is None)
-        assert g.key_mask is None or torch.equal(g.key_mask, h.key_mask)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-State = dict[str, Tensor]
-
-
-def make_trainer(
-    flags: list[str],
-    run_dir: Path,
-    *more: object,
-    device: Device | None = None,
-    context: DistributedContext = SINGLE_PROCESS,
-    double: bool = False,
-) -> Trainer:
-    """Return the trainer of a command line without TensorBoard and test data; of a float64 model if `double`."""
-    config = configure(*flags, "--no_tensorboard", "--no_test_predictions", "--run_dir", run_dir, *more)
-    inputs = commands.load_inputs(config, context)
-    inputs.device = device or inputs.device
-    if double:
-        inputs.model.double()
-    return commands.make_trainer(config, inputs, context)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def copied(model: torch.nn.Module) -> State:
-    """Return copies of a model's tensors by name."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before: State, after: State) -> set[str]:
-    """Return the names of the tensors that differ."""
-    assert list(before) == list(after)
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-def digest(state: State, prefix: str) -> str:
-    """Return a hash of the tensors whose names begin with `prefix`."""
-    out = hashlib.sha256()
-    for name, tensor in state.items():
-        if name.startswith(prefix):
-            out.update(name.encode() + tensor.numpy().tobytes())
-    return out.hexdigest()
-
-
-def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return copies of all numbers in an optimizer's state, parameter by parameter."""
-    return [
-        torch.as_tensor(value).clone()
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for _, value in sorted(optimizer.state.get(parameter, {}).items())
-    ]
-
-
-def states_by_epoch(flags: list[str], run_dir: Path, *more: object) -> tuple[MultitaskBERT, list[State]]:
-    """Train; return the model, and its tensors before training and after each epoch."""
-    trainer = make_trainer(flags, run_dir, *more)
-    states = [copied(trainer.model)]
-
-    def after_epoch(line: str) -> None:
-        if line.startswith("\nEpoch"):
-            states.append(copied(trainer.model))
-
-    trainer.say = after_epoch
-    trainer.fit()
-    return trainer.model, states
-
-
-class Killed(BaseException):
-    """The process ends here, without any warning."""
-
-
-def kill_at(trainer: Trainer, method: str, epoch: int) -> None:
-    """Train, and stop as if killed where the trainer calls its `method` for the first time with `epoch` epochs done."""
-    original = getattr(trainer, method)
-
-    def kill_in_time(*arguments: Any) -> Any:
-        if trainer.progress.epoch == epoch:
-            raise Killed
-        return original(*arguments)
-
-    setattr(trainer, method, kill_in_time)
-    with pytest.raises(Killed):
-        trainer.fit()
-
-
-def interrupted(trainer: Trainer, epochs: int) -> None:
-    """Train, and stop as if killed when so many epochs are done and saved."""
-    kill_at(trainer, "train_epoch", epochs)
-
-
-def assert_resumes(flags: list[str], folder: Path, *more: object, after: int) -> Trainer:
-    """Check that a run that is killed after so many epochs ends to the bit as a whole run, and return the latter."""
-    whole = make_trainer(flags, folder / "whole", *more)
-    whole.fit()
-    interrupted(make_trainer(flags, folder / "part", *more), after)
-    torch.manual_seed(77)  # another process
-    resumed = make_trainer(flags, folder / "part", *more, "--resume")
-    resumed.fit()
-    assert changed(copied(whole.model), copied(resumed.model)) == set()
-    assert (folder / "whole" / "metrics.jsonl").read_bytes() == (folder / "part" / "metrics.jsonl").read_bytes()
-    return whole
-
-
-def set_dev_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
-    """Let the overall dev scores of a run be these; everything else of an evaluation is as it is."""
-    overall, given = trainer_module.overall, iter(scores)
-    monkeypatch.setattr(trainer_module, "overall", lambda *arguments: {**overall(*arguments), "score": next(given)})
-
-
-FILMS = Task(
-    name="films",
-    title="Film reviews",
-    kind="classes",
-    label_column="sentiment",
-    label_range=(0, 1),
-    text_columns=("sentence",),
-    files={"train": "films-train.csv", "dev": "films-dev.csv", "test": "films-test-student.csv"},
-    prediction_column="Predicted_Sentiment",
-    backbone="sentiment",
-    losses=("ce",),
-    lr_multiplier=2.0,
-    weight_decay=1e-3,
-    lr_floor=1 / 4,
-    aliases=("movies",),
-    by_default=False,
-)
-
-
-def write_films(folder: Path, stem: str) -> None:
-    """Write sentences with labels 0 and 1 to STEM-train.csv, STEM-dev.csv and STEM-test-student.csv."""
-    words = {0: "dreadful and dull", 1: "superb and charming"}
-    for split, rows in (("train", 10), ("dev", 6), ("test-student", 4)):
-        lines = ["\tid\tsentence\tsentiment" if split != "test-student" else "\tid\tsentence"]
-        for i in range(rows):
-            label = "" if split == "test-student" else f"\t{i % 2}"
-            lines.append(f"{i}\tfilm{i}\tThe film is {words[i % 2]} , number {i} .{label}")
-        (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
 
 State = dict[str, Tensor]
 
@@ -471,10 +233,6 @@ def write_films(folder: Path, stem: str) -> None:
         (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports
-
-
 def figure_of(item: ReportItem | str) -> Any:
     """Return an item's figure."""
     assert isinstance(item, ReportItem) and item.figure is not None, item
@@ -543,3 +301,96 @@ def read_page(out: Path, stem: str = "report") -> Page:
     assert sorted(images) == sorted(path.read_bytes() for path in out.glob("*.png"))
     assert all(image["alt"] for image in page.images)
     return page
+
+
+def output(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], *words: object) -> str:
+    """Return what a script's main prints on standard output."""
+    capsys.readouterr()
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a json file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def predictions_of(folder: Path) -> dict[str, np.ndarray]:
+    """Return the labels in the prediction files of a run, by file name."""
+    return {
+        path.name: np.array([float(row.split(" , ")[1]) for row in path.read_text().splitlines()[1:]])
+        for path in sorted((folder / "predictions").iterdir())
+    }
+
+
+def fail(*arguments: object) -> Any:
+    """Take the place of a function that must not be called."""
+    raise AssertionError("it was called")
+
+
+SAMPLE = ROOT / "data" / "sample"
+
+
+HEADERS = {
+    "sst": b"\tid\tsentence\tsentiment\n",
+    "para": b"\tid\tsentence1\tsentence2\tis_duplicate\n",
+    "sts": b"\tid\tsentence1\tsentence2\tsimilarity\n",
+}
+
+
+def cut(folder: Path, train: int, dev: int = 12, test: int = 6) -> Path:
+    """Write the first rows of each sample file into `folder`, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in SAMPLE.glob("*.csv"):
+        rows = train if "train" in path.name else dev if "dev" in path.name else test
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / path.name).write_text("".join(lines[: rows + 1]), encoding="utf-8")
+    return folder
+
+
+def make_bert(folder: Path, seed: int = 0, **shape: int) -> Path:
+    """Write a random BERT into `folder`: two layers, 32 wide, whose vocabulary is the words of the sample data."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLE.glob("*.csv")))
+    words = sorted(set(re.findall(r"[^\W\d_]+|\d|[^\w\s]", text.lower())))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"max_position_embeddings": 64, **shape}
+    # A wide initialisation, so that sentences have different embeddings.
+    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(config)
+    save_pretrained(folder, config, model.state_dict())
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return folder
+
+
+def ragged_ids(lengths: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """Return an array of random ids that are not 0 for each length."""
+    return [rng.integers(1, 1000, n) for n in lengths]
+
+
+def packed(rows: Sequence[np.ndarray], second_start: Sequence[int] | None = None) -> PackedBatch:
+    """Return a batch of these sequences."""
+    lengths = [len(row) for row in rows]
+    return pack(np.concatenate(rows), np.array(lengths), np.array(second_start or lengths))
+
+
+def assert_same_batch(a: PackedBatch, b: PackedBatch) -> None:
+    """Check that two batches have the same numbers, dtypes and groups."""
+    for name, tensor in a.tensors().items():
+        other = b.tensors()[name]
+        assert tensor.dtype == other.dtype and torch.equal(tensor, other), name
+    assert a.max_seqlen == b.max_seqlen
+    for name in ("padded_rows", "packed_rows"):
+        assert torch.equal(getattr(a.grouping, name), getattr(b.grouping, name)), name
+    for g, h in zip(a.grouping.groups, b.grouping.groups, strict=True):
+        assert (g.first, g.sequences, g.length) == (h.first, h.sequences, h.length)
+        assert (g.key_mask is None) == (h.key_mask is None)
+        assert g.key_mask is None or torch.equal(g.key_mask, h.key_mask)
+
+
+def benchmark_options(pretrained: Path, data_dir: Path | str, **others: Any) -> BenchmarkOptions:
+    """Return the options of a small benchmark."""
+    small: dict[str, Any] = {"batch_size": 8, "steps": 2, "warmup": 1, "threads": 1}
+    return BenchmarkOptions(**{**small, "pretrained": str(pretrained), "data_dir": str(data_dir), **others})

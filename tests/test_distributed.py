@@ -489,32 +489,6 @@ def test_torchrun_and_its_ways_to_fail(tiny_flags: list[str], small_data: Path, 
         assert "UserError" not in done.stderr
 
 
-@pytest.mark.long
-def test_the_benchmark_of_scaling(tiny_bert: Path, sample: Path, tmp_path: Path) -> None:
-    """Every step of each number of processes; both share the same batches."""
-    flags = [
-        "--modes",
-        "scaling",
-        "--ranks",
-        "1,2",
-        "--tasks",
-        "sst",
-        "--steps",
-        "3",
-        "--warmup",
-        "1",
-        "--threads",
-        "1",
-    ]
-    flags += ["--pretrained", str(tiny_bert), "--data_dir", str(sample), "--out", str(tmp_path), "--batch_size", "16"]
-    done = subprocess.run([sys.executable, str(ROOT / "benchmark.py"), *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.json")
-    (record,) = json.loads(path.read_text())["results"]
-    assert {ranks: len(seconds) for ranks, seconds in record["seconds"].items()} == {"1": 3, "2": 3}
-    assert done.stdout.count("scaling sst, batch 16: ") == 2 and "efficiency 100%" in done.stdout
-
-
 # --------------------------------------------------------------------------------------------------------------- flags
 
 

@@ -26,7 +26,7 @@ ROWS: list[tuple[str, ...]] = [
     ("utils",),
 ]
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
-NOT_SOURCE = {"tests", "benchmarks", "recipes", "data"}  # folders of the root without modules of the package
+NOT_SOURCE = {"tests", "recipes", "data"}  # folders of the root without modules of the package
 
 
 def sources() -> dict[str, Path]:

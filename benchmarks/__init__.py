@@ -1,0 +1,1 @@
+"""What benchmark.py measures, and the notes and results of former runs."""
