@@ -4,18 +4,14 @@
     python sweep.py --out runs/search --search 40 --range lr=1e-5..3e-3:log lora_rank=1..64:log optim=AdamW,Adamax \\
         --pruner median --lora_mode attn @recipes/minilm-cpu.args
 
-Flags other than the sweep's own are multitask_classifier.py's and hold for every trial. In a grid each combination is
-a trial; another --grid adds its own combinations, a baseline for instance. A switch takes 0 and 1. A value that is
-itself a list is written with spaces: "lora_targets=query value,key". A search samples --range by Optuna's TPE.
+Flags other than the sweep's own are multitask_classifier.py's and hold for every trial. A switch takes 0 and 1. A value
+that is itself a list is written with spaces: "lora_targets=query value,key". A trial is a process of its own, which
+works in OUT/trials/NAME and prints into log.txt there. Trials leave the test files alone, since a study chooses by dev.
 
-A trial is a process of its own that works in OUT/trials/NAME and prints into log.txt there. OUT/results.csv has the
-columns trial, status, the study's flags, and COLUMNS of studies/results.py. Trials leave the test files alone, since a
-study chooses by dev.
-
-A sweep that was killed goes on when it is started again, and trials go on from their last states (--save_every). The
-grid or the number of a search may grow. Several sweeps share a study if each is started by the same command; on several
-machines --storage is needed too, and the last folder in --out, which names the study there, must be the same. To run a
-trial again, delete its row, its folder and OUT/study.journal.
+A sweep that was killed goes on when it is started again. The grid, or the number of a search, may grow. Several sweeps
+share a study if each is started by the same command; on several machines --storage is needed too, and the last folder
+in --out, which names the study there, must be the same. To run a trial again, delete its row in OUT/results.csv, its
+folder and OUT/study.journal.
 """
 
 import sys
@@ -48,26 +44,23 @@ def read_command(argv: Sequence[str]) -> tuple[SweepOptions, Plan]:
     ranges = [word for words in found.range for word in words]
     if not options.out:
         raise UserError("--out: name the folder of the study")
-    if not found.grid and options.search is None:
-        raise UserError("--grid: name flags and their values, such as --grid lora_mode=attn lora_rank=1,2,5")
-    if options.search is None and not ranges:
-        return options, plan_grid(found.grid, base)
-    if found.grid or options.search is None or not ranges:
-        raise UserError("--search goes with --range and without --grid, such as --search 40 --range lr=1e-5..3e-3:log")
-    return options, plan_search(options.search, ranges, base)
+    if bool(found.grid) == bool(ranges) or bool(ranges) != (options.search is not None):
+        raise UserError(
+            "--grid or --search: give --grid lora_mode=attn lora_rank=1,2,5, flags with all their values, "
+            "or --search 40 --range lr=1e-5..3e-3:log, a number of trials and flags with their ranges"
+        )
+    return options, plan_grid(found.grid, base) if found.grid else plan_search(options.search or 0, ranges, base)
 
 
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks; exits with code 1 where a trial failed otherwise than by lack of memory."""
     options, plan = read_command(argv)
-    refused = [trial for trial in plan.trials.values() if trial.refusal]
     for trial in plan.trials.values():
-        if trial.refusal:
-            say(f"refused {trial.name}: {trial.refusal}")
-        elif options.dry_run:
-            say(trial.name)
+        if trial.refusal or options.dry_run:
+            say(f"refused {trial.name}: {trial.refusal}" if trial.refusal else trial.name)
     if options.dry_run:
-        say(f"{len(plan.trials) - len(refused)} trials, {len(refused)} refused")
+        refused = sum(bool(trial.refusal) for trial in plan.trials.values())
+        say(f"{len(plan.trials) - refused} trials, {refused} refused")
         return
 
     from studies.runner import Sweep

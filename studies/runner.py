@@ -30,6 +30,7 @@ from utils.files import probe_folder
 from utils.untrusted import read_json
 
 SCRIPT_PATH = Path(__file__).parent.with_name(SCRIPT)
+PRUNERS = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner()}
 POLL = 0.5  # seconds between looks at the running trials and at the storage
 ERROR = re.compile(r"error: |[\w.]+(Error|Exception|Interrupt)\b|[\w.]+: error: ")
 TAIL = 40  # lines of a log in which an error's text is looked for
@@ -91,31 +92,27 @@ class Sweep:
         probe_folder(self.out, "--out")
         flags = [*plan.ranges, *(flag for trial in plan.trials.values() for flag in trial.flags)]
         self.table = Table(self.out / "results.csv", list(dict.fromkeys(["trial", "status", *flags, *COLUMNS])))
-        rows = self.rows()
-        place, logs = options.storage or str(self.out / "study.journal"), self.out / "trials"
+        self.place, rows = options.storage or str(self.out / "study.journal"), self.rows()
         try:
-            self.shared = SharedStudy(place, self.out.resolve().name, plan.ranges, logs)
+            self.shared = SharedStudy(self.place, self.out.resolve().name, plan.ranges, self.out / "trials")
             rows |= self.shared.rows()
         except Exception as error:  # of the file system, of a database's driver, or of a journal that is damaged
             raise self.unusable(error) from error
-        if options.pruner == "median":
-            self.shared.study.pruner = optuna.pruners.MedianPruner()
+        self.shared.study.pruner = PRUNERS[options.pruner]
         self.check(rows)
 
     def unusable(self, error: Exception) -> UserError:
         """Return the one line that says why the storage cannot be used, and what to do."""
-        about = f"cannot be used ({first_line(error)})"
-        if self.options.storage:
-            remedy = "name a file that all machines see, or the URL of a database"
-            return UserError(f"--storage {self.options.storage}: {about}; {remedy}")
-        return UserError(f"{self.out / 'study.journal'}: {about}; delete it, results.csv keeps what has ended")
+        remedy = "name another file or database; a damaged file can be deleted, results.csv keeps what has ended"
+        return UserError(f"--storage {self.place}: cannot be used ({first_line(error)}); {remedy}")
 
     def check(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise UserError where a trial of the study was sampled from other ranges, or its row has another command."""
-        if any(record.distributions not in ({}, self.plan.ranges) for record in self.shared.records()):
+        sampled = [item for record in self.shared.records() for item in record.distributions.items()]
+        if any(self.plan.ranges.get(flag) != values for flag, values in sampled):
             raise UserError(f"--range: {self.out} searches other ranges; repeat them or choose another folder")
         for name in filter(rows.__contains__, self.plan.trials):
-            before, command = rows[name]["command"], self.plan.sampled(name, rows[name]).command
+            before, command = rows[name]["command"], self.plan.trial(name, rows[name]).command
             if before != command:
                 raise UserError(
                     f"--out {self.out}: there {name} is the run of `{before}` and not of `{command}`; "
@@ -185,7 +182,7 @@ class Sweep:
         if taken is None:
             return None
         record, log = taken
-        trial = self.plan.sampled(record.user_attrs["trial"], record.params)
+        trial = self.plan.trial(record.user_attrs["trial"], record.params)
         return Job(trial, record, log, git_commit(), self.launch(trial, log))
 
     def launch(self, trial: Trial, log: TextIO) -> "subprocess.Popen[bytes] | None":

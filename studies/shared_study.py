@@ -22,6 +22,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 Row = Mapping[str, Any]
+# A search learns from all trials but those that crashed. Those that were refused or had too little memory are PRUNED,
+# without a value, which ranks last.
+STATES = {"ok": TrialState.COMPLETE, "failed": TrialState.FAIL}
 CLAIM = timedelta(seconds=10)  # more than a sweep needs to write down where it runs the trial that it has taken
 
 
@@ -58,16 +61,6 @@ def is_dead(record: FrozenTrial, dead_host: str) -> bool:
     return worker["host"] == dead_host
 
 
-def state_of(row: Row | None) -> tuple[TrialState, float | None]:
-    """Return Optuna's state and value for a row, or for none; a search learns from all states but FAIL.
-
-    A trial that was refused or had too little memory is PRUNED, without a value, which ranks last.
-    """
-    if row is not None and row["status"] == "ok" and "score" in row:
-        return TrialState.COMPLETE, row["score"]
-    return (TrialState.FAIL if row is None or row["status"] in ("ok", "failed") else TrialState.PRUNED), None
-
-
 class SharedStudy:
     """The trials of one study that all sweeps see, those of a search over `ranges` or of a grid, and their `logs`."""
 
@@ -96,10 +89,8 @@ class SharedStudy:
 
     def hosts(self) -> str:
         """Return the names of the machines that run trials."""
-        running = [record for record in self.records() if record.state == TrialState.RUNNING]
-        return ", ".join(
-            sorted({record.user_attrs["worker"]["host"] for record in running if "worker" in record.user_attrs})
-        )
+        workers = [record.user_attrs.get("worker") for record in self.records() if record.state == TrialState.RUNNING]
+        return ", ".join(sorted({worker["host"] for worker in workers if worker is not None}))
 
     def take(self, trials: Mapping[str, Mapping[str, str]], seed: int) -> tuple[optuna.Trial, TextIO] | None:
         """Return the next of `trials` (flags by name), now ours, and its locked log; None where others have them all.
@@ -119,11 +110,11 @@ class SharedStudy:
                 self.study.enqueue_trial(next(begun, flags), user_attrs={"trial": name, "flags": flags})
             self.study.sampler = optuna.samplers.TPESampler(seed=(seed + crc32(name.encode())) % 2**32)
             trial = self.study.ask(self.ranges)
-            name = trial.user_attrs.get("trial", "")
-            if name not in trials or name not in (standing := self.standing()) or standing[name].number != trial.number:
+            first = self.standing().get(trial.user_attrs.get("trial", ""))
+            if first is None or first.number != trial.number or first.user_attrs["trial"] not in trials:
                 self.close(trial.number)
                 continue
-            path = self.logs / name / "log.txt"
+            path = self.logs / first.user_attrs["trial"] / "log.txt"
             log = lock_log(path)
             with suppress(UpdateFinishedTrialError):  # another sweep took us for dead
                 trial.set_user_attr("worker", {"host": platform.node(), "log": str(path.resolve())})
@@ -140,7 +131,8 @@ class SharedStudy:
 
     def close(self, number: int, row: Row | None = None) -> None:
         """End a record. Without a row its trial may be run again."""
-        state, value = state_of(row)
+        state = TrialState.FAIL if row is None else STATES.get(row["status"], TrialState.PRUNED)
+        value = row.get("score", 0.0) if row is not None and state == TrialState.COMPLETE else None
         with suppress(UpdateFinishedTrialError):
             self.study.tell(number, value, state, skip_if_finished=True)
 

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.checks import check_processes
 from cli.parser import OneLineParser, build_config, build_parser
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 SCRIPT = "multitask_classifier.py"
+NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?"
 
 
 @dataclass
@@ -67,8 +68,8 @@ class Plan:
     trials: Mapping[str, Trial]
     ranges: Mapping[str, "BaseDistribution"]
 
-    def sampled(self, name: str, values: Mapping[str, object]) -> Trial:
-        """Return a trial with the values that a search has sampled for it."""
+    def trial(self, name: str, values: Mapping[str, object]) -> Trial:
+        """Return the trial of this name, in a search with the values that were sampled for it."""
         flags = {flag: str(values[flag]) for flag in self.ranges}
         return make_trial(name, self.trials[name].words, flags, "--range") if flags else self.trials[name]
 
@@ -142,23 +143,23 @@ def read_words(words: Sequence[str], source: str) -> dict[str, str]:
     return found
 
 
-def read_range(flag: str, text: str) -> "BaseDistribution":
-    """Return what LOW..HIGH, LOW..HIGH:log or A,B,C stands for; numbers are whole where both bounds are.
+def read_range(flag: str, text: str) -> Any:
+    """Return Optuna's distribution for LOW..HIGH, LOW..HIGH:log or A,B,C. Numbers are whole where both bounds are.
 
-    Raises UserError where it is none of these.
+    Raises UserError where the bounds do not rise, or do not begin above 0 with :log.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    low, is_range, high = text.removesuffix(":log").partition("..")
-    if not is_range:
+    bounds = re.fullmatch(rf"({NUMBER})\.\.({NUMBER})(:log)?", text)
+    if bounds is None:
         return CategoricalDistribution(read_list(text))
+    low, high, log = bounds.groups()
     try:
-        if re.fullmatch(r"-?\d+,-?\d+", f"{low},{high}"):
-            return IntDistribution(int(low), int(high), log=text.endswith(":log"))
-        return FloatDistribution(float(low), float(high), log=text.endswith(":log"))
+        if low.lstrip("-").isdigit() and high.lstrip("-").isdigit():
+            return IntDistribution(int(low), int(high), log=bool(log))
+        return FloatDistribution(float(low), float(high), log=bool(log))
     except ValueError as error:
-        remedy = "write it as lr=1e-5..3e-3 or lr=1e-5..3e-3:log"
-        raise UserError(f"--range {flag}={text}: {first_line(error)}; {remedy}") from None
+        raise UserError(f"--range {flag}={text}: {first_line(error)}; write it as lr=1e-5..3e-3:log") from None
 
 
 def plan_grid(grids: Sequence[Sequence[str]], base: Sequence[str]) -> Plan:
@@ -183,11 +184,10 @@ def plan_grid(grids: Sequence[Sequence[str]], base: Sequence[str]) -> Plan:
 
 def plan_search(count: int, words: Sequence[str], base: Sequence[str]) -> Plan:
     """Return the search of --search and --range. Raises UserError where a flag cannot have a value of its range."""
-    texts = read_words(words, "--range")
-    ranges = {flag: read_range(flag, text) for flag, text in texts.items()}
-    for flag, text in texts.items():
-        for value in read_list(text.removesuffix(":log").replace("..", ",")):
-            trial = make_trial("", base, {flag: value}, "--range")
+    ranges = {flag: read_range(flag, text) for flag, text in read_words(words, "--range").items()}
+    for flag, values in ranges.items():
+        for value in getattr(values, "choices", None) or (values.low, values.high):
+            trial = make_trial("", base, {flag: str(value)}, "--range")
             if trial.config is not None and trial.config.train.mlm:
                 raise UserError("--search compares dev scores, which --mlm does not compute; use --grid")
     names = [f"search-{number:03d}" for number in range(1, count + 1)]

@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def test_sigterm_ends_the_trials_and_leaves_no_row(tmp_path: Path, monkeypatch: 
     assert len(read_table(tmp_path / "study")) == 1
 
 
-# -------------------------------------------------------------------------------------------------------- shared studies
+# ------------------------------------------------------------------------------------------------------- sharing
 
 
 def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_bad_trials_are_pruned_and_others_are_not(tmp_path: Path, monkeypatch: p
 def test_a_storage_that_cannot_be_used_is_one_line(storage: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("no journal\nat all\n")
-    with pytest.raises(UserError, match=f"--storage {storage}: cannot be used [^\n]*; name a file") as error:
+    with pytest.raises(UserError, match=f"--storage {storage}: cannot be used [^\n]*; name another file") as error:
         run(tmp_path / "study", "--storage", storage, "--grid", "seed=1")
     assert "\n" not in str(error.value)
 
@@ -314,7 +314,7 @@ def test_a_damaged_journal_is_one_line_and_can_be_deleted(damage: str, tmp_path:
     journal = tmp_path / "study" / "study.journal"
     content = journal.read_bytes()
     journal.write_bytes(content[:-20] if damage == "cut" else content[:99] + b"\0" * 50 + content[149:])
-    with pytest.raises(UserError, match="study.journal: cannot be used [^\n]*; delete it, results.csv keeps") as error:
+    with pytest.raises(UserError, match="study.journal: cannot be used [^\n]*; a damaged file can be deleted") as error:
         run(tmp_path / "study", "--grid", "seed=1,2")
     assert "\n" not in str(error.value)
     journal.unlink()

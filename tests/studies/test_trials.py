@@ -59,18 +59,16 @@ def test_ranges_are_numbers_or_words() -> None:
         "warmup": FloatDistribution(0, 0.5),
         "optim": CategoricalDistribution(("AdamW", "Adamax")),
     }
-    trial = plan.sampled("search-002", {"lr": 1e-5, "lora_rank": 1, "warmup": 0.25, "optim": "AdamW"})
+    trial = plan.trial("search-002", {"lr": 1e-5, "lora_rank": 1, "warmup": 0.25, "optim": "AdamW"})
     assert trial.command == "python multitask_classifier.py --lr=1e-05 --lora_rank=1 --warmup=0.25 --optim=AdamW"
-    assert trial.refusal.startswith("--warmup belongs to --lr_schedule linear")
+    assert trial.refusal.startswith("--warmup requires --lr_schedule linear")
 
 
 @pytest.mark.parametrize(
     ("word", "wanted"),
     [
         ("lr=3e-3..1e-5", "--range lr=3e-3..1e-5: .* write it as lr=1e-5..3e-3"),
-        ("lr=1..fast", "--range lr=1..fast: .* write it as lr=1e-5..3e-3"),
         ("lr=0..1:log", "--range lr=0..1:log: .* write it as lr=1e-5..3e-3"),
-        ("lr=1e-5..3e-3:exp", "--range lr=1e-5..3e-3:exp: .* write it as lr=1e-5..3e-3"),
         ("lora_rang=1..2", "--range lora_rang=1: .* has no flag --lora_rang"),
         ("lr=", "--range lr=: has no values"),
     ],
@@ -80,7 +78,7 @@ def test_a_range_that_is_none_is_refused(word: str, wanted: str) -> None:
         plan_search(2, [word], [])
 
 
-@pytest.mark.parametrize("word", ["lr=1e-5..inf", "lora_rank=0..3", "lora_rank=1.0..4", "optim=AdamW,Addam"])
+@pytest.mark.parametrize("word", ["lr=1..inf", "lr=1..2:exp", "lora_rank=0..3", "lora_rank=1.0..4", "optim=Addam"])
 def test_a_range_beyond_what_its_flag_takes_is_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         plan_search(2, [word], [])
