@@ -1,25 +1,21 @@
-"""What a run costs: measured step by step, as figures in a row, and the table that rows are added to.
+"""A row for each run: its scores and what it cost, and the csv file that many processes may add rows to.
 
-The figures are those of R0's section 5.2: mean seconds of training and mean peak of memory per epoch, for each task.
+The costs are those of R0's section 5.2: mean seconds of training and mean peak of memory per epoch, for each task.
 """
 
 import csv
 import fcntl
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import Config
 from models.checkpoint import git_commit
 from tasks import TASKS
 from utils.errors import UserError
 from utils.files import write_text
-
-if TYPE_CHECKING:
-    pass
 
 FIGURES = (
     "score",
@@ -37,16 +33,8 @@ SETTINGS = ("amp", "lr", "batch_size", "lora_rank", "lora_mode", "dora", "fine_t
 BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jsonl file, up to one that a kill may have cut short; none where there is no file."""
+    """Return the lines of a jsonl file, up to one that a kill has cut short; none where there is no file."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -57,18 +45,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def total(timing: Sequence[Mapping[str, Any]], key: str) -> float:
-    """The sum over epochs and tasks of a figure of timing.jsonl."""
+    """Return the sum over epochs and tasks of a figure of timing.jsonl."""
     return sum(sum(line[key].values()) for line in timing)
 
 
 def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
-    """The mean over epochs of a figure that timing.jsonl has for each task that trained in the epoch."""
+    """Return the mean over epochs of a figure that timing.jsonl has for each task that trained in the epoch."""
     found = {name: [line[key][name] for line in timing if name in line.get(key, {})] for name in TASKS}
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What a run directory says of a run, finished or not, as columns of a table."""
+    """Return what a run directory says of a run, finished or not, as columns of a table."""
     metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
     row: dict[str, Any] = {}
     if metrics and timing:
@@ -90,31 +78,22 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def benchmark_row(folder: Path, config: Config, command: str) -> dict[str, Any]:
-    """The row of a finished run in the table of --benchmark."""
+    """Return the row of a finished run in the table of --benchmark."""
     options = {**vars(config.compute), **vars(config.lora), **vars(config.train)}
     settings = {name: int(options[name]) if isinstance(options[name], bool) else options[name] for name in SETTINGS}
-    about = {
-        "trial": folder.name,
-        "status": "ok",
-        "seed": config.train.seed,
-        "commit": git_commit(),
-        "command": command,
-    }
+    commit = git_commit()
+    about = {"trial": folder.name, "status": "ok", "seed": config.train.seed, "commit": commit, "command": command}
     return {**about, **settings, **figures(folder)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table
-
-
 class Table:
-    """A csv file to which several processes may add rows: a whole file at every moment, whoever writes."""
+    """A csv file to which several processes may add rows; the file is whole at every moment."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows, none where there is no file; one that was cut short, by another program, is left out.
+        """Return all rows, none where there is no file. A row that another program has cut short is left out.
 
         Raises UserError where the file cannot be read or has other columns.
         """
@@ -133,8 +112,9 @@ class Table:
         return rows
 
     def add(self, new: Sequence[Mapping[str, Any]], key: str | None = None) -> None:
-        """Add rows; those whose value of the column `key` has a row already are left out."""
-        with self._locked():
+        """Add rows. With `key`, a row is left out if the table has one with the same value in that column."""
+        with self.path.with_name(f".{self.path.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system ends it with the process
             rows = self.rows()
             known = {row[key] for row in rows} if key else set()
             fresh = [row for row in new if not key or row[key] not in known]
@@ -144,10 +124,3 @@ class Table:
                 writer.writeheader()
                 writer.writerows([*rows, *fresh])
                 write_text(self.path, text.getvalue())
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes out; the lock ends with the process, however that ends."""
-        with self.path.with_name(f".{self.path.name}.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield

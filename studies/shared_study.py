@@ -1,168 +1,143 @@
-"""Several machines on one study: who runs which trial, agreed through an Optuna storage, and the rows of all.
+"""A study in an Optuna storage: which trials there are, who runs them, and the rows of those that have ended.
 
-A claim is a record of Optuna's, with our trial's name. The storage numbers records one after the other, so that all
-machines agree on the first of a name: it has the trial, and the others withdraw. A claim that shows no sign of life
-for GRACE seconds, by the clock of the one who looks, falls: its machine is taken to be dead, and the trial is free.
+A sweep that has room for a trial adds it to Optuna's queue and takes the next one from the queue. Taking is atomic, so
+that several sweeps, on several machines, may do this at once. A trial may have several records: one whose process has
+died is marked as failed and has no row, and a new record with the same name and parameters replaces it.
 """
 
-import time
+import fcntl
+import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
+from zlib import crc32
 
-from utils.errors import UserError, first_line
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
 
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
-
-BEAT = 10.0  # seconds between a claim's signs of life
-GRACE = 60.0  # seconds without one after which it falls
-LOOK = 2.0  # seconds between looks at what the others do
 Row = Mapping[str, Any]
+# A search learns from all trials but those that crashed. Those that were refused or had too little memory are PRUNED,
+# without a value, which ranks last.
+STATES = {"ok": TrialState.COMPLETE, "failed": TrialState.FAIL}
+CLAIM = timedelta(seconds=10)  # more than a sweep needs to write down where it runs the trial that it has taken
 
 
-class OwnStudy:
-    """A study of this machine alone: every trial is ours to run."""
-
-    def take(self, name: str) -> bool:
-        """Claim a trial; whether it is ours."""
-        return True
-
-    def keep(self) -> None:
-        """Show that we live, and see who does not; to be called every few seconds."""
-
-    def finish(self, row: Row) -> bool:
-        """End our trial of that name; whether it was ours to the end, so that the row counts."""
-        return True
-
-    def rows(self) -> list[Row]:
-        """The rows of all trials that have ended, on whatever machine."""
-        return []
-
-    def release(self) -> None:
-        """Give back what we have not finished."""
+def open_storage(place: str) -> BaseStorage:
+    """Return the database at a URL, or else a journal file, which is made if need be."""
+    if "://" in place:
+        return RDBStorage(place)
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    # Optuna's default lock, a symbolic link, never expires where another machine sees the file under another path.
+    return JournalStorage(JournalFileBackend(place, JournalFileOpenLock(place)))
 
 
-class SharedStudy(OwnStudy):
-    """A study in an Optuna storage: a journal file that all machines see, or the URL of a database."""
+def lock_log(path: Path) -> TextIO | None:
+    """Return the log of a trial, open and locked; None where another process has the lock.
 
-    def __init__(self, storage: str, name: str) -> None:
-        """Raises UserError where the storage cannot be used."""
-        try:
-            import optuna
+    The trial's process inherits the lock, which shows that the trial is running even if its sweep was killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    return log
 
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            self.storage: BaseStorage = open_storage(storage)
-            optuna.create_study(storage=self.storage, study_name=name, direction="maximize", load_if_exists=True)
-        except Exception as error:  # of the file system, of the database's driver, or of a journal that is none
-            raise UserError(
-                f"--storage {storage}: cannot be used ({first_line(error)}); name a file that all "
-                "machines see, or the URL of a database"
-            ) from error
-        self.study = self.storage.get_study_id_from_name(name)
-        self.ours: dict[str, int] = {}  # name -> the record's id
-        self.seen: dict[int, tuple[Any, float]] = {}  # number of another's record -> its last sign of life, and when
-        self.looked = self.beaten = 0.0
-        self.look()
 
-    def look(self) -> None:
-        """Read the records anew: for each trial the first one that stands."""
-        self.looked = time.monotonic()
-        self.standing: dict[str, FrozenTrial] = {}
-        for record in self.storage.get_all_trials(self.study, deepcopy=False):
-            about = record.user_attrs
-            if "trial" in about and ("row" in about or not record.state.is_finished()):
-                self.standing.setdefault(about["trial"], record)
+def is_dead(record: FrozenTrial, dead_host: str) -> bool:
+    """Return whether the process of a trial that should be running is gone, as far as this host can tell."""
+    worker = record.user_attrs.get("worker")
+    if worker is None:
+        return record.datetime_start is None or datetime.now() - record.datetime_start > CLAIM
+    if worker["host"] == platform.node():
+        return lock_log(Path(worker["log"])) is not None
+    return worker["host"] == dead_host
 
-    def take(self, name: str) -> bool:
-        """Claim a trial; whether it is ours."""
-        from optuna.trial import TrialState, create_trial
 
-        if name not in self.ours and name not in self.standing:
-            claim = create_trial(state=TrialState.RUNNING, user_attrs={"trial": name, "beat": 0})
-            record = self.storage.create_new_trial(self.study, claim)
-            self.look()
-            if self.id_of(self.standing[name]) == record:
-                self.ours[name] = record
-            else:
-                self.end(record)
-        return name in self.ours
+class SharedStudy:
+    """The trials of one study that all sweeps see, those of a search over `ranges` or of a grid, and their `logs`."""
 
-    def keep(self) -> None:
-        """Show that we live, and end the claims of those who do not."""
-        now = time.monotonic()
-        if now - self.beaten >= BEAT:
-            self.beaten = now
-            for name, record in list(self.ours.items()):
-                if not self.write(record, "beat", now):
-                    del self.ours[name]  # another machine took us to be dead
-        if now - self.looked >= LOOK:
-            self.look()
-            self.end_the_dead(now)
+    def __init__(self, place: str, name: str, ranges: Mapping[str, BaseDistribution], logs: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = open_storage(place)
+        self.study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        self.ranges, self.logs = dict(ranges), logs
 
-    def end_the_dead(self, now: float) -> None:
-        """End the claims of others that show no sign of life."""
-        for name, record in self.standing.items():
-            if name in self.ours or "row" in record.user_attrs:
+    def records(self) -> list[FrozenTrial]:
+        """Return all records of trials, the oldest first."""
+        return [record for record in self.study.get_trials(deepcopy=False) if "trial" in record.user_attrs]
+
+    def standing(self) -> dict[str, FrozenTrial]:
+        """Return the record that counts of each trial: the first that waits, runs or has a row."""
+        found: dict[str, FrozenTrial] = {}
+        for record in self.records():
+            if "row" in record.user_attrs or not record.state.is_finished():
+                found.setdefault(record.user_attrs["trial"], record)
+        return found
+
+    def rows(self) -> dict[str, Row]:
+        """Return the rows of the trials that have ended, by name."""
+        standing = self.standing()
+        return {name: record.user_attrs["row"] for name, record in standing.items() if "row" in record.user_attrs}
+
+    def hosts(self) -> str:
+        """Return the names of the machines that run trials."""
+        workers = [record.user_attrs.get("worker") for record in self.records() if record.state == TrialState.RUNNING]
+        return ", ".join(sorted({worker["host"] for worker in workers if worker is not None}))
+
+    def take(self, trials: Mapping[str, Mapping[str, str]], seed: int) -> tuple[optuna.Trial, TextIO] | None:
+        """Return the next of `trials` (flags by name), now ours, and its locked log; None where others have them all.
+
+        Two sweeps may add the same trial at the same moment; the first record counts, and the other one is dropped.
+        A search samples the parameters here. Its random numbers depend on the seed and the trial alone.
+        """
+        while True:
+            standing = self.standing()
+            waiting = [name for name, record in standing.items() if record.state == TrialState.WAITING]
+            name = next(iter([*waiting, *(name for name in trials if name not in standing)]), None)
+            if name is None:
+                return None
+            if not waiting:
+                flags = dict(trials[name])
+                begun = (found.params for found in self.records() if found.user_attrs["trial"] == name and found.params)
+                self.study.enqueue_trial(next(begun, flags), user_attrs={"trial": name, "flags": flags})
+            self.study.sampler = optuna.samplers.TPESampler(seed=(seed + crc32(name.encode())) % 2**32)
+            trial = self.study.ask(self.ranges)
+            first = self.standing().get(trial.user_attrs.get("trial", ""))
+            if first is None or first.number != trial.number or first.user_attrs["trial"] not in trials:
+                self.close(trial.number)
                 continue
-            sign = record.user_attrs["beat"]
-            before, since = self.seen.setdefault(record.number, (sign, now))
-            if sign != before:
-                self.seen[record.number] = sign, now
-            elif now - since > GRACE:
-                self.end(self.id_of(record))
+            path = self.logs / first.user_attrs["trial"] / "log.txt"
+            log = lock_log(path)
+            with suppress(UpdateFinishedTrialError):  # another sweep took us for dead
+                trial.set_user_attr("worker", {"host": platform.node(), "log": str(path.resolve())})
+                if log is not None:  # else a process of an earlier sweep runs it, and it is free when that has ended
+                    return trial, log
 
-    def finish(self, row: Row) -> bool:
-        """End our trial of that name; whether it was ours to the end, so that the row counts."""
-        record = self.ours.pop(row["trial"], None)
-        if record is None or not self.write(record, "row", dict(row)):
-            return False
-        score = row.get("score", "")  # as a table has it: a text, which is empty for a trial that failed
-        self.end(record, None if score == "" else float(score))
-        return True
-
-    def rows(self) -> list[Row]:
-        """The rows of all trials that have ended, on whatever machine."""
-        return [record.user_attrs["row"] for record in self.standing.values() if "row" in record.user_attrs]
-
-    def release(self) -> None:
-        """Give back what we have not finished."""
-        while self.ours:
-            _, record = self.ours.popitem()
-            self.end(record)
-
-    def id_of(self, record: "FrozenTrial") -> int:
-        """The id by which the storage knows a record."""
-        return self.storage.get_trial_id_from_study_id_trial_number(self.study, record.number)
-
-    def write(self, record: int, key: str, value: Any) -> bool:
-        """Write into a record; whether it still stands."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        try:
-            self.storage.set_trial_user_attr(record, key, value)
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def end(self, record: int, score: float | None = None) -> None:
-        """Mark a record as complete, or without a score as failed, unless it has ended already."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        state, values = (TrialState.FAIL, None) if score is None else (TrialState.COMPLETE, [score])
+    def finish(self, trial: optuna.Trial, row: Row) -> bool:
+        """Record the row of a trial that we run; return False where another sweep has taken the trial over."""
         with suppress(UpdateFinishedTrialError):
-            self.storage.set_trial_state_values(record, state, values)
+            trial.set_user_attr("row", row)
+            self.close(trial.number, row)
+            return True
+        return False
 
+    def close(self, number: int, row: Row | None = None) -> None:
+        """End a record. Without a row its trial may be run again."""
+        state = TrialState.FAIL if row is None else STATES.get(row["status"], TrialState.PRUNED)
+        value = row.get("score", 0.0) if row is not None and state == TrialState.COMPLETE else None
+        with suppress(UpdateFinishedTrialError):
+            self.study.tell(number, value, state, skip_if_finished=True)
 
-def open_storage(storage: str) -> "BaseStorage":
-    """A database by its URL, or else a journal file, which is made if need be."""
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    if "://" in storage:
-        return RDBStorage(storage)
-    Path(storage).parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(storage))
+    def free_dead(self, dead_host: str = "") -> None:
+        """End the records of trials that run no more, and of all that `dead_host` was running."""
+        for record in self.records():
+            if record.state == TrialState.RUNNING and is_dead(record, dead_host):
+                self.close(record.number, record.user_attrs.get("row"))

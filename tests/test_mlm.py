@@ -19,7 +19,6 @@ from training.pretraining import Pretrainer
 
 import ensemble
 import multitask_classifier
-import sweep
 from base_bert import load_mlm_head, load_weights
 from cli.parser import parse
 from models.checkpoint import load, load_model
@@ -407,7 +406,7 @@ def test_the_plan_says_what_trains(tiny_flags: list[str], capsys: Any) -> None:
 
 def test_a_sweep_has_rows_of_it(tiny_flags: list[str], tmp_path: Path) -> None:
     run([*tiny_flags, "--no_tensorboard", "--train_sst"], tmp_path / "run")
-    row = sweep.figures(tmp_path / "run")
+    row = figures(tmp_path / "run")
     assert "score" not in row and row["checkpoint_bytes"] > 0
 
 

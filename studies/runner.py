@@ -1,0 +1,237 @@
+"""The trials of a study as processes: started, watched, pruned, and each turned into a row of results.csv."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from tqdm import tqdm
+
+from config import Config
+from models.checkpoint import git_commit
+from studies.results import COLUMNS, Table, figures, read_lines
+from studies.shared_study import SharedStudy
+from studies.trials import SCRIPT, Plan, SweepOptions, Trial
+from training.distributed import cores
+from training.run_directory import RunDirectory
+from utils.console import bar_style, say
+from utils.errors import OUT_OF_MEMORY, UserError, first_line
+from utils.files import probe_folder
+from utils.untrusted import read_json
+
+SCRIPT_PATH = Path(__file__).parent.with_name(SCRIPT)
+PRUNERS = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner()}
+POLL = 0.5  # seconds between looks at the running trials and at the storage
+ERROR = re.compile(r"error: |[\w.]+(Error|Exception|Interrupt)\b|[\w.]+: error: ")
+TAIL = 40  # lines of a log in which an error's text is looked for
+
+
+def verdict(code: int, output: str) -> tuple[str, str]:
+    """Return the status and the cause, one line, from a process's exit status and all that it printed."""
+    if code == 0:
+        return "ok", ""
+    lines = [line.strip()[:300] for line in re.split(r"[\r\n]+", output) if line.strip()][-TAIL:]
+    if code == -signal.SIGKILL:
+        return "out of memory", "killed by SIGKILL, as the system does when memory runs out"
+    memory = [line for line in lines if OUT_OF_MEMORY.search(line)]
+    if memory:
+        return "out of memory", memory[-1]
+    if code < 0:
+        names = {signum.value: signum.name for signum in signal.Signals}  # real-time signals have none
+        return "failed", f"killed by {names.get(-code, f'signal {-code}')}"
+    errors = [line for line in lines if ERROR.match(line)]
+    return "failed", (errors or lines or [f"exit code {code}"])[-1]
+
+
+def began_as(config: Config, folder: Path) -> bool:
+    """Return whether the run in a folder has this configuration, apart from where and on what it runs."""
+    try:
+        before = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    now = json.loads(json.dumps(config.to_dict()))
+    return all(before.get(group) == now[group] for group in now if group not in ("run", "compute"))
+
+
+def row_of(trial: Trial, status: str, cause: str, commit: str | None) -> dict[str, Any]:
+    """Return what every row has."""
+    seed = {} if trial.config is None else {"seed": trial.config.train.seed}
+    about = {"trial": trial.name, "status": status, "cause": cause, "command": trial.command, "commit": commit}
+    return {**about, **seed, **trial.flags}
+
+
+@dataclass
+class Job:
+    """A trial that this sweep runs. `log` is locked, and `process` is None where nothing needs to be run."""
+
+    trial: Trial
+    record: optuna.Trial
+    log: TextIO
+    commit: str | None
+    process: "subprocess.Popen[bytes] | None"
+    epochs: int = 0  # lines of metrics.jsonl that the storage knows
+    pruned: str = ""  # why we ended it
+
+
+class Sweep:
+    """This sweep of a study: the folder with the table and the trials' run directories, and the shared storage."""
+
+    def __init__(self, options: SweepOptions, plan: Plan) -> None:
+        """Open table and storage. Raises UserError where one cannot be used or has other trials than the plan's."""
+        self.options, self.plan, self.out = options, plan, Path(options.out)
+        probe_folder(self.out, "--out")
+        flags = [*plan.ranges, *(flag for trial in plan.trials.values() for flag in trial.flags)]
+        self.table = Table(self.out / "results.csv", list(dict.fromkeys(["trial", "status", *flags, *COLUMNS])))
+        self.place, rows = options.storage or str(self.out / "study.journal"), self.rows()
+        try:
+            self.shared = SharedStudy(self.place, self.out.resolve().name, plan.ranges, self.out / "trials")
+            rows |= self.shared.rows()
+        except Exception as error:  # of the file system, of a database's driver, or of a journal that is damaged
+            raise self.unusable(error) from error
+        self.shared.study.pruner = PRUNERS[options.pruner]
+        self.check(rows)
+
+    def unusable(self, error: Exception) -> UserError:
+        """Return the one line that says why the storage cannot be used, and what to do."""
+        remedy = "name another file or database; a damaged file can be deleted, results.csv keeps what has ended"
+        return UserError(f"--storage {self.place}: cannot be used ({first_line(error)}); {remedy}")
+
+    def check(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise UserError where a trial of the study was sampled from other ranges, or its row has another command."""
+        sampled = [item for record in self.shared.records() for item in record.distributions.items()]
+        if any(self.plan.ranges.get(flag) != values for flag, values in sampled):
+            raise UserError(f"--range: {self.out} searches other ranges; repeat them or choose another folder")
+        for name in filter(rows.__contains__, self.plan.trials):
+            before, command = rows[name]["command"], self.plan.trial(name, rows[name]).command
+            if before != command:
+                raise UserError(
+                    f"--out {self.out}: there {name} is the run of `{before}` and not of `{command}`; "
+                    "repeat the flags or choose another folder"
+                )
+
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """Return the rows of the table by trial."""
+        return {row["trial"]: row for row in self.table.rows()}
+
+    def update(self) -> list[str]:
+        """Copy the rows of the storage into the table; return the names of the trials that have none yet."""
+        shared = self.shared.rows()
+        self.table.add([shared[name] for name in self.plan.trials if name in shared], key="trial")
+        known = self.rows()
+        return [name for name in self.plan.trials if name not in known]
+
+    def run(self) -> "Counter[str]":
+        """Run all trials that have no row yet and wait for those that others run; return how many ended how."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trials end with the sweep
+        refused, commit = [trial for trial in self.plan.trials.values() if trial.refusal], git_commit()
+        self.table.add([row_of(trial, "refused", trial.refusal, commit) for trial in refused], key="trial")
+        try:
+            self.shared.free_dead(self.options.retry)
+            self.run_trials()
+        except (StorageInternalError, json.JSONDecodeError) as error:
+            raise self.unusable(error) from error
+        rows = self.rows()
+        return Counter(str(rows[name]["status"]) for name in self.plan.trials)
+
+    def run_trials(self) -> None:
+        """Keep --jobs trials running until all have their rows. If that is interrupted, they end too."""
+        todo, jobs, has_waited = self.update(), list[Job](), False
+        # miniters 0: drawn by the clock alone, so that the time goes on while a long trial runs
+        pace = {"smoothing": 0, "miniters": 0, "mininterval": 1 if sys.stderr.isatty() else 60}
+        bar = tqdm(total=len(todo), unit="trial", disable=not todo, **{**bar_style(), **pace})
+        try:
+            while todo:
+                self.shared.free_dead()
+                while len(jobs) < self.options.jobs and (job := self.start(todo)) is not None:
+                    jobs.append(job)
+                if not jobs and not has_waited:
+                    has_waited = True
+                    with bar.external_write_mode():
+                        say(f"waiting for {len(todo)} trials that other processes run on {self.shared.hosts()}")
+                time.sleep(POLL)
+                for job in list(jobs):
+                    has_ended = job.process is None or job.process.poll() is not None
+                    self.watch(job)
+                    if has_ended:
+                        jobs.remove(job)
+                        with bar.external_write_mode():
+                            say(self.finish(job))
+                left = self.update()
+                bar.update(len(todo) - len(left))
+                todo = left
+        finally:
+            bar.close()
+            for job in jobs:
+                if job.process is not None:
+                    job.process.kill()
+                self.shared.close(job.record.number)
+
+    def start(self, todo: list[str]) -> Job | None:
+        """Take a trial and start it; None where there is none to start now."""
+        taken = self.shared.take({name: self.plan.trials[name].flags for name in todo}, self.options.search_seed)
+        if taken is None:
+            return None
+        record, log = taken
+        trial = self.plan.trial(record.user_attrs["trial"], record.params)
+        return Job(trial, record, log, git_commit(), self.launch(trial, log))
+
+    def launch(self, trial: Trial, log: TextIO) -> "subprocess.Popen[bytes] | None":
+        """Start a trial, or go on with one that was cut short; None where it is refused or was found finished."""
+        folder = RunDirectory(Path(log.name).parent)
+        if trial.config is None:
+            return None
+        is_same = began_as(trial.config, folder.path)
+        if is_same and (folder.path / "scores.json").exists():
+            return None
+        # measured as --benchmark does it; the row is written here
+        words = [*trial.words, "--no_test_predictions", "--benchmark=", "--run_dir", str(folder.path)]
+        if is_same and folder.states():
+            words.append("--resume")
+        else:
+            log.truncate(0)
+            folder.clear()
+        if trial.config.compute.threads is None and self.options.jobs > 1:
+            words += ["--threads", str(max(1, cores() // self.options.jobs))]
+        command = [sys.executable, str(SCRIPT_PATH), *words]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def watch(self, job: Job) -> None:
+        """Report the dev scores of a trial's new epochs, and end the trial where the pruner says so."""
+        lines = read_lines(Path(job.log.name).with_name("metrics.jsonl"))[job.epochs :]
+        job.epochs += len(lines)
+        with suppress(UpdateFinishedTrialError):  # another sweep has taken the trial over, as `finish` will see
+            for line in lines:
+                if "score" in line["dev"]:
+                    job.record.report(line["dev"]["score"], line["epoch"])
+            if lines and job.process is not None and job.record.should_prune():
+                job.pruned = f"its best dev score up to epoch {job.epochs} is below the median of the other trials"
+                job.process.terminate()
+
+    def finish(self, job: Job) -> str:
+        """Record the row of a trial that has ended, delete its checkpoints and unlock it; return a line about it."""
+        folder, trial = Path(job.log.name).parent, job.trial
+        code = 0 if job.process is None else job.process.returncode
+        status, cause = verdict(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        if trial.refusal:
+            status, cause = "refused", trial.refusal
+        elif job.pruned and code:
+            status, cause = "pruned", job.pruned
+        row = {**figures(folder), **row_of(trial, status, cause, job.commit)}
+        if not self.shared.finish(job.record, row):
+            return f"{trial.name}: another sweep has taken this trial over"
+        if not self.options.keep_checkpoints:
+            (folder / "best.pt").unlink(missing_ok=True)
+            RunDirectory(folder).drop_states()
+        job.log.close()
+        sampled = "".join(f" {flag}={trial.flags[flag]}" for flag in self.plan.ranges)
+        return f"{trial.name}{sampled}: {status}, " + (f"score {row['score']:.4f}" if "score" in row else cause)

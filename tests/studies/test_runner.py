@@ -1,0 +1,348 @@
+"""Sweeps as processes that are killed, share a study, search and prune; a script stands in for the training."""
+
+import csv
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from processes import Child, wait_until
+
+import sweep
+from studies import runner
+from studies.runner import verdict
+from studies.shared_study import SharedStudy, lock_log
+from utils.errors import UserError
+
+# Writes what a training run writes. The score is best at a learning rate of 1e-3 and rises with the epochs.
+SCRIPT = f"""
+import json, math, os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from cli.parser import parse
+from tasks import TASKS
+config = parse(sys.argv[1:], TASKS, "multitask_classifier.py", "")
+folder, epochs, score = Path(config.run.run_dir), config.train.epochs, 0.0
+metrics = folder / "metrics.jsonl"
+if not config.run.resume:
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+print("begins after epoch", done, flush=True)
+if config.train.lr > 1:
+    sys.exit("error: the learning rate is too high")
+for epoch in range(done + 1, epochs + 1):
+    time.sleep(float(os.environ.get("SECONDS", "0")))
+    score = epoch / epochs / (1 + abs(math.log10(config.train.lr) + 3))
+    with metrics.open("a") as file:
+        file.write(json.dumps({{"epoch": epoch, "dev": {{"score": score}}, "trainable_parameters": 1}}) + "\\n")
+    (folder / "resume.pt").touch()
+(folder / "best.pt").write_text("weights")
+(folder / "scores.json").write_text(json.dumps({{"dev": {{"score": score, "score_raw_r": score}}}}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let sweeps start the script above and look often. They listen to SIGTERM, which pytest does not want to."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(runner, "SCRIPT_PATH", tmp_path / "script.py")
+    monkeypatch.setattr(runner, "POLL", 0.02)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def read_table(folder: Path) -> list[dict[str, str]]:
+    if not (folder / "results.csv").exists():
+        return []
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by_trial(folder: Path) -> dict[str, dict[str, str]]:
+    rows = {row["trial"]: row for row in read_table(folder)}
+    assert len(rows) == len(read_table(folder))
+    return rows
+
+
+def run(folder: Path, *words: object) -> None:
+    sweep.main(["--out", str(folder), "--epochs", "2", *map(str, words)])
+
+
+def start(folder: Path, *words: object, host: str = platform.node()) -> Child:
+    """A sweep in a process, and a process group, of its own."""
+
+    def work() -> None:
+        os.setsid()
+        platform.node = lambda: host
+        run(folder, *words)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.with_suffix(".log").touch()
+    return Child(work, folder.with_suffix(".log"))
+
+
+def log_of(folder: Path, name: str) -> str:
+    path = folder / "trials" / name / "log.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def trials_running(folder: Path) -> int:
+    return [lock_log(path) for path in folder.glob("trials/*/log.txt")].count(None)
+
+
+def wait_for_rows(count: int, folder: Path, child: Child, jobs: int) -> None:
+    """Wait until a study has rows and all its jobs train, since a kill in the midst of a claim costs half a minute."""
+
+    def training() -> int:
+        begun = {path.parent.name for path in folder.glob("trials/*/log.txt") if "begins" in path.read_text()}
+        return len(begun - {row["trial"] for row in read_table(folder)})
+
+    wait_until(lambda: len(read_table(folder)) >= count and training() == jobs, child)
+
+
+def kill_all(child: Child) -> None:
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+# ---------------------------------------------------------------------------------------------------- killed, going on
+
+
+def test_a_sweep_killed_twice_has_each_trial_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 trials, one of which fails: killed with all its trials, then alone, then left in peace as two at once."""
+    monkeypatch.setenv("SECONDS", "0.1")
+    words = ["--jobs", 2, "--grid", f"seed={','.join(map(str, range(23)))}", "--grid", "lr=2"]
+    folder = tmp_path / "study"
+    first = start(folder, *words)
+    wait_for_rows(4, folder, first, jobs=2)
+    kill_all(first)
+    second = start(folder, *words)
+    wait_for_rows(10, folder, second, jobs=2)
+    second.send(signal.SIGKILL)
+    second.wait()
+    sweeps = [start(folder, *words) for _ in range(2)]
+    assert [child.wait(180) for child in sweeps] == [1, 1]  # a trial has failed
+    rows = by_trial(folder)
+    assert len(rows) == 24 and rows.pop("lr=2")["cause"] == "error: the learning rate is too high"
+    for name, row in rows.items():
+        metrics = (folder / "trials" / name / "metrics.jsonl").read_text().splitlines()
+        assert row["status"] == "ok" and [json.loads(line)["epoch"] for line in metrics] == [1, 2]
+        assert log_of(folder, name).count("begins after epoch 0") <= 1
+    records = SharedStudy(str(folder / "study.journal"), "study", {}, folder).records()
+    assert sum("row" in record.user_attrs for record in records) == 24
+    assert not list(folder.rglob("*.pt"))
+
+
+def test_a_trial_cut_short_goes_on_and_keeps_its_checkpoints_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder, words = tmp_path / "study", ["--grid", "seed=5", "--epochs=3", "--keep_checkpoints"]
+    monkeypatch.setenv("SECONDS", "60")
+    trial = folder / "trials" / "seed=5"
+    killed = start(folder, *words)
+    wait_until(lambda: "begins" in log_of(folder, "seed=5"), killed)
+    kill_all(killed)
+    (trial / "metrics.jsonl").write_text('{"epoch": 1, "dev": {"score": 0.1}}\n')
+    (trial / "resume.pt").touch()
+    monkeypatch.setenv("SECONDS", "0")
+    run(folder, *words)
+    assert log_of(folder, "seed=5") == "begins after epoch 0\nbegins after epoch 1\n"
+    assert "seed=5: ok, score 0.5000" in capsys.readouterr().out and (trial / "best.pt").exists()
+    before = read_table(folder)
+    for name in ("results.csv", "study.journal"):
+        (folder / name).unlink()  # the run itself is still there
+    run(folder, *words)
+    assert read_table(folder) == before and log_of(folder, "seed=5").count("begins") == 2
+
+
+def test_a_folder_with_a_run_of_other_flags_begins_anew(tmp_path: Path) -> None:
+    run(tmp_path / "study", "--grid", "seed=5")
+    for name in ("results.csv", "study.journal"):
+        (tmp_path / "study" / name).unlink()
+    run(tmp_path / "study", "--grid", "seed=5", "--lr", "1e-3")
+    assert read_table(tmp_path / "study")[0]["score"] == "1.0"
+    assert log_of(tmp_path / "study", "seed=5") == "begins after epoch 0\n"
+
+
+def test_jobs_share_the_cores_that_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler may give a process a part of the machine's."""
+    monkeypatch.setattr(runner, "cores", lambda: 6)
+    run(tmp_path / "study", "--jobs", 2, "--grid", "seed=1")
+    config = json.loads((tmp_path / "study" / "trials" / "seed=1" / "config.json").read_text())
+    assert config["compute"]["threads"] == 3
+
+
+def test_sigterm_ends_the_trials_and_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECONDS", "60")
+    child = start(tmp_path / "study", "--grid", "seed=1")
+    wait_until(lambda: "begins" in log_of(tmp_path / "study", "seed=1"), child)
+    child.send(signal.SIGTERM)
+    child.wait(20)
+    ends = time.monotonic() + 10
+    while trials_running(tmp_path / "study"):
+        assert time.monotonic() < ends
+    assert not read_table(tmp_path / "study")
+    monkeypatch.setenv("SECONDS", "0")
+    run(tmp_path / "study", "--grid", "seed=1")
+    assert len(read_table(tmp_path / "study")) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path) -> None:
+    words = ["--storage", tmp_path / "disk" / "journal", "--grid", "seed=1,2,3,4,5,6,7,8"]
+    folders = [tmp_path / host / "seeds" for host in ("one", "two")]
+    sweeps = [start(folder, *words, host=folder.parent.name) for folder in folders]
+    assert [child.wait(180) for child in sweeps] == [0, 0]
+    trained = [[path.parent.name for path in folder.glob("trials/*/scores.json")] for folder in folders]
+    assert trained[0] and trained[1] and sorted(trained[0] + trained[1]) == [f"seed={i}" for i in range(1, 9)]
+    assert by_trial(folders[0]) == by_trial(folders[1]) and len(by_trial(folders[0])) == 8
+    with pytest.raises(UserError, match="there seed=1 is the run of .* and not of .*--lr 1"):
+        run(tmp_path / "three" / "seeds", *words, "--lr", "1")
+
+
+@pytest.mark.parametrize("storage", ["{}/journal", "sqlite:///{}/study.db"])
+def test_a_trial_of_a_dead_machine_runs_again_where_its_host_is_named(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--storage", storage.format(tmp_path), "--grid", "seed=1,2"]
+    monkeypatch.setenv("SECONDS", "60")
+    dead = start(tmp_path / "dead" / "seeds", *words, host="node7")
+    wait_until(lambda: "begins" in log_of(tmp_path / "dead" / "seeds", "seed=1"), dead)
+    kill_all(dead)
+    monkeypatch.setenv("SECONDS", "0")
+    folder = tmp_path / "live" / "seeds"
+    waiting, said = start(folder, *words), folder.with_suffix(".log")
+    wait_until(lambda: "waiting for 1 trials that other processes run on node7" in said.read_text(), waiting)
+    assert list(by_trial(folder)) == ["seed=2"]
+    run(folder, *words, "--retry", "node7")
+    assert waiting.wait(180) == 0
+    assert {name: row["status"] for name, row in by_trial(folder).items()} == {"seed=1": "ok", "seed=2": "ok"}
+
+
+def test_a_grid_may_grow(tmp_path: Path) -> None:
+    run(tmp_path / "study", "--grid", "seed=1,2")
+    before = by_trial(tmp_path / "study")
+    run(tmp_path / "study", "--grid", "seed=0,1,2,3", "--jobs", 2)
+    rows = by_trial(tmp_path / "study")
+    assert set(rows) == {f"seed={i}" for i in range(4)} and {name: rows[name] for name in before} == before
+
+
+# ---------------------------------------------------------------------------------------------- searches and pruning
+
+SEARCH = ["--search", 12, "--range", "lr=1e-5..1:log", "--range", "lora_rank=1..4", "lora_mode=none,attn"]
+
+
+def flags_of(folder: Path) -> list[tuple[str, ...]]:
+    return [tuple(row[flag] for flag in ("trial", "lr", "lora_rank", "lora_mode")) for row in read_table(folder)]
+
+
+def test_a_search_samples_its_ranges_and_can_be_repeated_killed_and_enlarged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", *SEARCH)
+    rows = by_trial(tmp_path / "whole")
+    assert list(rows) == [f"search-{i:03d}" for i in range(1, 13)]
+    for row in rows.values():
+        assert 1e-5 <= float(row["lr"]) <= 1 and row["lora_rank"] in "1234" and row["lora_mode"] in ("none", "attn")
+        impossible = row["lora_mode"] == "none" and row["lora_rank"] != "1"
+        assert row["status"] == ("refused" if impossible else "ok") and bool(row["score"]) == (not impossible)
+        assert impossible == ("needs adapters" in row["cause"])
+    assert len({row["lr"] for row in rows.values()}) == 12 and len({row["lora_rank"] for row in rows.values()}) > 2
+
+    monkeypatch.setenv("SECONDS", "0.2")
+    killed = start(tmp_path / "killed", *SEARCH)
+    wait_for_rows(3, tmp_path / "killed", killed, jobs=1)
+    kill_all(killed)
+    monkeypatch.setenv("SECONDS", "0")
+    run(tmp_path / "killed", *SEARCH)
+    assert flags_of(tmp_path / "killed") == flags_of(tmp_path / "whole")
+    run(tmp_path / "other", *SEARCH, "--search", 2, "--search_seed", 1)
+    assert flags_of(tmp_path / "other") != flags_of(tmp_path / "whole")[:2]
+    run(tmp_path / "whole", *SEARCH, "--search", 13)
+    assert len(by_trial(tmp_path / "whole")) == 13
+    with pytest.raises(UserError, match="--range: .*whole searches other ranges; repeat them or choose another folder"):
+        run(tmp_path / "whole", "--search", 14, "--range", "lr=1e-5..2:log", "lora_rank=1..4", "lora_mode=none,attn")
+
+
+def test_sweeps_that_share_a_search_run_its_number_of_trials(tmp_path: Path) -> None:
+    sweeps = [start(tmp_path / "study", *SEARCH, "--jobs", 2) for _ in range(2)]
+    assert [child.wait(180) for child in sweeps] == [0, 0]
+    assert len(by_trial(tmp_path / "study")) == 12 and len(set(flags_of(tmp_path / "study"))) == 12
+
+
+def test_bad_trials_are_pruned_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = ["--grid", "lr=1e-3,2e-3,4e-3,8e-3,1.6e-2", "--epochs=3"]
+    run(tmp_path / "study", *words)
+    monkeypatch.setenv("SECONDS", "0.3")
+    words[1] += ",1e-9,1.1e-3"
+    run(tmp_path / "study", *words, "--pruner", "median")
+    rows = by_trial(tmp_path / "study")
+    assert rows["lr=1.1e-3"]["status"] == "ok"
+    pruned = rows["lr=1e-9"]
+    assert (pruned["status"], pruned["score"]) == ("pruned", "")
+    assert pruned["cause"] == "its best dev score up to epoch 1 is below the median of the other trials"
+    assert not (tmp_path / "study" / "trials" / "lr=1e-9" / "resume.pt").exists()
+    assert "6 ok, 1 pruned: " in capsys.readouterr().out
+    run(tmp_path / "study", *words)
+    assert by_trial(tmp_path / "study") == rows
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("storage", ["text", "text/journal", "nosuch://host/study", "sqlite:////nosuch/study.db"])
+def test_a_storage_that_cannot_be_used_is_one_line(storage: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("no journal\nat all\n")
+    with pytest.raises(UserError, match=f"--storage {storage}: cannot be used [^\n]*; name another file") as error:
+        run(tmp_path / "study", "--storage", storage, "--grid", "seed=1")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_journal_is_one_line_and_can_be_deleted(damage: str, tmp_path: Path) -> None:
+    run(tmp_path / "study", "--grid", "seed=1")
+    journal = tmp_path / "study" / "study.journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-20] if damage == "cut" else content[:99] + b"\0" * 50 + content[149:])
+    with pytest.raises(UserError, match="study.journal: cannot be used [^\n]*; a damaged file can be deleted") as error:
+        run(tmp_path / "study", "--grid", "seed=1,2")
+    assert "\n" not in str(error.value)
+    journal.unlink()
+    before = by_trial(tmp_path / "study")
+    run(tmp_path / "study", "--grid", "seed=1,2")
+    assert by_trial(tmp_path / "study")["seed=1"] == before["seed=1"]
+
+
+TRACE = "Traceback (most recent call last):\n  File x.py, line 3, in f\n"
+ALLOCATOR = "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "wanted"),
+    [
+        (0, "error: told, but survived", ("ok", "")),
+        (1, TRACE + "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", ("out of memory", "Tried 2 GiB")),
+        (1, TRACE + ALLOCATOR + ": you tried 9 bytes.\nframe #0: c10 + 0x1\n", ("out of memory", "you tried 9 bytes.")),
+        (1, TRACE + "MemoryError\n", ("out of memory", "MemoryError")),
+        (-6, "terminate called after throwing 'std::bad_alloc'\n  what(): x\n", ("out of memory", "'std::bad_alloc'")),
+        (-9, "epoch 1/2:  50%|", ("out of memory", "killed by SIGKILL, as the system does when memory runs out")),
+        (-11, "epoch 1/2:  50%|", ("failed", "killed by SIGSEGV")),
+        (-35, "epoch 1/2:  50%|", ("failed", "killed by signal 35")),
+        (1, TRACE + "ValueError: a, b\nepoch 1/2: 50%|#|", ("failed", "ValueError: a, b")),
+        (2, "epoch 1/2: 50%\repoch 1/2: 90%\nerror: SST: a loss is no number\n", ("failed", "a loss is no number")),
+        (3, "", ("failed", "exit code 3")),
+    ],
+)
+def test_verdicts(code: int, log: str, wanted: tuple[str, str]) -> None:
+    status, cause = verdict(code, log)
+    assert status == wanted[0] and cause.endswith(wanted[1]) and "\n" not in cause

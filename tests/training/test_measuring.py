@@ -1,0 +1,86 @@
+"""What a step and an epoch cost: timers, tokens, and the trace and tables of --profile."""
+
+import gzip
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import multitask_classifier
+from cli.parser import parse
+from datasets import load_splits, tokenise
+from models.checkpoint import load_model
+from tasks import TASKS
+from training.meters import StepClock, StepGauge
+from utils.device import Device
+
+CPU = torch.device("cpu")
+
+
+class Late(Device):
+    """A device that needs a twentieth of a second to catch up."""
+
+    def synchronize(self) -> None:
+        time.sleep(0.05)
+
+
+def test_a_measured_step_ends_when_the_device_has_done_it() -> None:
+    plain, synced = StepClock(Late(CPU)), StepGauge(Late(CPU))
+    plain.start()
+    assert plain.stop()[0] < 0.05
+    synced.start()
+    assert 0.05 <= synced.stop()[0] < 1.0
+
+
+def test_each_measured_step_has_its_own_peak_of_memory() -> None:
+    timer, peaks = StepGauge(Device(CPU)), []
+    for size in (1, 300, 1):
+        timer.start()
+        torch.ones(size, 250_000)  # a million bytes for each
+        peaks.append(timer.stop()[1])
+    assert peaks[1] - peaks[0] > 280e6 and peaks[1] - peaks[2] > 280e6
+
+
+def test_tokens_are_those_that_the_batches_hold(tiny_flags: list[str], tmp_path: Path) -> None:
+    words = [*tiny_flags, "--train_sst", "--train_sts", "--num_sts_trains", "2", "--no_tensorboard"]
+    multitask_classifier.main([*words, "--run_dir", str(tmp_path / "run")])
+    config = parse(words, TASKS, "test", "Test.")
+    _, tokenizer, _ = load_model(tmp_path / "run" / "best.pt")
+    tasks = {name: TASKS[name] for name in config.tasks}
+    data = tokenise(load_splits(config.data, config.tasks, tasks, ["train"], print), tokenizer, "siamese", False, print)
+    counts = {name: int(data["train"][name].lengths.sum()) for name in config.tasks}
+    counts["sts"] *= 2
+    lines = (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [counts] * 2
+
+
+def test_a_profile_is_a_trace_and_two_tables(tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    flags = [*tiny_flags, "--no_tensorboard"]
+    multitask_classifier.main([*flags, "--run_dir", str(tmp_path / "without")])
+    assert "perfetto" not in capsys.readouterr().out
+    multitask_classifier.main([*flags, "--run_dir", str(tmp_path / "with"), "--profile"])
+    out = capsys.readouterr().out
+    trace = tmp_path / "with" / "profile.pt.trace.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert len({event["name"] for event in events if event["name"].startswith("ProfilerStep#")}) == 5
+    assert any(event["name"] == "aten::addmm" for event in events)
+    assert f"trace, for ui.perfetto.dev or TensorBoard: {trace}" in out
+    times, memory = (part.splitlines()[2:10] for part in out.split("\n\n") if part.startswith(("time ", "memory ")))
+    for row in [*times, *memory]:
+        name = re.split("  +", row)[0]
+        assert name in {event["name"] for event in events} or name == "Python and other code"
+    shares = [float(row.split()[-1].removesuffix("%")) for row in times]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
+    assert all(row.endswith(" MB") for row in memory)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("with", "without")]
+    assert metrics[0] == metrics[1]
+    assert not (tmp_path / "without" / trace.name).exists()
+
+
+def test_an_epoch_too_short_for_a_profile_is_told(tiny_flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    few = ["--train_sst", "--no_tensorboard", "--run_dir", str(tmp_path / "run"), "--epochs", "1"]
+    multitask_classifier.main([*tiny_flags, *few, "--profile"])
+    assert "--profile: an epoch of at least 4 steps is needed" in capsys.readouterr().out
