@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut, make_bert
-from test_training import changed, copied, make_trainer, metrics, write_films
-from training.pretraining import Pretrainer
+from helpers import changed, copied, cut, make_bert, make_trainer, metrics, steps_of, write_films
 
 from cli.parser import build_config, build_parser, expand_arguments
 from config import ARCHS, GROUPS, Config, TaskOptions
@@ -132,6 +130,7 @@ METHODS: dict[str, dict[str, str]] = {
     "smart": {"smart": "--sst_smart 1 --quora_smart 1 --sts_smart 1 --smart_epsilon 1e-3 --smart_steps 2"},
     "bregman": {"bregman": "--sst_bregman 1 --quora_bregman 1 --sts_bregman 1"},
     "cache": {"cache": "--cache_frozen"},
+    "memory": {"micro batches": "--micro_batch_size 3"},
     "pre-training": {"mlm": "--mlm"},
     "measuring": {"benchmark": "--benchmark rows.csv"},
     "precision": {"bf16": "--amp"},
@@ -254,14 +253,14 @@ def test_what_the_table_excludes_is_refused_in_one_line_and_nothing_else(parser:
 
 
 def test_every_choice_of_the_command_line_is_in_the_table() -> None:
-    """A new choice has to say here what it goes together with. SparseAdam goes with nothing."""
+    """A new choice has to say here what it goes together with."""
     text = " ".join(flags for own in METHODS.values() for flags in own.values()) + " "
     options = [spec for group in ("model", "lora", "pal", "train") for spec in fields(GROUPS[group])]
     choices = {f"--{spec.name}": spec.metadata.get("choices", ()) for spec in options}
     choices |= {f"--sts_{spec.name}": spec.metadata.get("choices", ()) for spec in fields(TaskOptions)}
     choices |= {f"--{name}_loss": TASKS[name].losses for name in ("sst", "sts")}
     del choices["--pair_features"], choices["--lora_targets"]  # lists
-    idle = {"none", "relu", "restart", "feed-forward", "step", "row", "SparseAdam"}
+    idle = {"none", "relu", "restart", "feed-forward", "step", "row"}
     missing = [f"{flag} {own}" for flag, all_own in choices.items() for own in all_own if f"{flag} {own} " not in text]
     assert [own for own in missing if own.split()[1] not in idle] == []
 
@@ -285,13 +284,7 @@ Moves = list[set[str]]  # the tasks of each optimizer step
 
 
 def moves_of(steps: Sequence[Step]) -> Moves:
-    moves: Moves = [set()]
-    for step in steps:
-        moves[-1].add(step.task)
-        if step.moves:
-            moves.append(set())
-    assert moves.pop() == set()
-    return moves
+    return [{batch.task for batch in step.batches} for step in steps]
 
 
 def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], needed: int) -> bool:
@@ -351,7 +344,7 @@ def start_checkpoint(flags: list[str], row: Row, path: Path) -> Path:
     """A checkpoint of other weights for the model of this row."""
     words = words_of({axis: name for axis, name in row.items() if axis in MODEL_AXES})
     trainer = make_trainer(flags, path.parent / "start", *words, "--seed", 5)
-    save(path, model_checkpoint(trainer.model, trainer.tokenizer, trainer.config, {}))
+    save(path, model_checkpoint(trainer.model, trainer.checkpointer.tokenizer, trainer.config, {}))
     return path
 
 
@@ -362,25 +355,22 @@ def train(flags: list[str], row: Row, folder: Path) -> Trainer:
         words[words.index("CHECKPOINT")] = str(start_checkpoint(flags, row, folder / "start.pt"))
     device = Device(torch.device("cpu"), torch.bfloat16 if "precision" in row else None)
     trainer = make_trainer(flags, folder / "run", *words, device=device)
-    if "pre-training" in row:
-        parts = trainer.config, trainer.model, trainer.tokenizer, trainer.train_data
-        trainer = Pretrainer(*parts, {}, device, trainer.run, trainer.say)
     before = copied(trainer.model)
     if "start" in row:
         wanted = torch.load(folder / "start.pt", weights_only=True)["weights"]
         assert all(torch.equal(before[name], own) for name, own in wanted.items())
-    trainer.save_resume = lambda: None  # type: ignore[method-assign]
+    trainer.save_state = lambda: None  # type: ignore[method-assign]
     trainer.fit()
     losses = [own["loss"] for line in metrics(folder / "run") for own in line["train"].values()]
     assert losses and all(math.isfinite(loss) for loss in losses)
     after = copied(trainer.model)
-    epochs = [moves_of(trainer.steps_of(epoch)) for epoch in range(2)]
+    epochs = [moves_of(steps_of(trainer, epoch)) for epoch in range(2)]
     needed = {name: 1 if own.any() else 2 for name, own in before.items()}
     wanted = {name for name in before if should_change(name, row, trainer.config, epochs, needed[name])}
     found = changed(before, after)
     assert found == wanted, f"moved: {sorted(found - wanted)}; did not: {sorted(wanted - found)}"
-    with trainer.average.applied():
-        saved, *_ = load_model(trainer.run.best)
+    with trainer.evaluation_weights():
+        saved, *_ = load_model(trainer.checkpointer.run.best)
         assert changed(copied(trainer.model), copied(saved)) == set()
     return trainer
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cut, make_bert
-from test_training import make_trainer
+from helpers import cut, make_bert, make_trainer, steps_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -67,8 +66,8 @@ def plain_embedding(self: BertModel, batch: Batch, pooling: str, adapters: Any =
     hidden = self.encode(start.hidden, packed, False, start.layers, adapters)
     texts = [hidden[first : first + size] for first, size in zip(starts_of(packed), packed.sizes, strict=True)]
     if pooling == "mean":
-        return torch.stack([own.mean(0) for own in texts])[packed.restore]
-    first = torch.stack([own[0] for own in texts])[packed.restore]
+        return torch.stack([text.mean(0) for text in texts])[packed.restore]
+    first = torch.stack([text[0] for text in texts])[packed.restore]
     return torch.tanh(plain_linear(first, self.pooler_dense.weight, self.pooler_dense.bias))
 
 
@@ -124,9 +123,9 @@ def make_plain(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LoRALinear, "forward", plain_lora)
     patch.setattr(DoRALinear, "forward", plain_dora, raising=False)
     kept = ("params", "lr", "weight_decay", "tasks")
-    for name, own in trainer.optimizers.items():
-        groups = [{key: group[key] for key in kept} for group in own.param_groups]
-        trainer.optimizers[name] = OPTIMIZERS[trainer.config.train.optim](groups, lr=trainer.config.train.lr)
+    for name, optimizer in trainer.optimizers.by_name.items():
+        groups = [{key: group[key] for key in kept} for group in optimizer.param_groups]
+        trainer.optimizers.by_name[name] = OPTIMIZERS[trainer.config.train.optim](groups, lr=trainer.config.train.lr)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparisons
@@ -142,9 +141,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 def losses(flags: list[object], folder: Path, dtype: torch.dtype, plain: bool) -> np.ndarray:
-    """Those of the first steps [STEPS]."""
-    trainer = make_trainer([str(word) for word in flags], folder)
-    trainer.model.to(dtype)
+    """Return the losses of the first batches [STEPS]."""
+    trainer = make_trainer([str(word) for word in flags], folder, double=dtype == torch.float64)
     found: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         if plain:
@@ -152,9 +150,12 @@ def losses(flags: list[object], folder: Path, dtype: torch.dtype, plain: bool) -
         for epoch in range(trainer.config.train.epochs):
             trainer.model.freeze_for_epoch(trainer.config.train, epoch)
             trainer.model.train()
-            for step in trainer.steps_of(epoch)[:18]:  # of each epoch, so that all stages of freezing come
-                trainer.set_rates(step.task, epoch)
-                found.append(trainer.train_step(step, False)[0].item())
+            steps = steps_of(trainer, epoch)
+            for step in steps[: 18 // len(steps[0].batches)]:  # of each epoch, so that all stages of freezing come
+                trainer.optimizers.set_rates(trainer.optimizers.for_step(step), epoch)
+                found += [batch.loss.item() for batch in trainer.train_step(step).batches]
+                trainer.progress.steps += 1
+                trainer.progress.batches += len(step.batches)
     assert len(found) >= STEPS
     return np.array(found[:STEPS])
 
