@@ -183,10 +183,6 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: shortest_name(path) for path in paths}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Studies
-
-
 def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     """Read a study's table. Return None if it is unusable."""
     try:
@@ -243,10 +239,6 @@ def with_single_lora_options(config: Config) -> Config:
     """Return the configuration with its adapters in `lora_mode` and the other single options."""
     lora = LoRAConfig.from_options(config.lora)
     return replace(config, lora=LoraOptions() if lora is None else lora.to_options())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Run directories
 
 
 def read_run(path: Path, name: str, problems: list[str]) -> Run:

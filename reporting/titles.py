@@ -95,10 +95,6 @@ def titles_of(configs: Sequence[Config]) -> list[str]:
     return [", ".join([title, *options[i]]) for i, title in enumerate(short_titles)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options that distinguish configurations with the same short title
-
-
 def distinguishing_options(configs: Sequence[Config], required: bool) -> list[list[str]]:
     """Return for each configuration phrases for the options that differ and that it changed from their defaults.
 

@@ -75,10 +75,6 @@ def draw(topic_names: np.ndarray, topics: Mapping[str, Topic], seed: int) -> np.
     return np.sort(np.concatenate(chosen))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Topics by embeddings
-
-
 def nearest_topics(examples: np.ndarray, topics: np.ndarray) -> np.ndarray:
     """Return for each example [N, H] the index [N] of the topic [K, H] with the greatest cosine.
 
@@ -126,10 +122,6 @@ def assign_topics(
     example_embeddings = np.mean([embed_all(column) for column in examples.texts], axis=0)  # [N, H]
     topic_embeddings = np.stack([embed_all(topic.words).mean(axis=0) for topic in topics.values()])  # [K, H]
     return np.array(list(topics))[nearest_topics(example_embeddings, topic_embeddings)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def read_with_topics(path: Path, task: Task, bad_rows: BadRows) -> tuple[Examples, np.ndarray | None]:
