@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from lora import MODES
 from reporting.titles import Method
 from training.logger import draw_confusion
 
@@ -24,13 +25,11 @@ DPI = 300
 LABEL_SIZE, TICK_SIZE, LEGEND_SIZE, FOOTNOTE_SIZE = 7.5, 6.5, 6.0, 5.0  # points
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-LORA_STYLES = {
+METHOD_STYLES = {
     "attn": ("#0072B2", "o"),
     "attn-only": ("#56B4E9", "s"),
     "all-lin": ("#D55E00", "^"),
     "all-lin-only": ("#E69F00", "D"),
-}
-METHOD_STYLES = LORA_STYLES | {
     "full-model": ("#000000", "X"),
     "last-layer": ("#999999", "v"),
     "iterative": ("#009E73", "P"),
@@ -92,10 +91,6 @@ def add_legend(figure: Figure, entries: Sequence[Artist], columns: int) -> None:
     figure.legend(handles=entries, ncols=columns, loc="outside upper center", **style)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Lines by method
-
-
 def line_style(dashed: bool, colour: str) -> dict[str, Any]:
     """Return the style of a solid line with full markers, or of a dashed line with hollow markers."""
     kind = {"linestyle": "--", "markerfacecolor": "white"} if dashed else {"linestyle": "-", "markerfacecolor": colour}
@@ -132,7 +127,7 @@ def draw_lines(all_axes: Sequence[Axes], panels: Mapping[str, Lines], x: str) ->
         for mode, (colour, marker) in METHOD_STYLES.items()
         if mode in {method.mode for method in methods}
     ]
-    for dora in sorted({method.dora for method in methods if method.mode in LORA_STYLES}):
+    for dora in sorted({method.dora for method in methods if method.mode in MODES}):
         entries.append(Line2D([], [], marker="o", label="DoRA" if dora else "LoRA", **line_style(dora, "0.3")))
     return entries
 
@@ -163,10 +158,6 @@ def costs_figure(panels: Mapping[str, Lines], footnote: str) -> Figure:
     add_legend(figure, draw_lines(all_axes, panels, "rank"), 4)
     figure.align_ylabels()
     return figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows by configuration
 
 
 def wrap_label(name: str) -> str:
@@ -220,10 +211,6 @@ def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[fl
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Curves over epochs
-
-
 def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None, footnote: str) -> Figure:
     """Draw a run's training losses by task, and above them its training (dashed) and dev (solid) metrics.
 
@@ -266,10 +253,6 @@ def scores_figure(curves: Curves, footnote: str) -> Figure:
     label_epochs(axes, "epoch", "dev score")
     add_legend(figure, entries, 1 if max(map(len, curves)) > 24 else 2)
     return figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Predictions
 
 
 def confusion_figure(

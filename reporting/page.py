@@ -101,19 +101,17 @@ class Report:
 
 def with_unique_names(report: Report) -> Report:
     """Return the report with item names that are valid in file names and occur once."""
-    taken: list[str] = []
-    sections = []
-    for section in report.sections:
-        items = []
-        for item in section.items:
-            stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
-            number = len(taken)
-            while name in taken:
-                name = f"{stem}-{number}"
-                number += 1
-            taken.append(name)
-            items.append(replace(item, name=name))
-        sections.append(replace(section, items=items))
+    taken: set[str] = set()
+
+    def with_unique_name(item: ReportItem) -> ReportItem:
+        stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
+        number = len(taken)
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name)
+        return replace(item, name=name)
+
+    sections = [replace(section, items=list(map(with_unique_name, section.items))) for section in report.sections]
     return replace(report, sections=sections)
 
 

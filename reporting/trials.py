@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import mean
 
 from config import Config
@@ -26,6 +27,7 @@ STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes be
     "trainable_parameters": Column("trainable parameters", ",.0f"),
     "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
 }
+RANK, BATCH_SIZE = attrgetter("lora.lora_rank"), attrgetter("train.batch_size")  # of a Config
 METHOD_OPTIONS = ("lora_mode", "lora_rank", "dora")
 FIGURE_ROWS = 12  # the most configurations in a figure
 
@@ -133,13 +135,12 @@ def trials_item(study: Study) -> ReportItem:
     return ReportItem(f"{study.name}-trials", "All trials", text, Table(columns, rows).without_empty_columns())
 
 
-def mean_lines(trials: Sequence[Trial], axis: str, metric: Metric) -> Lines:
-    """Return the mean of a metric at each position on an axis (rank or batch size), for each method."""
+def mean_lines(trials: Sequence[Trial], position: Callable[[Config], int], metric: Metric) -> Lines:
+    """Return the mean of a metric at each position, for each method."""
     values: dict[Method, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
-        position = trial.config.lora.lora_rank if axis == "rank" else trial.config.train.batch_size
         if (value := metric.read(trial)) is not None:
-            values[method_of(trial.config)][position].append(value)
+            values[method_of(trial.config)][position(trial.config)].append(value)
     return {method: {at: mean(group) for at, group in sorted(points.items())} for method, points in values.items()}
 
 
@@ -162,7 +163,7 @@ def lines_table(position: str, panels: Mapping[Column, Lines]) -> Table:
 def ranks_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return dev score over rank by mode, relative to full fine-tuning if possible (R0, figure 2, left)."""
     adapted = [trial for trial in trials if has_adapters(trial.config)]
-    points = mean_lines(adapted, "rank", SCORE)
+    points = mean_lines(adapted, RANK, SCORE)
     if not has_lines(points):
         return "no dev score over rank, which needs adapters of one mode and two ranks"
     full, full_note = reference_of("Full fine-tuning", trials, "full-model")
@@ -183,7 +184,7 @@ def ranks_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return memory, time and score over rank, relative to LoRA of the lowest rank in each mode (R0, figure 20)."""
     adapted = [trial for trial in trials if has_adapters(trial.config)]
-    lora_ranks = [trial.config.lora.lora_rank for trial in adapted if not trial.config.lora.dora]
+    lora_ranks = [RANK(trial.config) for trial in adapted if not trial.config.lora.dora]
     if not lora_ranks:
         return "no memory and time over rank, which need LoRA"
     lowest = min(lora_ranks)
@@ -202,7 +203,7 @@ def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 
 def relative_lines(trials: Sequence[Trial], metric: Metric, lowest: int) -> Lines:
     """Return a metric over rank, relative to LoRA of the lowest rank in the same mode. Other modes are left out."""
-    lines = mean_lines(trials, "rank", metric)
+    lines = mean_lines(trials, RANK, metric)
     units = {method.mode: points.get(lowest) for method, points in lines.items() if not method.dora}
     return {
         method: {rank: value / unit for rank, value in points.items()}
@@ -226,7 +227,7 @@ def missing_modes(trials: Sequence[Trial], panels: Mapping[str, Lines], lowest: 
 def batches_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return peak memory over the batch size by method (R0, figure 2, right)."""
     measured = [trial for trial in trials if trial.memory is not None]
-    lines = mean_lines(measured, "batch size", MEMORY)
+    lines = mean_lines(measured, BATCH_SIZE, MEMORY)
     if not has_lines(lines):
         return "no memory over batch size, which needs one method with two batch sizes"
     shown = (*METHOD_OPTIONS, "batch_size", "fine_tune_mode")
