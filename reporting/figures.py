@@ -47,12 +47,6 @@ def escape_dollars(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def shorten(name: str, limit: int) -> str:
-    """Return a name of at most `limit` characters without its middle, because many names differ at their ends."""
-    half = (limit - 1) // 2
-    return name if len(name) <= limit else f"{name[:half]}{ELLIPSIS}{name[-half:]}"
-
-
 def new_figure(footnote: str, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure of `height` inches with `panels` one below the other, and the footnote below them."""
     unbroken = re.sub(r"(--\w+) (?!-)", "\\1\N{NO-BREAK SPACE}", footnote)  # keeps a flag and its value in one line
@@ -248,8 +242,8 @@ def scores_figure(curves: Curves, footnote: str) -> Figure:
     entries = []
     for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
         axes.plot(list(points), list(points.values()), marker=marker, **line_style(False, colour))
-        label = escape_dollars(shorten(name, 60))
-        entries.append(Line2D([], [], marker=marker, label=label, **line_style(False, colour)))
+        label = name if len(name) <= 60 else f"{name[:29]}{ELLIPSIS}{name[-29:]}"  # many names differ at their ends
+        entries.append(Line2D([], [], marker=marker, label=escape_dollars(label), **line_style(False, colour)))
     label_epochs(axes, "epoch", "dev score")
     add_legend(figure, entries, 1 if max(map(len, curves)) > 24 else 2)
     return figure

@@ -180,13 +180,11 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, restval="")
-            missing = STUDY_COLUMNS - set(reader.fieldnames or ())
+            if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
             rows = [{key: value for key, value in row.items() if key is not None} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: cannot be read ({error}); name the results.csv of a study")
-        return None
-    if missing:
-        problems.append(f"{path}: has no column {', '.join(sorted(missing))}; name the results.csv of a study")
         return None
     trials = []
     for number, row in enumerate(rows, start=2):
@@ -282,9 +280,7 @@ def read_epochs(
     """Read the lines of a jsonl file up to the first damaged one. Return none if there is no file."""
     lines: list[dict[str, Any]] = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         problems.append(f"{path}: cannot be read ({first_line(error):.80})")
         return []

@@ -278,7 +278,9 @@ def sort_key(config: Config) -> tuple[bool, bool, bool]:
 
 def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return means and deviations over seeds, and changes against the baseline (R0, section 5.4.3, figure 3)."""
-    groups = group_by_seeds(trials)
+    by_seed = [{trial.config.train.seed: trial for trial in group} for group in group_trials(trials, ("seed",))]
+    groups = [list(group.values()) for group in by_seed if len(group) > 1]  # a seed that ran twice counts once
+    groups.sort(key=lambda group: sort_key(group[0].config))
     if not groups:
         return "no comparison over seeds, which needs trials that differ in --seed alone"
     by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
@@ -295,13 +297,6 @@ def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     if len(shown) < len(by_title):
         text += f" The figure shows the {FIGURE_ROWS} best of {len(by_title)} configurations."
     return ReportItem(f"{name}-seeds", "Configurations over seeds", text, seeds_table(by_title, baseline), figure)
-
-
-def group_by_seeds(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Return the trials of each configuration that has two seeds or more. A seed that ran twice counts once."""
-    by_seed = [{trial.config.train.seed: trial for trial in group} for group in group_trials(trials, ("seed",))]
-    groups = [list(group.values()) for group in by_seed if len(group) > 1]
-    return sorted(groups, key=lambda group: sort_key(group[0].config))
 
 
 def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
