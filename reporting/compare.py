@@ -170,7 +170,7 @@ def figure_item(pair: PairedPredictions, footnote: str) -> ReportItem:
     if task.kind == "similarity":
         a, b = pair.on_label_scale
         axes = ("similarity by A (fitted)", "similarity by B (fitted)")
-        return ReportItem(name, title, figure=scatter_figure(a, b, linear_fit(a, b), axes, footnote))
+        return ReportItem(name, title, figure=scatter_figure(a, b, axes, footnote, linear_fit(a, b)))
     counts = confusion(task, pair.b, pair.a)
     figure = confusion_figure(counts, class_names(task), footnote, x="decided by B", y="decided by A")
     return ReportItem(name, title, "Percentages are of each decision of A.", figure=figure)

@@ -261,31 +261,19 @@ def confusion_figure(
     return figure
 
 
-def draw_dots(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Draw dots that are more transparent the more there are, so that dense regions look darker."""
-    axes.scatter(x, y, s=7, alpha=min(0.6, max(0.15, 120 / len(x))), color=COLOURS[0], edgecolors="none")
-
-
-def residuals_figure(labels: np.ndarray, residuals: np.ndarray, x: str, footnote: str) -> Figure:
-    """Draw residuals over true similarities, whose axis is called `x`."""
-    figure, (axes,) = new_figure(footnote, 2.4)
-    axes.axhline(0, color="0.4", linewidth=0.8)
-    draw_dots(axes, labels, residuals)
-    label_axes(axes, x, "fitted prediction - true", "both")
-    return figure
-
-
 def scatter_figure(
-    x: np.ndarray, y: np.ndarray, line: tuple[float, float], names: tuple[str, str], footnote: str
+    x: np.ndarray, y: np.ndarray, names: tuple[str, str], footnote: str, line: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw dots and a line with this slope and intercept. `names` are those of the axes."""
-    slope, intercept = line
-    figure, (axes,) = new_figure(footnote, 2.8)
-    draw_dots(axes, x, y)
-    ends = np.array([x.min(), x.max()], dtype=np.float64)
-    style: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3}
-    sign = "-" if intercept < 0 else "+"
-    label = f"best line: {slope:.2f} x {sign} {abs(intercept):.2f}"
-    add_legend(figure, axes.plot(ends, slope * ends + intercept, label=label, **style), 1)
+    """Draw dots, and a line with this slope and intercept, or else one at zero. `names` are those of the axes."""
+    figure, (axes,) = new_figure(footnote, 2.8 if line else 2.4)
+    alpha = min(0.6, max(0.15, 120 / len(x)))  # many dots are more transparent, so that dense regions look darker
+    axes.scatter(x, y, s=7, alpha=alpha, color=COLOURS[0], edgecolors="none")
     label_axes(axes, *names, grid="both")
+    if line is None:
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        return figure
+    slope, intercept = line
+    ends = np.array([x.min(), x.max()], dtype=np.float64)
+    label = f"best line: {slope:.2f} x {'-' if intercept < 0 else '+'} {abs(intercept):.2f}"
+    add_legend(figure, axes.plot(ends, slope * ends + intercept, color=COLOURS[1], linewidth=1.3, label=label), 1)
     return figure

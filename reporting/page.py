@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,8 +124,9 @@ def write_report(report: Report, out: Path, stem: str) -> list[Path]:
         if item.table is not None:
             write_text(out / f"{item.name}.csv", item.table.to_csv())
         if item.figure is not None:
-            write_atomically(out / f"{item.name}.png", partial(item.figure.savefig, format="png"))
-            images[item.name] = (out / f"{item.name}.png").read_bytes()
+            item.figure.savefig(buffer := io.BytesIO(), format="png")
+            images[item.name] = buffer.getvalue()
+            write_atomically(out / f"{item.name}.png", partial(Path.write_bytes, data=images[item.name]))
     page, text = out / f"{stem}.html", out / f"{stem}.md"
     write_text(page, to_html(report, images))
     write_text(text, to_markdown(report))

@@ -6,7 +6,7 @@ import numpy as np
 
 from evaluation.metrics import confusion, correlation, linear_fit
 from reporting.commands import shared_command
-from reporting.figures import confusion_figure, curves_figure, residuals_figure, scatter_figure, scores_figure
+from reporting.figures import confusion_figure, curves_figure, scatter_figure, scores_figure
 from reporting.measures import RESAMPLES, binary_rates, errors_with_deviations, fit_to_labels
 from reporting.page import ReportItem, Section
 from reporting.predictions import DevSets, Predictions, load_predictions
@@ -161,7 +161,7 @@ def scatter_item(run: Run, predictions: Predictions) -> ReportItem:
     """Return predicted over true similarities, with their best line (R4, figure 10)."""
     task, labels, predicted = predictions.task, predictions.labels, predictions.predicted
     axes = (true_axis(task), "predicted similarity (own scale)")
-    figure = scatter_figure(labels, predicted, linear_fit(labels, predicted), axes, runs_footnote([run]))
+    figure = scatter_figure(labels, predicted, axes, runs_footnote([run]), linear_fit(labels, predicted))
     text = f"Dev: Pearson r {predictions.score:.3f} of {len(labels):,} pairs."
     return ReportItem(f"{run.name}-{task.name}-scatter", f"{task.title}: predictions", text, figure=figure)
 
@@ -175,7 +175,7 @@ def residuals_item(run: Run, predictions: Predictions) -> ReportItem:
     """Return residuals after the best line from predictions to labels, over true similarity (R1, figure 2)."""
     task, labels = predictions.task, predictions.labels
     residuals = fit_to_labels(predictions.predicted, labels) - labels
-    figure = residuals_figure(labels, residuals, true_axis(task), runs_footnote([run]))
+    figure = scatter_figure(labels, residuals, (true_axis(task), "fitted prediction - true"), runs_footnote([run]))
     text = (
         f"Predictions are first mapped to labels by least squares. The standard deviation is {residuals.std():.2f}. "
         f"{float((np.abs(residuals) >= 3).mean()):.1%} of the predictions are off by 3 or more."
