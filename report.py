@@ -51,14 +51,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("give either run directories or tables to report on, or --compare and two checkpoints")
 
     # torch takes seconds to import, so this comes after the command line is known to be right.
-    from reporting.build import report_comparison, report_runs
+    from reporting.build import build_report, publish
+    from reporting.compare import compare_checkpoints
 
     data, out = DataOptions(**vars(options["data"])), Path(options["report"].out)
     files = {name: task_options(given, task) for name, task in TASKS.items()}
     if checkpoints:
-        report_comparison(tuple(checkpoints), data, files, options["compute"], out, argv)
+        publish(compare_checkpoints(checkpoints, data, files, options["compute"]), "comparison", out, argv)
     else:
-        report_runs(runs, data if "data.data_dir" in given else None, files, out, argv)
+        publish(build_report(runs, data if "data.data_dir" in given else None, files), "report", out, argv)
 
 
 if __name__ == "__main__":

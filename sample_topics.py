@@ -17,20 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.parser import build_parser, expand_arguments, groups_of, task_options
-from config import ComputeOptions, FileOptions, TrainOptions, option
-from tasks import TASKS, task_by_alias
-from utils.console import run_script
+from config import ComputeOptions, FileOptions, TaskOptions, TrainOptions, option
+from tasks import TASKS, Task, task_by_alias
+from utils.console import format_table, run_script, say
 from utils.errors import UserError
+from utils.files import probe_file, write_text
 
 
 @dataclass
 class TopicOptions:
     """Topics."""
 
-    topics: str | None = option(
-        None, "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank", metavar="FILE"
+    topics: str = option(
+        "", "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank", metavar="FILE"
     )
-    out: str | None = option(None, "file to write the sample into, a training file for --NAME_train", metavar="FILE")
+    out: str = option("", "file to write the sample into, a training file for --NAME_train", metavar="FILE")
     task: str = option("para", "task whose training file is sampled", metavar="NAME")
     pretrained: str = option(
         "bert-base-uncased",
@@ -46,29 +47,36 @@ def main(argv: Sequence[str]) -> None:
     parser = build_parser("sample_topics.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("train",))
     given = vars(parser.parse_args(expand_arguments(argv)))
     options = groups_of(given, groups)
-    topic_options: TopicOptions = options["topics"]
-    if topic_options.topics is None:
-        raise UserError("--topics is missing; name a file")
-    if topic_options.out is None:
-        raise UserError("--out is missing; name a file")
-    task_names = task_by_alias(TASKS)
-    if topic_options.task not in task_names:
-        raise UserError(f"--task {topic_options.task} is none of {', '.join(task_names)}")
-    task = TASKS[task_names[topic_options.task]]
+    for flag in ("topics", "out"):
+        if not getattr(options["topics"], flag):
+            raise UserError(f"--{flag} is missing; name a file")
+    names = task_by_alias(TASKS)
+    if options["topics"].task not in names:
+        raise UserError(f"--task {options['topics'].task} is none of {', '.join(names)}")
+    task = TASKS[names[options["topics"].task]]
+    write_sample(options["topics"], task, options["data"], task_options(given, task), options["compute"])
 
+
+def write_sample(
+    options: TopicOptions, task: Task, data: FileOptions, files: TaskOptions, compute: ComputeOptions
+) -> None:
+    """Write the sample of a task's training file, and print how many examples each topic has.
+
+    Raise UserError if a file cannot be used or a quota cannot be filled.
+    """
     # torch takes seconds to import, so this comes after the command line is known to be right.
-    from studies.topics import write_sample
+    from studies.topics import assign_topics, draw, format_training_file, read_topics, read_training_file
 
-    write_sample(
-        topics_path=Path(topic_options.topics),
-        out=Path(topic_options.out),
-        task=task,
-        data=options["data"],
-        options=task_options(given, task),
-        pretrained=topic_options.pretrained,
-        compute=options["compute"],
-        seed=topic_options.seed,
-    )
+    topics, out = read_topics(Path(options.topics)), Path(options.out)
+    examples, names = read_training_file(data, files, task, out)
+    probe_file(out, "--out")
+    if names is None:
+        names = assign_topics(examples, topics, options.pretrained, compute)
+    chosen = draw(names, topics, options.seed)
+    write_text(out, format_training_file(examples.at(chosen), names[chosen]))
+    rows = [[name, f"{(names == name).sum():,}", f"{topic.quota:,}"] for name, topic in topics.items()]
+    say(format_table(["topic", "examples", "drawn"], [*rows, ["all", f"{len(examples):,}", f"{len(chosen):,}"]]))
+    say(f"sample in {out}: train with --{task.name}_train {out}")
 
 
 if __name__ == "__main__":

@@ -196,11 +196,7 @@ SENTENCES = read_grammar("""
 # --- Examples ---------------------------------------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """A row of a file."""
-
-    texts: tuple[str, ...]  # one sentence or a pair
-    label: str  # as printed in the file
+Example = tuple[tuple[str, ...], str]  # a sentence or a pair, and the label as printed in the file
 
 
 class Choice(NamedTuple):
@@ -248,7 +244,7 @@ def make_review(rng: random.Random) -> Example:
     decided = max(1, abs(b) - abs(a) + 1) * (1 if b > 0 else -1)
     strength = {"neutral": 0, "single": a, "agree": max(a, b, key=abs), "contrast": decided}[kind]
     scene |= {"one": [one], "two": [two]}
-    return Example((f" {tidy(expand(rng, rng.choice(REVIEW[kind]), scene))} .",), str(strength + 2))
+    return (f" {tidy(expand(rng, rng.choice(REVIEW[kind]), scene))} .",), str(strength + 2)
 
 
 def make_meaning(rng: random.Random, question: Slots) -> dict[str, str]:
@@ -281,7 +277,7 @@ def make_question_pair(rng: random.Random) -> Example:
     else:
         second = first if rng.random() < SAME_WORDING[duplicate] else second
         other_meaning = meaning if duplicate else near_miss(rng, question, meaning)
-    return Example((ask(rng, first, meaning), ask(rng, second, other_meaning)), str(float(duplicate)))
+    return (ask(rng, first, meaning), ask(rng, second, other_meaning)), str(float(duplicate))
 
 
 def make_event(rng: random.Random, like: Event, change: float) -> Event:
@@ -337,7 +333,7 @@ def make_event_pair(rng: random.Random) -> Example:
     """Return two described events and their similarity."""
     one = make_event(rng, {}, change=1)
     two = make_event(rng, one, change=rng.random() ** 2)
-    return Example((describe(rng, one), describe(rng, two)), str(similarity(one, two)))
+    return (describe(rng, one), describe(rng, two)), str(similarity(one, two))
 
 
 # --- The files --------------------------------------------------------------------------------------------------------
@@ -364,13 +360,12 @@ def draw(rng: random.Random, task: Task, count: int, seen: set[frozenset[str]]) 
     quotas = [round(share * count) for share in task.shares]
     examples = []
     while any(quotas):
-        example = task.make(rng)
-        texts = frozenset(example.texts)
-        group = min(int(float(example.label)), len(quotas) - 1)
-        if quotas[group] and texts not in seen and len(texts) == len(example.texts):
+        texts, label = task.make(rng)
+        group = min(int(float(label)), len(quotas) - 1)
+        if quotas[group] and frozenset(texts) not in seen and len(set(texts)) == len(texts):
             quotas[group] -= 1
-            seen.add(texts)
-            examples.append(example)
+            seen.add(frozenset(texts))
+            examples.append((texts, label))
     rng.shuffle(examples)
     return examples
 
@@ -380,9 +375,9 @@ def to_rows(name: str, split: str, examples: Sequence[Example], numbers: Sequenc
     columns = TASKS[name].columns
     is_test = split == "test-student"
     rows = [["", "id", *(columns[:-1] if is_test else columns)]]
-    for example, number in zip(examples, numbers, strict=True):
-        identifier = hashlib.sha256("\t".join([name, *example.texts]).encode()).hexdigest()[:25]
-        rows.append([str(number), identifier, *example.texts, *([] if is_test else [example.label])])
+    for (texts, label), number in zip(examples, numbers, strict=True):
+        identifier = hashlib.sha256("\t".join([name, *texts]).encode()).hexdigest()[:25]
+        rows.append([str(number), identifier, *texts, *([] if is_test else [label])])
     if is_test and name == "ids-sst":
         firsts = [["0", ""], *([str(i + 1), str(float(i))] for i in range(len(examples)))]
         rows = [first + row[1:] for first, row in zip(firsts, rows, strict=True)]

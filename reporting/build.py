@@ -1,13 +1,12 @@
-"""The reports of report.py: build one from runs or checkpoints, print what it lacks, and write its files."""
+"""Build the report on studies and runs, print what a report lacks, and write its files."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from config import ComputeOptions, DataOptions, TaskOptions
+from config import DataOptions, TaskOptions
 from models.checkpoint import git_commit
-from reporting.compare import compare_checkpoints
 from reporting.page import Report, Section, write_report
 from reporting.predictions import DevSets
 from reporting.runs import run_sections
@@ -17,36 +16,16 @@ from utils.console import say
 from utils.errors import UserError
 
 
-def report_runs(
-    paths: Sequence[Path], data: DataOptions | None, files: Mapping[str, TaskOptions], out: Path, argv: Sequence[str]
-) -> None:
-    """Write the report on studies and runs into `out`. Raise UserError if there is nothing to report.
+def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping[str, TaskOptions]) -> Report:
+    """Return the report on studies and runs. Raise UserError if there is nothing to report.
 
     `data` and `files` name dev files. If they are None or empty, each run's options do.
     """
-    publish(build_report(paths, data, files), "report", out, argv)
-
-
-def report_comparison(
-    paths: tuple[Path, Path],
-    data: DataOptions,
-    files: Mapping[str, TaskOptions],
-    compute: ComputeOptions,
-    out: Path,
-    argv: Sequence[str],
-) -> None:
-    """Write the comparison of two checkpoints into `out`. Raise UserError if they cannot be compared."""
-    publish(compare_checkpoints(paths, data, files, compute, say), "comparison", out, argv)
-
-
-def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping[str, TaskOptions]) -> Report:
-    """Return the report on studies and runs. Raise UserError if there is nothing to report."""
     sources = collect_sources(paths)
     sections = []
     for study in sources.studies:
-        section = Section(f"Study {study.name}", [trials_item(study)])
-        compare_trials(section, study.name, study.trials)
-        sections.append(section)
+        sections.append(Section(f"Study {study.name}", [trials_item(study)]))
+        compare_trials(sections[-1], study.name, study.trials)
     runs = [run for run in sources.runs if run.scores or len(run.metrics) > 1]
     if runs:
         named_files = {name: options for name, options in files.items() if options.dev is not None}

@@ -1,6 +1,7 @@
 """A configuration as a command line and as values of flags, and back."""
 
 import io
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -61,11 +62,5 @@ def shared_command(commands: Sequence[str]) -> str:
     """Return the first command with only the flags that all commands have, with the same values."""
     if not commands:
         return ""
-
-    def split_at_flags(command: str) -> list[tuple[str, ...]]:
-        words = shlex.split(command)
-        starts = [0, *(i for i, word in enumerate(words) if word.startswith("--")), len(words)]
-        return [tuple(words[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
-
-    first, *others = map(split_at_flags, dict.fromkeys(commands))
-    return shlex.join(word for part in first if all(part in other for other in others) for word in part)
+    first, *others = (re.split(" (?=--)", command) for command in dict.fromkeys(commands))
+    return " ".join(part for part in first if all(part in other for other in others))

@@ -1,6 +1,6 @@
 """Two checkpoints on the same dev sets: where they disagree, by how much, and whether one of them is better."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from reporting.page import Report, ReportItem, Section
 from reporting.tables import Column, Table, Value
 from tasks import TASKS, Task
 from training.logger import class_names
+from utils.console import say
 from utils.device import Device, choose_device
 from utils.errors import UserError
 
@@ -28,7 +29,6 @@ SHOWN_EXAMPLES = 15  # in a table of the largest disagreements
 class Checkpoint:
     """A checkpoint and its dev predictions by task: probabilities [N(, classes)] or similarities [N]."""
 
-    path: Path
     commit: str
     command: str
     predictions: Mapping[str, np.ndarray]
@@ -36,44 +36,22 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PairedPredictions:
-    """Two checkpoints' predicted labels [N] or similarities [N] of one task's dev set.
+    """Two checkpoints' predicted labels [N] or similarities [N] of one task's dev set, beside the true ones [N].
 
-    `disagreement` [N] orders the examples by how much the checkpoints disagree.
+    `on_label_scale` has the same predictions, with similarities mapped to the labels' scale, because models may use
+    different ones. `disagreement` [N] orders the examples by how much the checkpoints disagree.
     """
 
-    examples: Examples
+    task: Task
+    texts: Sequence[Sequence[str]]
+    labels: np.ndarray
     a: np.ndarray
     b: np.ndarray
+    on_label_scale: tuple[np.ndarray, np.ndarray]
     disagreement: np.ndarray
 
-    @property
-    def task(self) -> Task:
-        """The row of the task table."""
-        return self.examples.task
 
-    @property
-    def labels(self) -> np.ndarray:
-        """The true labels [N]."""
-        return labels_of(self.examples)
-
-    def on_label_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return both predictions, similarities mapped to the labels' scale, because models may use different ones."""
-        if self.task.kind != "similarity":
-            return self.a, self.b
-        return fit_to_labels(self.a, self.labels), fit_to_labels(self.b, self.labels)
-
-
-def labels_of(examples: Examples) -> np.ndarray:
-    """Return the labels [N] of dev examples, which always have some."""
-    assert examples.labels is not None
-    return examples.labels
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Predictions
-
-
-def shared_tasks(paths: tuple[Path, Path], say: Callable[[str], None]) -> dict[str, Task]:
+def shared_tasks(paths: Sequence[Path]) -> dict[str, Task]:
     """Return the tasks that both checkpoints were trained on. Raise UserError if there is none."""
     first, second = (set(trained_tasks(load(path, mmap=True), path)) for path in paths)
     for name, task in TASKS.items():
@@ -85,19 +63,17 @@ def shared_tasks(paths: tuple[Path, Path], say: Callable[[str], None]) -> dict[s
     return tasks
 
 
-def predict_dev(
-    path: Path, dev: Mapping[str, Examples], device: Device, batch_size: int, say: Callable[[str], None]
-) -> Checkpoint:
+def predict_dev(path: Path, dev: Mapping[str, Examples], device: Device, batch_size: int) -> Checkpoint:
     """Load a checkpoint and predict the dev sets of its tasks."""
     model, tokenizer, config = load_model(path)
     model.to(device.device)
     pair_encoding = str(model.options.pair_encoding)
-    batches = tokenise({"dev": dict(dev)}, tokenizer, pair_encoding, config.data.extra_clean, say)["dev"]
+    batches = tokenise({"dev": dev}, tokenizer, pair_encoding, config.data.extra_clean, say)["dev"]
     predictions = {
         name: probabilities(TASKS[name], predict(model, data, device.device, batch_size, device.amp))
         for name, data in batches.items()
     }
-    return Checkpoint(path, load(path, mmap=True).get("git_commit") or "", command_of(config), predictions)
+    return Checkpoint(load(path, mmap=True).get("git_commit") or "", command_of(config), predictions)
 
 
 def pair_predictions(examples: Examples, a: np.ndarray, b: np.ndarray) -> PairedPredictions:
@@ -106,17 +82,14 @@ def pair_predictions(examples: Examples, a: np.ndarray, b: np.ndarray) -> Paired
     Similarities disagree by their distance on the labels' scale. Labels disagree by the number of classes between
     them, and then by the total variation distance of the probabilities.
     """
-    task = examples.task
+    task, texts, labels = examples.task, examples.texts, examples.labels
+    assert labels is not None  # dev sets have them
     if task.kind == "similarity":
-        labels = labels_of(examples)
-        return PairedPredictions(examples, a, b, np.abs(fit_to_labels(a, labels) - fit_to_labels(b, labels)))
+        fitted = fit_to_labels(a, labels), fit_to_labels(b, labels)
+        return PairedPredictions(task, texts, labels, a, b, fitted, np.abs(fitted[0] - fitted[1]))
     distance = np.abs(a - b).sum(axis=1) / 2 if task.kind == "classes" else np.abs(a - b)
-    label_a, label_b = decide(task, a), decide(task, b)
-    return PairedPredictions(examples, label_a, label_b, np.abs(label_a - label_b) * (1 + distance))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables and figures
+    a, b = decide(task, a), decide(task, b)
+    return PairedPredictions(task, texts, labels, a, b, (a, b), np.abs(a - b) * (1 + distance))
 
 
 def scores_item(pairs: Sequence[PairedPredictions]) -> ReportItem:
@@ -182,9 +155,9 @@ def disagreements_item(pair: PairedPredictions) -> ReportItem | str:
     number = ".2f" if pair.task.kind == "similarity" else "d"
     columns = [Column(name) for name in pair.task.text_columns]
     columns += [Column("true", "g"), Column("A", number), Column("B", number)]
-    numbers = (pair.labels, *pair.on_label_scale())
+    numbers = (pair.labels, *pair.on_label_scale)
     rows: list[list[Value]] = [
-        [*(column[i] for column in pair.examples.texts), *(array[i].item() for array in numbers)] for i in order
+        [*(column[i] for column in pair.texts), *(array[i].item() for array in numbers)] for i in order
     ]
     title = f"{pair.task.title}: the examples on which they differ most"
     return ReportItem(f"comparison-{pair.task.name}-worst", title, "", Table(columns, rows))
@@ -195,29 +168,25 @@ def figure_item(pair: PairedPredictions, footnote: str) -> ReportItem:
     task = pair.task
     name, title = f"comparison-{task.name}", f"{task.title}: A and B"
     if task.kind == "similarity":
-        a, b = pair.on_label_scale()
+        a, b = pair.on_label_scale
         axes = ("similarity by A (fitted)", "similarity by B (fitted)")
-        return ReportItem(name, title, figure=scatter_figure(a, b, linear_fit(a, b), axes, footnote))
+        return ReportItem(name, title, figure=scatter_figure(a, b, axes, footnote, linear_fit(a, b)))
     counts = confusion(task, pair.b, pair.a)
     figure = confusion_figure(counts, class_names(task), footnote, x="decided by B", y="decided by A")
     return ReportItem(name, title, "Percentages are of each decision of A.", figure=figure)
 
 
 def compare_checkpoints(
-    paths: tuple[Path, Path],
-    data: DataOptions,
-    files: Mapping[str, TaskOptions],
-    compute: ComputeOptions,
-    say: Callable[[str], None],
+    paths: Sequence[Path], data: DataOptions, files: Mapping[str, TaskOptions], compute: ComputeOptions
 ) -> Report:
     """Return the report on two checkpoints.
 
     Raise UserError if a file is not a checkpoint, if the two have no task in common, or if a dev file is missing.
     """
-    tasks = shared_tasks(paths, say)
-    dev: dict[str, Examples] = load_splits(data, files, tasks, ["dev"], say)["dev"]
+    tasks = shared_tasks(paths)
+    dev = load_splits(data, files, tasks, ["dev"], say)["dev"]
     device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
-    a, b = (predict_dev(path, dev, device, compute.eval_batch_size, say) for path in paths)
+    a, b = (predict_dev(path, dev, device, compute.eval_batch_size) for path in paths)
     pairs = [pair_predictions(dev[name], a.predictions[name], b.predictions[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]
     similar = [pair for pair in pairs if pair.task.kind == "similarity"]
@@ -227,11 +196,10 @@ def compare_checkpoints(
     if similar:
         summary.add(similarities_item(similar))
     commits = ", ".join(dict.fromkeys(checkpoint.commit[:12] or "not recorded" for checkpoint in (a, b)))
-    footnote = f"A {a.path}, B {b.path}; commit {commits}; {shared_command([a.command, b.command])}"
+    footnote = f"A {paths[0]}, B {paths[1]}; commit {commits}; {shared_command([a.command, b.command])}"
     sections = [summary]
     for pair in pairs:
-        section = Section(pair.task.title, [figure_item(pair, footnote)])
-        section.add(disagreements_item(pair))
-        sections.append(section)
-    about = f"A is {a.path} ({a.command}), B is {b.path} ({b.command}); dev files in {data.data_dir}."
+        sections.append(Section(pair.task.title, [figure_item(pair, footnote)]))
+        sections[-1].add(disagreements_item(pair))
+    about = f"A is {paths[0]} ({a.command}), B is {paths[1]} ({b.command}); dev files in {data.data_dir}."
     return Report("Two checkpoints", about, sections)

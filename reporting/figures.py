@@ -6,31 +6,30 @@ distinguish in black and white. Each figure has a footnote that says where its d
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
+from lora import MODES
 from reporting.titles import Method
 from training.logger import draw_confusion
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 COLUMN_WIDTH = 3.3  # inches
 DPI = 300
 LABEL_SIZE, TICK_SIZE, LEGEND_SIZE, FOOTNOTE_SIZE = 7.5, 6.5, 6.0, 5.0  # points
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-LORA_STYLES = {
+METHOD_STYLES = {
     "attn": ("#0072B2", "o"),
     "attn-only": ("#56B4E9", "s"),
     "all-lin": ("#D55E00", "^"),
     "all-lin-only": ("#E69F00", "D"),
-}
-METHOD_STYLES = LORA_STYLES | {
     "full-model": ("#000000", "X"),
     "last-layer": ("#999999", "v"),
     "iterative": ("#009E73", "P"),
@@ -48,16 +47,8 @@ def escape_dollars(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def shorten(name: str, limit: int) -> str:
-    """Return a name of at most `limit` characters without its middle, because many names differ at their ends."""
-    half = (limit - 1) // 2
-    return name if len(name) <= limit else f"{name[:half]}{ELLIPSIS}{name[-half:]}"
-
-
-def new_figure(footnote: str, height: float, panels: int = 1) -> "tuple[Figure, list[Axes]]":
+def new_figure(footnote: str, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure of `height` inches with `panels` one below the other, and the footnote below them."""
-    from matplotlib.figure import Figure
-
     unbroken = re.sub(r"(--\w+) (?!-)", "\\1\N{NO-BREAK SPACE}", footnote)  # keeps a flag and its value in one line
     lines = textwrap.wrap(unbroken, 88, break_on_hyphens=False)
     margin = 0.095 * len(lines)  # inches
@@ -75,55 +66,29 @@ def new_figure(footnote: str, height: float, panels: int = 1) -> "tuple[Figure, 
     return figure, all_axes
 
 
-def label_axes(axes: "Axes", x: str, y: str, grid: Any = "y") -> None:
+def label_axes(axes: Axes, x: str, y: str, grid: Any = "y") -> None:
     """Name the axes, and draw grid lines at the ticks of `grid`."""
     axes.set_xlabel(escape_dollars(x), fontsize=LABEL_SIZE)
     axes.set_ylabel(escape_dollars(y), fontsize=LABEL_SIZE)
     axes.grid(axis=grid, color="0.9", linewidth=0.6)
 
 
-def add_legend(figure: "Figure", entries: Sequence[Any], columns: int) -> None:
+def label_epochs(axes: Axes, x: str, y: str) -> None:
+    """Name the axes, and give the x axis whole numbers."""
+    axes.locator_params(axis="x", integer=True)
+    label_axes(axes, x, y)
+
+
+def add_legend(figure: Figure, entries: Sequence[Artist], columns: int) -> None:
     """Add one legend above all panels."""
     style: dict[str, Any] = {"fontsize": LEGEND_SIZE, "frameon": False, "columnspacing": 1.2, "handlelength": 2.4}
     figure.legend(handles=entries, ncols=columns, loc="outside upper center", **style)
-
-
-def legend_entry(**style: Any) -> "Line2D":
-    """Return an entry of a legend that looks like a line of this style."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **style)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Lines by method
 
 
 def line_style(dashed: bool, colour: str) -> dict[str, Any]:
     """Return the style of a solid line with full markers, or of a dashed line with hollow markers."""
     kind = {"linestyle": "--", "markerfacecolor": "white"} if dashed else {"linestyle": "-", "markerfacecolor": colour}
     return {"color": colour, "markersize": 3.2, "linewidth": 1.1, **kind}
-
-
-def method_entries(methods: Iterable[Method]) -> "list[Line2D]":
-    """Return legend entries for the colours of the modes, and for the dashes of LoRA and DoRA."""
-    methods = list(methods)
-    modes = {method.mode for method in methods}
-    entries = [
-        legend_entry(marker=marker, label=mode, **line_style(False, colour))
-        for mode, (colour, marker) in METHOD_STYLES.items()
-        if mode in modes
-    ]
-    for dora in sorted({method.dora for method in methods if method.mode in LORA_STYLES}):
-        entries.append(legend_entry(marker="o", label="DoRA" if dora else "LoRA", **line_style(dora, "0.3")))
-    return entries
-
-
-def draw_lines(axes: "Axes", lines: Lines) -> None:
-    """Draw a line for each method. DoRA is dashed with hollow markers."""
-    for method, points in lines.items():
-        colour, marker = METHOD_STYLES[method.mode]
-        axes.plot(list(points), list(points.values()), marker=marker, **line_style(method.dora, colour))
 
 
 def tick_labels(positions: Sequence[int]) -> list[str]:
@@ -135,54 +100,58 @@ def tick_labels(positions: Sequence[int]) -> list[str]:
     return labels
 
 
-def set_log2_axis(axes: "Axes", all_lines: Iterable[Lines]) -> None:
-    """Make the x axis logarithmic, with a tick at every position of a line."""
-    positions = sorted({position for lines in all_lines for points in lines.values() for position in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(positions, tick_labels(positions))
-    axes.minorticks_off()
+def draw_lines(all_axes: Sequence[Axes], panels: Mapping[str, Lines], x: str) -> list[Line2D]:
+    """Draw a line for each method in each panel, over a logarithmic axis. Return the entries of the legend.
+
+    DoRA is dashed with hollow markers.
+    """
+    positions = sorted({position for lines in panels.values() for points in lines.values() for position in points})
+    for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
+        for method, points in lines.items():
+            colour, marker = METHOD_STYLES[method.mode]
+            axes.plot(list(points), list(points.values()), marker=marker, **line_style(method.dora, colour))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(positions, tick_labels(positions))
+        axes.minorticks_off()
+        axes.tick_params(labelbottom=axes is all_axes[-1])
+        label_axes(axes, x if axes is all_axes[-1] else "", name)
+    methods = {method for lines in panels.values() for method in lines}
+    entries = [
+        Line2D([], [], marker=marker, label=mode, **line_style(False, colour))
+        for mode, (colour, marker) in METHOD_STYLES.items()
+        if mode in {method.mode for method in methods}
+    ]
+    for dora in sorted({method.dora for method in methods if method.mode in MODES}):
+        entries.append(Line2D([], [], marker="o", label="DoRA" if dora else "LoRA", **line_style(dora, "0.3")))
+    return entries
 
 
-def ranks_figure(lines: Lines, references: Mapping[str, float], axis: str, footnote: str) -> "Figure":
+def ranks_figure(lines: Lines, references: Mapping[str, float], axis: str, footnote: str) -> Figure:
     """Draw dev scores over rank, and horizontal lines at the scores of at most two `references`."""
     figure, (axes,) = new_figure(footnote, 3.0)
-    draw_lines(axes, lines)
-    entries = method_entries(lines)
+    entries = draw_lines([axes], {axis: lines}, "rank")
     for (name, height), style in zip(references.items(), ("-", ":"), strict=False):
         entries.append(axes.axhline(height, color="black", linewidth=0.9, linestyle=style, label=name))
-    set_log2_axis(axes, [lines])
-    label_axes(axes, "rank", axis)
     add_legend(figure, entries, 4)
     return figure
 
 
-def batches_figure(lines: Lines, axis: str, footnote: str) -> "Figure":
+def batches_figure(lines: Lines, axis: str, footnote: str) -> Figure:
     """Draw a cost over the batch size."""
     figure, (axes,) = new_figure(footnote, 2.7)
-    draw_lines(axes, lines)
-    set_log2_axis(axes, [lines])
+    add_legend(figure, draw_lines([axes], {axis: lines}, "batch size (examples)"), 4)
     axes.set_ylim(0, 1.08 * max(height for points in lines.values() for height in points.values()))
-    label_axes(axes, "batch size (examples)", axis)
-    add_legend(figure, method_entries(lines), 4)
     return figure
 
 
-def costs_figure(panels: Mapping[str, Lines], footnote: str) -> "Figure":
+def costs_figure(panels: Mapping[str, Lines], footnote: str) -> Figure:
     """Draw several relative figures over rank, one panel for each."""
     figure, all_axes = new_figure(footnote, 0.75 + 0.95 * len(panels), len(panels))
-    for axes, (name, lines) in zip(all_axes, panels.items(), strict=True):
+    for axes in all_axes:
         axes.axhline(1, color="0.6", linewidth=0.7)
-        draw_lines(axes, lines)
-        set_log2_axis(axes, panels.values())
-        axes.tick_params(labelbottom=axes is all_axes[-1])
-        label_axes(axes, "rank" if axes is all_axes[-1] else "", name)
-    add_legend(figure, method_entries(method for lines in panels.values() for method in lines), 4)
+    add_legend(figure, draw_lines(all_axes, panels, "rank"), 4)
     figure.align_ylabels()
     return figure
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows by configuration
 
 
 def wrap_label(name: str) -> str:
@@ -198,7 +167,7 @@ def rows_height(names: Sequence[str], minimum: float) -> float:
     return len(names) * max(minimum, 0.06 + 0.11 * max(1 + wrap_label(name).count("\n") for name in names))
 
 
-def label_rows(axes: "Axes", names: Sequence[str], x: str) -> None:
+def label_rows(axes: Axes, names: Sequence[str], x: str) -> None:
     """Label rows from top to bottom, and the x axis."""
     axes.set_yticks(range(len(names)), [escape_dollars(wrap_label(name)) for name in names], fontsize=TICK_SIZE)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -206,10 +175,8 @@ def label_rows(axes: "Axes", names: Sequence[str], x: str) -> None:
     label_axes(axes, x, "", "x")
 
 
-def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]], footnote: str) -> "Figure":
+def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]], footnote: str) -> Figure:
     """Draw two bars in each row of each panel: without and with mixed precision."""
-    from matplotlib.patches import Patch
-
     figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.4 + rows_height(names, 0.24)), len(panels))
     rows = np.arange(len(names))
     fp32: dict[str, Any] = {"color": FP32_COLOUR}
@@ -222,7 +189,7 @@ def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, 
     return figure
 
 
-def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], footnote: str) -> "Figure":
+def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], footnote: str) -> Figure:
     """Draw a dot for each seed and a black bar at their mean. Each configuration has a row in each panel."""
     figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
     for axes, (name, rows) in zip(all_axes, panels.items(), strict=True):
@@ -232,76 +199,59 @@ def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[fl
             if values:
                 axes.plot([float(np.mean(values))], [i], color="black", marker="|", markersize=9, markeredgewidth=1.4)
         label_rows(axes, names, name)
-    dot = legend_entry(marker="o", linestyle="none", color="0.5", markersize=4, markeredgewidth=0, label="a seed")
-    bar = legend_entry(marker="|", linestyle="none", color="black", markersize=8, markeredgewidth=1.4, label="mean")
+    dot = Line2D([], [], marker="o", ls="none", color="0.5", markersize=4, markeredgewidth=0, label="a seed")
+    bar = Line2D([], [], marker="|", ls="none", color="black", markersize=8, markeredgewidth=1.4, label="mean")
     add_legend(figure, [dot, bar], 2)
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Curves over epochs
-
-
-def label_epochs(axes: "Axes", name: str) -> None:
-    """Name the x axis and give it whole numbers."""
-    axes.locator_params(axis="x", integer=True)
-    label_axes(axes, name, "")
-
-
-def curves_figure(
-    train: Curves, dev: Curves, losses: Curves, axis: str, best_epoch: int | None, footnote: str
-) -> "Figure":
+def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None, footnote: str) -> Figure:
     """Draw a run's training losses by task, and above them its training (dashed) and dev (solid) metrics.
 
-    Further pre-training has only losses.
+    Further pre-training has only losses. `best` is the epoch that was kept.
     """
     scored = bool(train or dev)
     figure, panels = new_figure(footnote, 3.7 if scored else 2.4, 1 + scored)
     names = dict.fromkeys([*losses, *dev])  # a task can be scored without being trained
     styles = {name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(names)}
-    entries = [legend_entry(marker=mark, label=name, **line_style(False, hue)) for name, (hue, mark) in styles.items()]
+    entries = [
+        Line2D([], [], marker=marker, label=name, **line_style(False, colour))
+        for name, (colour, marker) in styles.items()
+    ]
     for axes, curves, dashed in ((panels[0], dev, False), (panels[0], train, True), (panels[-1], losses, True)):
         for name, points in curves.items():
             colour, marker = styles[name]
             axes.plot(list(points), list(points.values()), marker=marker, **line_style(dashed, colour))
-    for axes in panels:
-        label_epochs(axes, "epoch" if axes is panels[-1] else "")
-        if best_epoch is not None:
-            axes.axvline(best_epoch, color="0.6", linewidth=0.8, linestyle=":")
-    panels[0].set_ylabel(axis, fontsize=LABEL_SIZE)
-    panels[-1].set_ylabel("training loss", fontsize=LABEL_SIZE)
+    label_epochs(panels[0], "", axis)
+    label_epochs(panels[-1], "epoch", "training loss")
     panels[-1].set_ylim(bottom=0)
     if scored:
-        entries.append(legend_entry(label="dev", **line_style(False, "0.3")))
-        entries.append(legend_entry(label="training", **line_style(True, "0.3")))
-    if best_epoch is not None:
-        entries.append(legend_entry(color="0.6", linewidth=0.8, linestyle=":", label="epoch kept"))
+        entries.append(Line2D([], [], label="dev", **line_style(False, "0.3")))
+        entries.append(Line2D([], [], label="training", **line_style(True, "0.3")))
+    if best is not None:
+        kept = [axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", label="epoch kept") for axes in panels]
+        entries.append(kept[0])
     add_legend(figure, entries, 3)
     figure.align_ylabels()
     return figure
 
 
-def scores_figure(curves: Curves, footnote: str) -> "Figure":
+def scores_figure(curves: Curves, footnote: str) -> Figure:
     """Draw dev scores over epochs, a line for each of at most eight runs."""
     figure, (axes,) = new_figure(footnote, 2.4 + 0.1 * len(curves))
     entries = []
     for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
         axes.plot(list(points), list(points.values()), marker=marker, **line_style(False, colour))
-        label = escape_dollars(shorten(name, 60))
-        entries.append(legend_entry(marker=marker, label=label, **line_style(False, colour)))
-    label_epochs(axes, "epoch")
-    axes.set_ylabel("dev score", fontsize=LABEL_SIZE)
+        label = name if len(name) <= 60 else f"{name[:29]}{ELLIPSIS}{name[-29:]}"  # many names differ at their ends
+        entries.append(Line2D([], [], marker=marker, label=escape_dollars(label), **line_style(False, colour)))
+    label_epochs(axes, "epoch", "dev score")
     add_legend(figure, entries, 1 if max(map(len, curves)) > 24 else 2)
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Predictions
-
-
 def confusion_figure(
     counts: np.ndarray, names: Sequence[str], footnote: str, x: str = "predicted", y: str = "true"
-) -> "Figure":
+) -> Figure:
     """Draw a confusion matrix [K, K]: the numbers, and each as a percentage of its row."""
     figure, (axes,) = new_figure(footnote, 1.3 + 0.34 * len(names))
     draw_confusion(axes, counts, names, 6)
@@ -311,31 +261,19 @@ def confusion_figure(
     return figure
 
 
-def draw_dots(axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
-    """Draw dots that are more transparent the more there are, so that dense regions look darker."""
-    axes.scatter(x, y, s=7, alpha=min(0.6, max(0.15, 120 / len(x))), color=COLOURS[0], edgecolors="none")
-
-
-def residuals_figure(labels: np.ndarray, residuals: np.ndarray, x: str, footnote: str) -> "Figure":
-    """Draw residuals over true similarities, whose axis is called `x`."""
-    figure, (axes,) = new_figure(footnote, 2.4)
-    axes.axhline(0, color="0.4", linewidth=0.8)
-    draw_dots(axes, labels, residuals)
-    label_axes(axes, x, "fitted prediction - true", "both")
-    return figure
-
-
 def scatter_figure(
-    x: np.ndarray, y: np.ndarray, line: tuple[float, float], names: tuple[str, str], footnote: str
-) -> "Figure":
-    """Draw dots and a line with this slope and intercept. `names` are those of the axes."""
-    slope, intercept = line
-    figure, (axes,) = new_figure(footnote, 2.8)
-    draw_dots(axes, x, y)
-    ends = np.array([x.min(), x.max()], dtype=np.float64)
-    style: dict[str, Any] = {"color": COLOURS[1], "linewidth": 1.3}
-    axes.plot(ends, slope * ends + intercept, **style)
+    x: np.ndarray, y: np.ndarray, names: tuple[str, str], footnote: str, line: tuple[float, float] | None = None
+) -> Figure:
+    """Draw dots, and a line with this slope and intercept, or else one at zero. `names` are those of the axes."""
+    figure, (axes,) = new_figure(footnote, 2.8 if line else 2.4)
+    alpha = min(0.6, max(0.15, 120 / len(x)))  # many dots are more transparent, so that dense regions look darker
+    axes.scatter(x, y, s=7, alpha=alpha, color=COLOURS[0], edgecolors="none")
     label_axes(axes, *names, grid="both")
-    sign = "-" if intercept < 0 else "+"
-    add_legend(figure, [legend_entry(label=f"best line: {slope:.2f} x {sign} {abs(intercept):.2f}", **style)], 1)
+    if line is None:
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        return figure
+    slope, intercept = line
+    ends = np.array([x.min(), x.max()], dtype=np.float64)
+    label = f"best line: {slope:.2f} x {'-' if intercept < 0 else '+'} {abs(intercept):.2f}"
+    add_legend(figure, axes.plot(ends, slope * ends + intercept, color=COLOURS[1], linewidth=1.3, label=label), 1)
     return figure

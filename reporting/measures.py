@@ -19,10 +19,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | N
     return mean(values) if values else None, stdev(values) if len(values) > 1 else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One model
-
-
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of correct predictions. Both arrays are [N]."""
     return float((predicted == labels).mean())
@@ -35,14 +31,9 @@ def metric_of(task: Task) -> MetricFunction:
 
 def binary_rates(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return true and false positive and negative rates of binary labels [N] (R4, figure 9)."""
-    (tn, fp), (fn, tp) = confusion(task, predicted, labels).tolist()
-    positives, negatives = max(tp + fn, 1), max(tn + fp, 1)
-    return {
-        "true positive": tp / positives,
-        "false positive": fp / negatives,
-        "true negative": tn / negatives,
-        "false negative": fn / positives,
-    }
+    counts = confusion(task, predicted, labels)
+    (tn, fp), (fn, tp) = (counts / counts.sum(axis=1, keepdims=True).clip(min=1)).tolist()
+    return {"true positive": tp, "false positive": fp, "true negative": tn, "false negative": fn}
 
 
 def fit_to_labels(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -89,10 +80,6 @@ def errors_with_deviations(values: np.ndarray, labels: np.ndarray, fit: bool) ->
         name: (value, float(np.std([sample[name] for sample in samples], ddof=1)))
         for name, value in errors_on(slice(None)).items()
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Two models on the same examples
 
 
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from reporting.tables import Table
 from utils.files import write_atomically, write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FOLDED_ROWS = 20  # a table with more rows is folded
 STYLE = """
@@ -59,7 +57,7 @@ class ReportItem:
     title: str
     text: str = ""
     table: Table | None = None
-    figure: "Figure | None" = None
+    figure: Figure | None = None
 
 
 @dataclass
@@ -92,33 +90,29 @@ class Report:
         """A line for each item that the data do not suffice for."""
         return [line for section in self.sections for line in section.left_out]
 
-    def closing_lists(self) -> list[tuple[str, Sequence[str]]]:
-        """Return the lists at the end of the page with their titles: what is not in the report, and why."""
-        return [("Left out", self.left_out), ("Not read", self.problems)]
-
-
-def to_png(figure: "Figure") -> bytes:
-    """Return a figure as the content of a png file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    def parts(self) -> list[tuple[str, Sequence[ReportItem], Sequence[str]]]:
+        """Return each heading with the items under it, or with the lines on what is not in the report, and why."""
+        parts: list[tuple[str, Sequence[ReportItem], Sequence[str]]] = [
+            *((section.title, section.items, ()) for section in self.sections),
+            ("Left out", (), self.left_out),
+            ("Not read", (), self.problems),
+        ]
+        return [part for part in parts if part[1] or part[2]]
 
 
 def with_unique_names(report: Report) -> Report:
     """Return the report with item names that are valid in file names and occur once."""
-    taken: list[str] = []
-    sections = []
-    for section in report.sections:
-        items = []
-        for item in section.items:
-            stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
-            number = len(taken)
-            while name in taken:
-                name = f"{stem}-{number}"
-                number += 1
-            taken.append(name)
-            items.append(replace(item, name=name))
-        sections.append(replace(section, items=items))
+    taken: set[str] = set()
+
+    def with_unique_name(item: ReportItem) -> ReportItem:
+        stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
+        number = len(taken)
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name)
+        return replace(item, name=name)
+
+    sections = [replace(section, items=list(map(with_unique_name, section.items))) for section in report.sections]
     return replace(report, sections=sections)
 
 
@@ -130,7 +124,8 @@ def write_report(report: Report, out: Path, stem: str) -> list[Path]:
         if item.table is not None:
             write_text(out / f"{item.name}.csv", item.table.to_csv())
         if item.figure is not None:
-            images[item.name] = to_png(item.figure)
+            item.figure.savefig(buffer := io.BytesIO(), format="png")
+            images[item.name] = buffer.getvalue()
             write_atomically(out / f"{item.name}.png", partial(Path.write_bytes, data=images[item.name]))
     page, text = out / f"{stem}.html", out / f"{stem}.md"
     write_text(page, to_html(report, images))
@@ -141,10 +136,9 @@ def write_report(report: Report, out: Path, stem: str) -> list[Path]:
 def to_markdown(report: Report) -> str:
     """Return the report as markdown that shows the png files."""
     lines = [f"# {report.title}", "", report.about]
-    for section in report.sections:
-        if section.items:
-            lines += ["", f"## {section.title}"]
-        for item in section.items:
+    for title, items, reasons in report.parts():
+        lines += ["", f"## {title}"]
+        for item in items:
             lines += ["", f"### {item.title}"]
             if item.text:
                 lines += ["", item.text]
@@ -152,31 +146,21 @@ def to_markdown(report: Report) -> str:
                 lines += ["", f"![{item.title}]({item.name}.png)"]
             if item.table is not None:
                 lines += ["", item.table.to_markdown()]
-    for title, reasons in report.closing_lists():
         if reasons:
-            lines += ["", f"## {title}", "", *(f"- {reason}" for reason in reasons)]
+            lines += ["", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
 
 
 def to_html(report: Report, images: Mapping[str, bytes]) -> str:
     """Return one page that needs no other file and no network. It contains `images`, by the names of their items."""
-    contents: list[str] = []
-    body: list[str] = []
-
-    def add_section(title: str, items: Sequence[ReportItem], elements: Sequence[str]) -> None:
-        name = f"section-{len(contents)}"
+    contents, body = [], []
+    for number, (title, items, reasons) in enumerate(report.parts()):
         links = [f'<li><a href="#{item.name}">{html.escape(item.title)}</a></li>' for item in items]
-        contents.append(f'<li><a href="#{name}">{html.escape(title)}</a><ol>{"".join(links)}</ol></li>')
-        body.extend([f'<h2 id="{name}">{html.escape(title)}</h2>', *elements])
-
-    for section in report.sections:
-        if section.items:
-            add_section(
-                section.title, section.items, [item_html(item, images.get(item.name)) for item in section.items]
-            )
-    for title, reasons in report.closing_lists():
+        contents.append(f'<li><a href="#section-{number}">{html.escape(title)}</a><ol>{"".join(links)}</ol></li>')
+        body.append(f'<h2 id="section-{number}">{html.escape(title)}</h2>')
+        body += [item_html(item, images.get(item.name)) for item in items]
         if reasons:
-            add_section(title, [], ["<ul>", *(f"<li>{html.escape(reason)}</li>" for reason in reasons), "</ul>"])
+            body += ["<ul>", *(f"<li>{html.escape(reason)}</li>" for reason in reasons), "</ul>"]
     return PAGE.format(
         style=STYLE,
         title=html.escape(report.title),

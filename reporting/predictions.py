@@ -47,16 +47,13 @@ class DevSets:
         data = self.data or (DataOptions() if config is None else config.data)
         key = (task.name, data.data_dir, options.dev)
         if key not in self.read:
-            self.read[key] = self._load(data, options, task)
-        return self.read[key]
-
-    def _load(self, data: DataOptions, options: TaskOptions, task: Task) -> Examples | None:
-        try:
             bad_rows = BadRows(data.max_bad_rows, lambda line: self.problems.append(f"skipped row {line}"))
-            return load_split(data, options, task, "dev", bad_rows)
-        except UserError as error:
-            self.problems.append(f"no figures of predictions of {task.title}, which need the labels: {error}")
-            return None
+            try:
+                self.read[key] = load_split(data, options, task, "dev", bad_rows)
+            except UserError as error:
+                self.read[key] = None
+                self.problems.append(f"no figures of predictions of {task.title}, which need the labels: {error}")
+        return self.read[key]
 
 
 def read_prediction_file(path: Path, task: Task) -> dict[str, float]:

@@ -1,19 +1,12 @@
 """Tables and figures of run directories: scores, learning curves and dev predictions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from evaluation.metrics import confusion, correlation, linear_fit
 from reporting.commands import shared_command
-from reporting.figures import (
-    Curves,
-    confusion_figure,
-    curves_figure,
-    residuals_figure,
-    scatter_figure,
-    scores_figure,
-)
+from reporting.figures import confusion_figure, curves_figure, scatter_figure, scores_figure
 from reporting.measures import RESAMPLES, binary_rates, errors_with_deviations, fit_to_labels
 from reporting.page import ReportItem, Section
 from reporting.predictions import DevSets, Predictions, load_predictions
@@ -35,10 +28,6 @@ def runs_footnote(runs: Sequence[Run]) -> str:
         return footnote_of(trials)
     command = shared_command([run.command for run in runs if run.command])
     return f"{format_commits(runs)}; {command}" if command else format_commits(runs)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All runs
 
 
 def runs_item(runs: Sequence[Run]) -> ReportItem:
@@ -123,10 +112,6 @@ def rates_item(task: Task, by_run: Mapping[str, Predictions]) -> ReportItem:
     return ReportItem(f"{task.name}-rates", f"{task.title}: rates", text, Table(columns, rows))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One run
-
-
 def metric_curves(run: Run, part: str, metrics: Mapping[str, str]) -> dict[str, dict[int, float]]:
     """Return a metric of each task over epochs, by the task's title. `part` is train or dev."""
     curves = {}
@@ -148,12 +133,6 @@ def curves_item(run: Run) -> ReportItem | str:
     shown = dict.fromkeys(task.metric for task in TASKS.values() if task.title in {**train, **dev})
     axis = " or ".join(METRIC_NAMES[metric] for metric in shown)
     figure = curves_figure(train, dev, losses, axis, run.best_epoch, runs_footnote([run]))
-    text = "Training figures are measured while training, with dropout."
-    return ReportItem(f"{run.name}-curves", "Learning curves", text, curves_table(losses, train, dev), figure)
-
-
-def curves_table(losses: Curves, train: Curves, dev: Curves) -> Table:
-    """Return the numbers of learning curves, a row for each task and epoch."""
     columns = [Column("task"), Column("epoch")]
     columns += [Column(name, ".4f") for name in ("training loss", "training", "dev")]
     rows: list[list[Value]] = [
@@ -161,7 +140,9 @@ def curves_table(losses: Curves, train: Curves, dev: Curves) -> Table:
         for task, points in losses.items()
         for epoch, loss in points.items()
     ]
-    return Table(columns, rows).without_empty_columns()
+    table = Table(columns, rows).without_empty_columns()
+    text = "Training figures are measured while training, with dropout."
+    return ReportItem(f"{run.name}-curves", "Learning curves", text, table, figure)
 
 
 def confusion_item(run: Run, predictions: Predictions) -> ReportItem:
@@ -180,7 +161,7 @@ def scatter_item(run: Run, predictions: Predictions) -> ReportItem:
     """Return predicted over true similarities, with their best line (R4, figure 10)."""
     task, labels, predicted = predictions.task, predictions.labels, predictions.predicted
     axes = (true_axis(task), "predicted similarity (own scale)")
-    figure = scatter_figure(labels, predicted, linear_fit(labels, predicted), axes, runs_footnote([run]))
+    figure = scatter_figure(labels, predicted, axes, runs_footnote([run]), linear_fit(labels, predicted))
     text = f"Dev: Pearson r {predictions.score:.3f} of {len(labels):,} pairs."
     return ReportItem(f"{run.name}-{task.name}-scatter", f"{task.title}: predictions", text, figure=figure)
 
@@ -194,23 +175,12 @@ def residuals_item(run: Run, predictions: Predictions) -> ReportItem:
     """Return residuals after the best line from predictions to labels, over true similarity (R1, figure 2)."""
     task, labels = predictions.task, predictions.labels
     residuals = fit_to_labels(predictions.predicted, labels) - labels
-    figure = residuals_figure(labels, residuals, true_axis(task), runs_footnote([run]))
+    figure = scatter_figure(labels, residuals, (true_axis(task), "fitted prediction - true"), runs_footnote([run]))
     text = (
         f"Predictions are first mapped to labels by least squares. The standard deviation is {residuals.std():.2f}. "
         f"{float((np.abs(residuals) >= 3).mean()):.1%} of the predictions are off by 3 or more."
     )
     return ReportItem(f"{run.name}-{task.name}-residuals", f"{task.title}: residuals", text, figure=figure)
-
-
-PREDICTION_ITEMS: dict[str, tuple[Callable[[Run, Predictions], ReportItem], ...]] = {
-    "classes": (confusion_item,),
-    "binary": (confusion_item,),
-    "similarity": (scatter_item, residuals_item),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sections
 
 
 def run_section(run: Run, dev_sets: DevSets) -> tuple[Section, dict[str, Predictions]]:
@@ -219,7 +189,7 @@ def run_section(run: Run, dev_sets: DevSets) -> tuple[Section, dict[str, Predict
     section.add(curves_item(run))
     by_task = {}
     for name, task in TASKS.items():
-        if not run.scores or name not in run.scores:
+        if name not in (run.scores or {}):
             continue
         try:
             predictions = load_predictions(run, task, dev_sets)
@@ -228,8 +198,8 @@ def run_section(run: Run, dev_sets: DevSets) -> tuple[Section, dict[str, Predict
             continue
         if predictions is not None:
             by_task[name] = predictions
-            for make_item in PREDICTION_ITEMS[task.kind]:
-                section.add(make_item(run, predictions))
+            makers = (scatter_item, residuals_item) if task.kind == "similarity" else (confusion_item,)
+            section.items += [make_item(run, predictions) for make_item in makers]
     return section, by_task
 
 

@@ -133,17 +133,13 @@ def find_sources(path: Path) -> Iterator[Path]:
     an evaluation, or behind a link to a folder of runs, is found only if the user names it. Raise OSError if `path`
     does not exist.
     """
-    if not path.is_dir():
+    if not path.is_dir() or is_run(path):
         path.stat()
         yield path
         return
-    if is_run(path):
-        yield path
-        return
-    table = path / "results.csv"
-    is_study = table.is_file()
+    is_study = (path / "results.csv").is_file()
     if is_study:
-        yield table
+        yield path / "results.csv"
     for child in sorted(path.iterdir()):
         hidden = child.name.startswith(".") or (is_study and child.name == "trials")
         if child.is_dir() and not hidden and (is_run(child) or not child.is_symlink()):
@@ -168,23 +164,15 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Return a name for each path: its last part, and as many parts before it as make the name unique."""
     stems = {path: without_ending(path) for path in paths}
     counts = Counter(stems.values())
-    parts = {
-        path: (stems[path] if counts[stems[path]] == 1 or path.name == "results.csv" else path.resolve()).parts
-        for path in paths
+    names = {}
+    for path, stem in stems.items():
+        whole = stem if counts[stem] == 1 or path.name == "results.csv" else path.resolve()
+        names[path] = ["/".join(whole.parts[-count:]) for count in range(1, len(whole.parts) + 1)]
+    endings = Counter(name for candidates in names.values() for name in candidates)
+    return {
+        path: next((name for name in candidates if endings[name] == 1), candidates[-1])
+        for path, candidates in names.items()
     }
-
-    def shortest_name(path: Path) -> str:
-        for count in range(1, len(parts[path])):
-            name = "/".join(parts[path][-count:])
-            if sum("/".join(other[-count:]) == name for other in parts.values()) == 1:
-                return name
-        return "/".join(parts[path])
-
-    return {path: shortest_name(path) for path in paths}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Studies
 
 
 def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
@@ -192,13 +180,11 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, restval="")
-            missing = STUDY_COLUMNS - set(reader.fieldnames or ())
+            if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
             rows = [{key: value for key, value in row.items() if key is not None} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: cannot be read ({error}); name the results.csv of a study")
-        return None
-    if missing:
-        problems.append(f"{path}: has no column {', '.join(sorted(missing))}; name the results.csv of a study")
         return None
     trials = []
     for number, row in enumerate(rows, start=2):
@@ -243,10 +229,6 @@ def with_single_lora_options(config: Config) -> Config:
     """Return the configuration with its adapters in `lora_mode` and the other single options."""
     lora = LoRAConfig.from_options(config.lora)
     return replace(config, lora=LoraOptions() if lora is None else lora.to_options())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Run directories
 
 
 def read_run(path: Path, name: str, problems: list[str]) -> Run:
@@ -298,9 +280,7 @@ def read_epochs(
     """Read the lines of a jsonl file up to the first damaged one. Return none if there is no file."""
     lines: list[dict[str, Any]] = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         problems.append(f"{path}: cannot be read ({first_line(error):.80})")
         return []

@@ -70,10 +70,9 @@ def method_of(config: Config) -> Method:
 
 def short_title(config: Config) -> str:
     """Return a configuration's method, rank and precision in a few words."""
-    method = method_of(config)
-    title = method.mode
+    title, dora = method_of(config)
     if has_adapters(config):
-        title = f"{'DoRA' if method.dora else 'LoRA'} {method.mode} r{config.lora.lora_rank}"
+        title = f"{'DoRA' if dora else 'LoRA'} {title} r{config.lora.lora_rank}"
     return f"{title} + AMP" if config.compute.amp else title
 
 
@@ -93,10 +92,6 @@ def titles_of(configs: Sequence[Config]) -> list[str]:
     if all_same:
         return [", ".join(options[i]) or title for i, title in enumerate(short_titles)]
     return [", ".join([title, *options[i]]) for i, title in enumerate(short_titles)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options that distinguish configurations with the same short title
 
 
 def distinguishing_options(configs: Sequence[Config], required: bool) -> list[list[str]]:
@@ -132,10 +127,8 @@ def changed_options(config: Config) -> set[str]:
 def is_implied(model: ModelOptions, name: str) -> bool:
     """Return whether the model's other options imply this one, as cross pairs imply that there are no pair_features."""
     unset = {spec.name for spec in fields(ModelOptions) if spec.default is None}  # the arch and the others set these
-    if name not in unset:
-        return False
     cleared: dict[str, Any] = {name: None}
-    return replace(model, **cleared).resolved() == model
+    return name in unset and replace(model, **cleared).resolved() == model
 
 
 def informative_options(names: Sequence[str], all_flags: Sequence[Flags]) -> list[str]:

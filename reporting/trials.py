@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import mean
 
 from config import Config
@@ -13,7 +14,7 @@ from reporting.page import ReportItem, Section
 from reporting.sources import Run, Study, Trial
 from reporting.tables import Column, Table, Value
 from reporting.titles import Method, differing_options, has_adapters, method_of, settings, short_title, titles_of
-from tasks import TASKS
+from tasks import TASKS, Task
 
 STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes become megabytes
     "score": Column("score", ".4f"),
@@ -26,6 +27,7 @@ STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes be
     "trainable_parameters": Column("trainable parameters", ",.0f"),
     "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
 }
+RANK, BATCH_SIZE = attrgetter("lora.lora_rank"), attrgetter("train.batch_size")  # of a Config
 METHOD_OPTIONS = ("lora_mode", "lora_rank", "dora")
 FIGURE_ROWS = 12  # the most configurations in a figure
 
@@ -37,24 +39,21 @@ class Metric:
     name: str
     format: str
     read: Callable[[Trial], float | None]
+    short_name: str = ""
 
     def values(self, trials: Sequence[Trial]) -> list[float]:
         """Return the metric of those trials that have it."""
         return [value for trial in trials if (value := self.read(trial)) is not None]
 
 
-SCORE = Metric("dev score", ".4f", lambda trial: trial.score)
-SECONDS = Metric("training time (s per epoch)", ",.1f", lambda trial: trial.seconds)
-MEMORY = Metric("peak memory (GB)", ".3f", lambda trial: None if trial.memory is None else trial.memory / 1e9)
+SCORE = Metric("dev score", ".4f", lambda trial: trial.score, "score")
+SECONDS = Metric("training time (s per epoch)", ",.1f", lambda trial: trial.seconds, "time")
+MEMORY = Metric("peak memory (GB)", ".3f", lambda trial: trial.memory and trial.memory / 1e9, "memory")
 
 
-def metric_of_task(task: str, metric: str) -> Metric:
+def metric_of_task(task: Task) -> Metric:
     """Return a task's metric on dev."""
-    return Metric(f"{task} {metric}", ".4f", lambda trial: trial.by_task.get(task))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What trials have in common, and what they differ in
+    return Metric(f"{task.name} {task.metric}", ".4f", lambda trial: trial.by_task.get(task.name))
 
 
 def format_commits(sources: Sequence[Trial] | Sequence[Run]) -> str:
@@ -93,44 +92,26 @@ def relative_change(before: float | None, after: float | None) -> float | None:
     return after / before - 1 if before and after is not None else None
 
 
-def without_adapters(trials: Sequence[Trial], mode: str) -> list[Trial]:
-    """Return the trials without adapters in a fine-tune mode."""
-    return [trial for trial in trials if method_of(trial.config) == Method(mode, False)]
+def reference_of(title: str, trials: Sequence[Trial], mode: str) -> tuple[float | None, str]:
+    """Return the mean score of the trials without adapters in a fine-tune mode, and a sentence that says so.
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Trials without adapters, which the others are compared with."""
-
-    title: str
-    trials: Sequence[Trial]
-
-    @property
-    def score(self) -> float | None:
-        """The mean dev score. None if there is no trial."""
-        return mean(trial.score for trial in self.trials) if self.trials else None
-
-    @property
-    def note(self) -> str:
-        """A sentence that says that the score is a mean. It is empty for less than two trials."""
-        if len(self.trials) < 2:
-            return ""
-        names = differing_options([trial.config for trial in self.trials])
-        difference = f", which differ in {', '.join(names)}" if names else ""
-        return f" {self.title} is the mean of {len(self.trials)} trials{difference}."
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All trials
+    The score is None if there is no such trial. The sentence is empty if there are less than two.
+    """
+    chosen = [trial for trial in trials if method_of(trial.config) == Method(mode, False)]
+    if len(chosen) < 2:
+        return chosen[0].score if chosen else None, ""
+    names = differing_options([trial.config for trial in chosen])
+    difference = f", which differ in {', '.join(names)}" if names else ""
+    return mean(trial.score for trial in chosen), f" {title} is the mean of {len(chosen)} trials{difference}."
 
 
 def trials_item(study: Study) -> ReportItem:
     """Return the table of a study's finished trials. The text says what was not run, and why."""
-    full = Reference("Full-model", without_adapters(study.trials, "full-model"))
+    full, full_note = reference_of("Full-model", study.trials, "full-model")
 
     def number(row: Mapping[str, str], name: str) -> Value:
         if name == "relative":
-            return float(row["score"]) / full.score if full.score else None
+            return float(row["score"]) / full if full else None
         text = row.get(name)
         return float(text) / (1e6 if name.endswith("_bytes") else 1) if text else None
 
@@ -149,21 +130,16 @@ def trials_item(study: Study) -> ReportItem:
         text += ". Without a result: " + "; ".join(
             f"{count} {status}: {why}" for (status, why), count in causes.items()
         )
-    if full.note:
-        text += "." + full.note
+    if full_note:
+        text += "." + full_note
     return ReportItem(f"{study.name}-trials", "All trials", text, Table(columns, rows).without_empty_columns())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Over rank and batch size
 
 
 def mean_lines(trials: Sequence[Trial], position: Callable[[Config], int], metric: Metric) -> Lines:
     """Return the mean of a metric at each position, for each method."""
     values: dict[Method, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
-        value = metric.read(trial)
-        if value is not None:
+        if (value := metric.read(trial)) is not None:
             values[method_of(trial.config)][position(trial.config)].append(value)
     return {method: {at: mean(group) for at, group in sorted(points.items())} for method, points in values.items()}
 
@@ -171,21 +147,6 @@ def mean_lines(trials: Sequence[Trial], position: Callable[[Config], int], metri
 def has_lines(lines: Lines) -> bool:
     """Return whether a line has more than one point."""
     return any(len(points) > 1 for points in lines.values())
-
-
-def rank_of(config: Config) -> int:
-    """Return the rank of the adapters."""
-    return config.lora.lora_rank
-
-
-def batch_size_of(config: Config) -> int:
-    """Return the batch size."""
-    return config.train.batch_size
-
-
-def with_adapters(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that have LoRA or DoRA."""
-    return [trial for trial in trials if has_adapters(trial.config)]
 
 
 def lines_table(position: str, panels: Mapping[Column, Lines]) -> Table:
@@ -201,18 +162,19 @@ def lines_table(position: str, panels: Mapping[Column, Lines]) -> Table:
 
 def ranks_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return dev score over rank by mode, relative to full fine-tuning if possible (R0, figure 2, left)."""
-    adapted = with_adapters(trials)
-    points = mean_lines(adapted, rank_of, SCORE)
+    adapted = [trial for trial in trials if has_adapters(trial.config)]
+    points = mean_lines(adapted, RANK, SCORE)
     if not has_lines(points):
         return "no dev score over rank, which needs adapters of one mode and two ranks"
-    full = Reference("Full fine-tuning", without_adapters(trials, "full-model"))
-    frozen = Reference("Frozen backbone", without_adapters(trials, "last-layer"))
-    unit = full.score or 1
+    full, full_note = reference_of("Full fine-tuning", trials, "full-model")
+    frozen, frozen_note = reference_of("Frozen backbone", trials, "last-layer")
+    unit = full or 1
     lines = {method: {rank: score / unit for rank, score in scores.items()} for method, scores in points.items()}
-    heights = {ref.title.lower(): ref.score / unit for ref in (full, frozen) if ref.score is not None}
-    axis = "dev score relative to full fine-tuning" if full.score else "dev score"
-    text = "LoRA solid, DoRA dashed." + other_differences(adapted, METHOD_OPTIONS) + full.note + frozen.note
-    if not full.score:
+    references = {"full fine-tuning": full, "frozen backbone": frozen}
+    heights = {title: score / unit for title, score in references.items() if score is not None}
+    axis = "dev score relative to full fine-tuning" if full else "dev score"
+    text = "LoRA solid, DoRA dashed." + other_differences(adapted, METHOD_OPTIONS) + full_note + frozen_note
+    if not full:
         text += " Scores are absolute, because no trial has --lora_mode none --fine_tune_mode full-model."
     table = lines_table("rank", {Column(axis, ".4f"): lines})
     figure = ranks_figure(lines, heights, axis, footnote_of(trials))
@@ -221,8 +183,8 @@ def ranks_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 
 def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return memory, time and score over rank, relative to LoRA of the lowest rank in each mode (R0, figure 20)."""
-    adapted = with_adapters(trials)
-    lora_ranks = [rank_of(trial.config) for trial in adapted if not trial.config.lora.dora]
+    adapted = [trial for trial in trials if has_adapters(trial.config)]
+    lora_ranks = [RANK(trial.config) for trial in adapted if not trial.config.lora.dora]
     if not lora_ranks:
         return "no memory and time over rank, which need LoRA"
     lowest = min(lora_ranks)
@@ -231,18 +193,17 @@ def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     if not any(has_lines(panels.get(metric, {})) for metric in (MEMORY, SECONDS)):
         needs = f"figures of one mode at two ranks, with its LoRA of rank {lowest} among them"
         return f"no memory and time over rank, which need {needs}"
-    short_names = {SCORE: "score", SECONDS: "time", MEMORY: "memory"}
     text = f"Each mode is relative to its LoRA of rank {lowest}." + other_differences(adapted, METHOD_OPTIONS)
-    text += missing_modes(adapted, {short_names[metric]: lines for metric, lines in panels.items()}, lowest)
+    text += missing_modes(adapted, {metric.short_name: lines for metric, lines in panels.items()}, lowest)
     table = lines_table("rank", {Column(f"{metric.name}, relative", ".4f"): lines for metric, lines in panels.items()})
-    drawn = {f"{short_names[metric]} (relative)": lines for metric, lines in panels.items()}
+    drawn = {f"{metric.short_name} (relative)": lines for metric, lines in panels.items()}
     figure = costs_figure(drawn, footnote_of(trials))
     return ReportItem(f"{name}-costs", "Memory, time and score over rank", text, table, figure)
 
 
 def relative_lines(trials: Sequence[Trial], metric: Metric, lowest: int) -> Lines:
     """Return a metric over rank, relative to LoRA of the lowest rank in the same mode. Other modes are left out."""
-    lines = mean_lines(trials, rank_of, metric)
+    lines = mean_lines(trials, RANK, metric)
     units = {method.mode: points.get(lowest) for method, points in lines.items() if not method.dora}
     return {
         method: {rank: value / unit for rank, value in points.items()}
@@ -266,7 +227,7 @@ def missing_modes(trials: Sequence[Trial], panels: Mapping[str, Lines], lowest: 
 def batches_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return peak memory over the batch size by method (R0, figure 2, right)."""
     measured = [trial for trial in trials if trial.memory is not None]
-    lines = mean_lines(measured, batch_size_of, MEMORY)
+    lines = mean_lines(measured, BATCH_SIZE, MEMORY)
     if not has_lines(lines):
         return "no memory over batch size, which needs one method with two batch sizes"
     shown = (*METHOD_OPTIONS, "batch_size", "fine_tune_mode")
@@ -276,50 +237,38 @@ def batches_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     return ReportItem(f"{name}-batches", "Memory over batch size", text, table, figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# With and without mixed precision
-
-
 def amp_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return memory, time and score with and without mixed precision, by method (R0, figures 21 and 22)."""
     groups = [group for group in group_trials(trials, ("amp",)) if len({t.config.compute.amp for t in group}) == 2]
     if not groups:
         return "no comparison of mixed precision, which needs two trials that differ in --amp alone"
-    pairs = []
+    by_method: dict[str, list[tuple[Trial, Trial]]] = defaultdict(list)
     for group in groups:
         fp32, *_, amp = sorted(group, key=lambda trial: trial.config.compute.amp)
-        pairs.append((fp32, amp))
-    methods = list(dict.fromkeys(short_title(fp32.config) for fp32, _ in pairs))
-    panels = {metric: amp_means(pairs, metric) for metric in (MEMORY, SECONDS, SCORE)}
-    panels = {metric: means for metric, means in panels.items() if means.keys() == set(methods)}
+        by_method[short_title(fp32.config)].append((fp32, amp))
+    panels = {metric: amp_means(by_method, metric) for metric in (MEMORY, SECONDS, SCORE)}
+    panels = {metric: means for metric, means in panels.items() if len(means) == len(by_method)}
     columns = [Column("method")]
-    rows: list[list[Value]] = [[method] for method in methods]
+    rows: list[list[Value]] = [[method] for method in by_method]
     for metric, means in panels.items():
         columns += [Column(f"{metric.name}, fp32", metric.format), Column(f"{metric.name}, AMP", metric.format)]
         columns.append(Column(f"change of {metric.name.split(' (')[0]}", "+.1%"))
-        for row, method in zip(rows, methods, strict=True):
-            row += [*means[method], relative_change(*means[method])]
-    drawn = {metric.name: [means[method] for method in methods] for metric, means in panels.items()}
-    figure = amp_figure(methods, drawn, footnote_of([trial for group in groups for trial in group]))
-    text = f"Means over {len(pairs)} pairs of trials. The trials of a pair differ in --amp alone."
+        for row, pair in zip(rows, means, strict=True):
+            row += [*pair, relative_change(*pair)]
+    drawn = {metric.name: means for metric, means in panels.items()}
+    figure = amp_figure(list(by_method), drawn, footnote_of([trial for group in groups for trial in group]))
+    text = f"Means over {len(groups)} pairs of trials. The trials of a pair differ in --amp alone."
     return ReportItem(f"{name}-amp", "With and without mixed precision", text, Table(columns, rows), figure)
 
 
-def amp_means(pairs: Sequence[tuple[Trial, Trial]], metric: Metric) -> dict[str, tuple[float, float]]:
-    """Return by method the means of a metric without and with mixed precision, over pairs that have both."""
-    by_method: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for fp32, amp in pairs:
-        without, with_amp = metric.read(fp32), metric.read(amp)
-        if without is not None and with_amp is not None:
-            by_method[short_title(fp32.config)].append((without, with_amp))
-    return {
-        method: (mean(without for without, _ in values), mean(with_amp for _, with_amp in values))
-        for method, values in by_method.items()
-    }
+def amp_means(by_method: Mapping[str, Sequence[tuple[Trial, Trial]]], metric: Metric) -> list[tuple[float, float]]:
+    """Return for each method the means of a metric without and with mixed precision, over pairs that have both.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Over seeds
+    Methods without such a pair are left out.
+    """
+    values = [[(metric.read(fp32), metric.read(amp)) for fp32, amp in pairs] for pairs in by_method.values()]
+    known = [[(a, b) for a, b in pairs if a is not None and b is not None] for pairs in values]
+    return [(mean(a for a, _ in pairs), mean(b for _, b in pairs)) for pairs in known if pairs]
 
 
 def sort_key(config: Config) -> tuple[bool, bool, bool]:
@@ -329,7 +278,9 @@ def sort_key(config: Config) -> tuple[bool, bool, bool]:
 
 def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     """Return means and deviations over seeds, and changes against the baseline (R0, section 5.4.3, figure 3)."""
-    groups = group_by_seeds(trials)
+    by_seed = [{trial.config.train.seed: trial for trial in group} for group in group_trials(trials, ("seed",))]
+    groups = [list(group.values()) for group in by_seed if len(group) > 1]  # a seed that ran twice counts once
+    groups.sort(key=lambda group: sort_key(group[0].config))
     if not groups:
         return "no comparison over seeds, which needs trials that differ in --seed alone"
     by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
@@ -348,19 +299,12 @@ def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     return ReportItem(f"{name}-seeds", "Configurations over seeds", text, seeds_table(by_title, baseline), figure)
 
 
-def group_by_seeds(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Return the trials of each configuration that has two seeds or more. A seed that ran twice counts once."""
-    by_seed = [{trial.config.train.seed: trial for trial in group} for group in group_trials(trials, ("seed",))]
-    groups = [list(group.values()) for group in by_seed if len(group) > 1]
-    return sorted(groups, key=lambda group: sort_key(group[0].config))
-
-
 def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
     """Return mean and deviation of each metric by configuration, and changes against the baseline if there is one."""
     compared = (SCORE, SECONDS, MEMORY)
     columns = [Column("configuration"), Column("seeds")]
     rows: list[list[Value]] = [[title, len(group)] for title, group in groups.items()]
-    for metric in (*compared, *(metric_of_task(task.name, task.metric) for task in TASKS.values())):
+    for metric in (*compared, *map(metric_of_task, TASKS.values())):
         columns += [Column(metric.name, metric.format), Column(f"deviation of {metric.name}", metric.format)]
         columns.append(Column(f"{metric.name} against baseline", "+.1%"))
         reference = None

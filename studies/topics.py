@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics.pairwise import cosine_similarity
 
 from base_bert import load_weights, read_config, resolve_pretrained
 from bert import BertModel
@@ -16,10 +17,9 @@ from datasets import BadRows, Examples, column_names, find_file, read_examples
 from tasks import Task
 from text.packing import pack, ragged_rows
 from text.tokenizer import Tokenizer, load_tokenizer
-from utils.console import format_table, progress, say
+from utils.console import progress, say
 from utils.device import Device, choose_device
 from utils.errors import UserError
-from utils.files import probe_file, write_text
 
 COLUMN = "topic"
 EXAMPLE_LINE = "`Finance: 600: money, bank`"
@@ -75,22 +75,14 @@ def draw(topic_names: np.ndarray, topics: Mapping[str, Topic], seed: int) -> np.
     return np.sort(np.concatenate(chosen))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Topics by embeddings
-
-
 def nearest_topics(examples: np.ndarray, topics: np.ndarray) -> np.ndarray:
     """Return for each example [N, H] the index [N] of the topic [K, H] with the greatest cosine.
 
     Both are centred first, because embeddings of BERT have a large common part without meaning (Mu and Viswanath 2018,
     "All-but-the-top", section 2).
     """
-
-    def normalise(vectors: np.ndarray) -> np.ndarray:
-        centred = vectors - vectors.mean(axis=0)
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-
-    return (normalise(examples) @ normalise(topics).T).argmax(axis=1)
+    cosines = cosine_similarity(examples - examples.mean(axis=0), topics - topics.mean(axis=0))
+    return np.asarray(cosines.argmax(axis=1))
 
 
 def embed(texts: Sequence[str], model: BertModel, tokenizer: Tokenizer, device: Device, batch_size: int) -> np.ndarray:
@@ -128,18 +120,26 @@ def assign_topics(
     return np.array(list(topics))[nearest_topics(example_embeddings, topic_embeddings)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+def read_training_file(
+    data: FileOptions, options: TaskOptions, task: Task, out: Path
+) -> tuple[Examples, np.ndarray | None]:
+    """Return the examples of the task's training file, and its column of topics [N] if it has one.
 
-
-def read_with_topics(path: Path, task: Task, bad_rows: BadRows) -> tuple[Examples, np.ndarray | None]:
-    """Return the examples of a training file, and its column of topics [N]. The column is None if there is none."""
-    if COLUMN not in column_names(path):
-        return read_examples(path, task, "train", bad_rows), None
-    wider = replace(task, text_columns=(*task.text_columns, COLUMN))  # reads the topic as one more text
-    examples = read_examples(path, wider, "train", bad_rows)
-    *texts, topics = examples.texts
-    return replace(examples, task=task, texts=tuple(texts)), np.array(topics)
+    Print the rows that cannot be read. Raise UserError if they are too many, if the file is missing, or if `out` would
+    replace it.
+    """
+    path = find_file(Path(data.data_dir), options.train, task, "train")
+    if path is None:
+        raise UserError(f"--data_dir {data.data_dir}: has no {task.files['train']}; name one with --{task.name}_train")
+    if out.resolve() == path.resolve():
+        raise UserError(f"--out {out}: is the file that the sample is drawn from; name another one")
+    bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
+    has_topics = COLUMN in column_names(path)
+    columns = (*task.text_columns, COLUMN) if has_topics else task.text_columns  # reads the topic as one more text
+    examples = read_examples(path, replace(task, text_columns=columns), "train", bad_rows)
+    bad_rows.check()
+    texts = examples.texts[: len(task.text_columns)]
+    return replace(examples, task=task, texts=texts), np.array(examples.texts[-1]) if has_topics else None
 
 
 def format_training_file(examples: Examples, topic_names: np.ndarray) -> str:
@@ -151,44 +151,3 @@ def format_training_file(examples: Examples, topic_names: np.ndarray) -> str:
     columns = examples.ids, *examples.texts, examples.labels, topic_names
     writer.writerows([number, *row] for number, row in enumerate(zip(*columns, strict=True)))
     return text.getvalue()
-
-
-def find_training_file(data: FileOptions, options: TaskOptions, task: Task, out: Path) -> Path:
-    """Return the path of the task's training file. Raise UserError if it is missing or if `out` would replace it."""
-    path = find_file(Path(data.data_dir), options.train, task, "train")
-    if path is None:
-        raise UserError(f"--data_dir {data.data_dir}: has no {task.files['train']}; name one with --{task.name}_train")
-    if out.resolve() == path.resolve():
-        raise UserError(f"--out {out}: is the file that the sample is drawn from; name another one")
-    return path
-
-
-def write_sample(
-    *,
-    topics_path: Path,
-    out: Path,
-    task: Task,
-    data: FileOptions,
-    options: TaskOptions,
-    pretrained: str,
-    compute: ComputeOptions,
-    seed: int,
-) -> None:
-    """Write the sample of a task's training file into `out`, and print how many examples each topic has.
-
-    The topics in the file's column of topics are used if it has one. Otherwise the `pretrained` model assigns them.
-    Raise UserError if a file cannot be used or a quota cannot be filled.
-    """
-    topics = read_topics(topics_path)
-    path = find_training_file(data, options, task, out)
-    probe_file(out, "--out")
-    bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
-    examples, names = read_with_topics(path, task, bad_rows)
-    bad_rows.check()
-    if names is None:
-        names = assign_topics(examples, topics, pretrained, compute)
-    chosen = draw(names, topics, seed)
-    write_text(out, format_training_file(examples.at(chosen), names[chosen]))
-    rows = [[name, f"{(names == name).sum():,}", f"{topic.quota:,}"] for name, topic in topics.items()]
-    say(format_table(["topic", "examples", "drawn"], [*rows, ["all", f"{len(examples):,}", f"{len(chosen):,}"]]))
-    say(f"sample in {out}: train with --{task.name}_train {out}")
