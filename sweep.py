@@ -31,7 +31,8 @@ def read_command(argv: Sequence[str]) -> tuple[SweepOptions, Plan]:
     """Return what the command line asks for. Raises UserError for what cannot be."""
     groups = {"sweep": SweepOptions}
     parser = build_parser("sweep.py", str(__doc__).split("\n\n")[0], {}, groups)
-    parser.usage = f"sweep.py --out DIR --grid FLAG=VALUE,... [flags] [flags of {SCRIPT}] [@file-of-flags]"
+    what = "--grid FLAG=VALUE,... | --search N --range FLAG=LOW..HIGH"
+    parser.usage = f"sweep.py --out DIR ({what}) [flags] [flags of {SCRIPT}] [@file-of-flags]"
     several: dict[str, Any] = {"nargs": "+", "action": "append", "default": []}
     about = "the values of each flag; every combination is a trial, and another --grid adds its own"
     parser.add_argument("--grid", metavar="FLAG=VALUE,...", help=about, **several)

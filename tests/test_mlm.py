@@ -24,6 +24,7 @@ from cli.parser import parse
 from models.checkpoint import load, load_model
 from models.mlm import MaskedWordHead, Masking
 from models.multitask_bert import MultitaskBERT
+from studies.results import figures
 from tasks import DEFAULT_TASKS, SST, TASKS
 from text.packing import PackedBatch, pack, pack_padded
 from text.tokenizer import Tokenizer, load_tokenizer

@@ -23,9 +23,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------------- benchmark
-
-
 @pytest.fixture(scope="module")
 def benchmark(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of two runs, with and without adapters; its folder also has a run that was not measured."""
@@ -101,9 +98,6 @@ def test_mistakes_are_told_before_training(
     with pytest.raises(UserError, match=wanted):
         multitask_classifier.main([*tiny_flags, "--run_dir", "run", *words.split()])
     assert not Path("run").exists() and Path("file").read_text() == "some,other\ntable,here\n"
-
-
-# -------------------------------------------------------------------------------------------------------------- table
 
 
 def add_rows(path: Path, number: int) -> None:

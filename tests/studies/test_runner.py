@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, refusal
 from processes import Child, wait_until
 
 import sweep
 from studies import runner
 from studies.runner import verdict
 from studies.shared_study import SharedStudy, lock_log
-from utils.errors import UserError
 
 # Writes what a training run writes. The score is best at a learning rate of 1e-3 and rises with the epochs.
 SCRIPT = f"""
@@ -59,10 +58,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:
-    if not (folder / "results.csv").exists():
-        return []
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    path = folder / "results.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def by_trial(folder: Path) -> dict[str, dict[str, str]]:
@@ -112,9 +109,6 @@ def kill_all(child: Child) -> None:
     child.wait()
 
 
-# ---------------------------------------------------------------------------------------------------- killed, going on
-
-
 def test_a_sweep_killed_twice_has_each_trial_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 trials, one of which fails: killed with all its trials, then alone, then left in peace as two at once."""
     monkeypatch.setenv("SECONDS", "0.1")
@@ -156,19 +150,11 @@ def test_a_trial_cut_short_goes_on_and_keeps_its_checkpoints_if_asked(
     assert log_of(folder, "seed=5") == "begins after epoch 0\nbegins after epoch 1\n"
     assert "seed=5: ok, score 0.5000" in capsys.readouterr().out and (trial / "best.pt").exists()
     before = read_table(folder)
-    for name in ("results.csv", "study.journal"):
-        (folder / name).unlink()  # the run itself is still there
-    run(folder, *words)
-    assert read_table(folder) == before and log_of(folder, "seed=5").count("begins") == 2
-
-
-def test_a_folder_with_a_run_of_other_flags_begins_anew(tmp_path: Path) -> None:
-    run(tmp_path / "study", "--grid", "seed=5")
-    for name in ("results.csv", "study.journal"):
-        (tmp_path / "study" / name).unlink()
-    run(tmp_path / "study", "--grid", "seed=5", "--lr", "1e-3")
-    assert read_table(tmp_path / "study")[0]["score"] == "1.0"
-    assert log_of(tmp_path / "study", "seed=5") == "begins after epoch 0\n"
+    for lr, begins, score in (("1e-4", 2, before[0]["score"]), ("1e-3", 1, "1.0")):
+        for name in ("results.csv", "study.journal"):
+            (folder / name).unlink()
+        run(folder, *words, "--lr", lr)  # the run itself is still there, and the second time it has other flags
+        assert log_of(folder, "seed=5").count("begins") == begins and read_table(folder)[0]["score"] == score
 
 
 def test_jobs_share_the_cores_that_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +180,6 @@ def test_sigterm_ends_the_trials_and_leaves_no_row(tmp_path: Path, monkeypatch: 
     assert len(read_table(tmp_path / "study")) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- sharing
-
-
 def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path) -> None:
     words = ["--storage", tmp_path / "disk" / "journal", "--grid", "seed=1,2,3,4,5,6,7,8"]
     folders = [tmp_path / host / "seeds" for host in ("one", "two")]
@@ -205,8 +188,7 @@ def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path
     trained = [[path.parent.name for path in folder.glob("trials/*/scores.json")] for folder in folders]
     assert trained[0] and trained[1] and sorted(trained[0] + trained[1]) == [f"seed={i}" for i in range(1, 9)]
     assert by_trial(folders[0]) == by_trial(folders[1]) and len(by_trial(folders[0])) == 8
-    with pytest.raises(UserError, match="there seed=1 is the run of .* and not of .*--lr 1"):
-        run(tmp_path / "three" / "seeds", *words, "--lr", "1")
+    assert "there seed=1 is the run of " in refusal(run, tmp_path / "three" / "seeds", *words, "--lr", "1")
 
 
 @pytest.mark.parametrize("storage", ["{}/journal", "sqlite:///{}/study.db"])
@@ -269,8 +251,8 @@ def test_a_search_samples_its_ranges_and_can_be_repeated_killed_and_enlarged(
     assert flags_of(tmp_path / "other") != flags_of(tmp_path / "whole")[:2]
     run(tmp_path / "whole", *SEARCH, "--search", 13)
     assert len(by_trial(tmp_path / "whole")) == 13
-    with pytest.raises(UserError, match="--range: .*whole searches other ranges; repeat them or choose another folder"):
-        run(tmp_path / "whole", "--search", 14, "--range", "lr=1e-5..2:log", "lora_rank=1..4", "lora_mode=none,attn")
+    others = ["--search", 14, "--range", "lr=1e-5..2:log", "lora_rank=1..4", "lora_mode=none,attn"]
+    assert "whole searches other ranges; repeat them" in refusal(run, tmp_path / "whole", *others)
 
 
 def test_sweeps_that_share_a_search_run_its_number_of_trials(tmp_path: Path) -> None:
@@ -296,29 +278,23 @@ def test_bad_trials_are_pruned_and_others_are_not(tmp_path: Path, monkeypatch: p
     assert by_trial(tmp_path / "study") == rows
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
-
-
 @pytest.mark.parametrize("storage", ["text", "text/journal", "nosuch://host/study", "sqlite:////nosuch/study.db"])
 def test_a_storage_that_cannot_be_used_is_one_line(storage: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("no journal\nat all\n")
-    with pytest.raises(UserError, match=f"--storage {storage}: cannot be used [^\n]*; name another file") as error:
-        run(tmp_path / "study", "--storage", storage, "--grid", "seed=1")
-    assert "\n" not in str(error.value)
+    line = refusal(run, tmp_path / "study", "--storage", storage, "--grid", "seed=1")
+    assert line.startswith(f"--storage {storage}: cannot be used (") and "; name another file or database" in line
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_journal_is_one_line_and_can_be_deleted(damage: str, tmp_path: Path) -> None:
     run(tmp_path / "study", "--grid", "seed=1")
-    journal = tmp_path / "study" / "study.journal"
+    before, journal = by_trial(tmp_path / "study"), tmp_path / "study" / "study.journal"
     content = journal.read_bytes()
     journal.write_bytes(content[:-20] if damage == "cut" else content[:99] + b"\0" * 50 + content[149:])
-    with pytest.raises(UserError, match="study.journal: cannot be used [^\n]*; a damaged file can be deleted") as error:
-        run(tmp_path / "study", "--grid", "seed=1,2")
-    assert "\n" not in str(error.value)
+    line = refusal(run, tmp_path / "study", "--grid", "seed=1,2")
+    assert f"{journal}: cannot be used (" in line and "; a damaged file can be deleted" in line
     journal.unlink()
-    before = by_trial(tmp_path / "study")
     run(tmp_path / "study", "--grid", "seed=1,2")
     assert by_trial(tmp_path / "study")["seed=1"] == before["seed=1"]
 
@@ -333,12 +309,9 @@ ALLOCATOR = "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. Default
         (0, "error: told, but survived", ("ok", "")),
         (1, TRACE + "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n", ("out of memory", "Tried 2 GiB")),
         (1, TRACE + ALLOCATOR + ": you tried 9 bytes.\nframe #0: c10 + 0x1\n", ("out of memory", "you tried 9 bytes.")),
-        (1, TRACE + "MemoryError\n", ("out of memory", "MemoryError")),
         (-6, "terminate called after throwing 'std::bad_alloc'\n  what(): x\n", ("out of memory", "'std::bad_alloc'")),
         (-9, "epoch 1/2:  50%|", ("out of memory", "killed by SIGKILL, as the system does when memory runs out")),
-        (-11, "epoch 1/2:  50%|", ("failed", "killed by SIGSEGV")),
         (-35, "epoch 1/2:  50%|", ("failed", "killed by signal 35")),
-        (1, TRACE + "ValueError: a, b\nepoch 1/2: 50%|#|", ("failed", "ValueError: a, b")),
         (2, "epoch 1/2: 50%\repoch 1/2: 90%\nerror: SST: a loss is no number\n", ("failed", "a loss is no number")),
         (3, "", ("failed", "exit code 3")),
     ],

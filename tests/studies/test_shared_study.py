@@ -86,20 +86,6 @@ def test_a_sweep_that_died_as_it_took_a_trial_frees_it(tmp_path: Path, monkeypat
     assert study.take({"a": {}}, 0) is not None
 
 
-def test_only_the_named_host_loses_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = open_study(tmp_path)
-    for host in ("node1", "node2"):
-        monkeypatch.setattr(platform, "node", lambda host=host: host)
-        taken = study.take({host: {}}, 0)
-        assert taken is not None
-        taken[1].close()
-    monkeypatch.setattr(platform, "node", lambda: "node3")
-    study.free_dead()
-    assert study.hosts() == "node1, node2"
-    study.free_dead("node1")
-    assert study.hosts() == "node2"
-
-
 @pytest.mark.parametrize(
     ("status", "state"),
     [("refused", TrialState.PRUNED), ("out of memory", TrialState.PRUNED), ("failed", TrialState.FAIL)],

@@ -14,7 +14,7 @@ from cli.parser import parse
 from datasets import load_splits, tokenise
 from models.checkpoint import load_model
 from tasks import TASKS
-from training.meters import StepClock, StepGauge
+from training.meters import StepTimer, SyncedStepTimer
 from utils.device import Device
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ class Late(Device):
 
 
 def test_a_measured_step_ends_when_the_device_has_done_it() -> None:
-    plain, synced = StepClock(Late(CPU)), StepGauge(Late(CPU))
+    plain, synced = StepTimer(Late(CPU)), SyncedStepTimer(Late(CPU))
     plain.start()
     assert plain.stop()[0] < 0.05
     synced.start()
@@ -36,7 +36,7 @@ def test_a_measured_step_ends_when_the_device_has_done_it() -> None:
 
 
 def test_each_measured_step_has_its_own_peak_of_memory() -> None:
-    timer, peaks = StepGauge(Device(CPU)), []
+    timer, peaks = SyncedStepTimer(Device(CPU)), []
     for size in (1, 300, 1):
         timer.start()
         torch.ones(size, 250_000)  # a million bytes for each
