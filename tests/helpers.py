@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base_bert import save_pretrained
 from benchmarks.options import BenchmarkOptions
 from bert import BertModel
 from cli.parser import parse
-from config import BertConfig, Config
+from config import BertConfig, Config, ModelOptions
 from models.multitask_bert import MultitaskBERT
 from reporting.page import ReportItem
-from tasks import TASKS, Task
-from text.packing import PackedBatch, pack
+from tasks import DEFAULT_TASKS, TASKS, Task
+from text.packing import PackedBatch, join_padded_pairs, pack, pack_padded, stack_padded_pairs
 from training import commands
 from training import trainer as trainer_module
 from training.distributed import SINGLE_PROCESS, DistributedContext
@@ -231,6 +232,111 @@ def write_films(folder: Path, stem: str) -> None:
             label = "" if split == "test-student" else f"\t{i % 2}"
             lines.append(f"{i}\tfilm{i}\tThe film is {words[i % 2]} , number {i} .{label}")
         (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+TINY = BertConfig(
+    vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+def randomise(module: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
+    """Draw every parameter from N(0, std^2), but weights of norms from N(1, std^2). So no bias is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            mean = 1.0 if re.search(r"norm\.weight", name, re.IGNORECASE) else 0.0
+            parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def max_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of one shape."""
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def weighted_sum(x: Tensor, seed: int = 5) -> Tensor:
+    """Return a random linear function of a tensor, as a loss whose gradient differs in every element."""
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x * weights.to(x.dtype)).sum()
+
+
+def model_options(**given: Any) -> ModelOptions:
+    """Return options with everything filled in that `arch` decides."""
+    return ModelOptions(**given).resolved()
+
+
+def make_model(
+    seed: int = 0, config: BertConfig = TINY, tasks: dict[str, Task] = DEFAULT_TASKS, **given: Any
+) -> MultitaskBERT:
+    """Return a model without dropout whose every parameter is random."""
+    model = MultitaskBERT(model_options(**{"hidden_dropout_prob": 0.0, **given}), config, tasks)
+    randomise(model, seed)
+    return model
+
+
+def make_texts(seed: int, size: int = 6, longest: int = 11) -> tuple[Tensor, Tensor]:
+    """Return random ids and mask [size, longest]; each text has at least [CLS] and [SEP]."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (size,), generator=generator)
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return torch.randint(3, TINY.vocab_size, mask.shape, generator=generator) * mask, mask
+
+
+def make_batch(model: MultitaskBERT, task: str, size: int = 6, seed: int = 0) -> PackedBatch:
+    """Return a packed batch of `size` examples of a task, joined as the model wants them."""
+    first, second = make_texts(seed, size), make_texts(seed + 1000, size, 14)
+    if not model.tasks[task].is_pair:
+        return pack_padded(*first)
+    return (stack_padded_pairs if model.is_siamese(task) else join_padded_pairs)(*first, *second)
+
+
+def hf_model(class_name: str = "BertModel", config: BertConfig = TINY) -> Any:
+    """Return a transformers model in evaluation mode whose every parameter is random."""
+    import transformers
+
+    model = getattr(transformers, class_name)(transformers.BertConfig(**config.to_dict()))
+    model.tie_weights()
+    return randomise(model, std=1.0).eval()
+
+
+def our_names(bert: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters of a transformers BertModel by our names, written down independently of base_bert.py."""
+    modules: dict[str, Any] = {
+        "word_embedding": bert.embeddings.word_embeddings,
+        "pos_embedding": bert.embeddings.position_embeddings,
+        "tk_type_embedding": bert.embeddings.token_type_embeddings,
+        "embed_layer_norm": bert.embeddings.LayerNorm,
+    }
+    for n, layer in enumerate(bert.encoder.layer):
+        modules |= {
+            f"bert_layers.{n}.self_attention.query": layer.attention.self.query,
+            f"bert_layers.{n}.self_attention.key": layer.attention.self.key,
+            f"bert_layers.{n}.self_attention.value": layer.attention.self.value,
+            f"bert_layers.{n}.attention_dense": layer.attention.output.dense,
+            f"bert_layers.{n}.attention_layer_norm": layer.attention.output.LayerNorm,
+            f"bert_layers.{n}.interm_dense": layer.intermediate.dense,
+            f"bert_layers.{n}.out_dense": layer.output.dense,
+            f"bert_layers.{n}.out_layer_norm": layer.output.LayerNorm,
+        }
+    if bert.pooler is not None:
+        modules["pooler_dense"] = bert.pooler.dense
+    return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
+
+
+def write_weights(folder: Path, state: dict[str, Tensor], config: BertConfig = TINY, legacy: bool = False) -> Path:
+    """Write a configuration and these weights, as safetensors or in the legacy format of pytorch_model.bin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    if legacy:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def figure_of(item: ReportItem | str) -> Any:

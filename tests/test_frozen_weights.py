@@ -1,42 +1,32 @@
-"""Under autocast frozen weights are cast once: the same numbers, fewer casts, and never an old copy."""
+"""bert.Linear: under autocast frozen weights are cast once, with the same numbers, and old copies are never used."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from helpers import TINY, make_texts, randomise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert import BertModel, Linear
-from config import BertConfig
-from kernels import linear as products
+from kernels.linear import linear as kernel
 from lora import LoRAConfig, inject
+from models.freezing import set_trainable
 
-SHAPE = BertConfig(
-    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-    max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
+WIDTHS = {TINY.hidden_size, TINY.intermediate_size}
 
 
-class Casts(TorchDispatchMode):
-    """Counts the casts of matrices of weights to bf16."""
+class WeightCasts(TorchDispatchMode):
+    """Counts the casts of matrices of weights, whose sides are widths of the model, to bf16."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
-            self.shapes.append(tuple(args[0].shape))
+            self.count += args[0].dim() == 2 and set(args[0].shape) <= WIDTHS
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def casts() -> Iterator[Casts]:
-    with Casts() as mode:
-        yield mode
 
 
 class Plain(nn.Linear):
@@ -47,54 +37,45 @@ class Plain(nn.Linear):
         return nn.functional.gelu(y) if gelu else y
 
 
-def make_model(seed: int = 0) -> BertModel:
-    torch.manual_seed(seed)
-    model = BertModel(SHAPE)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+def run(model: nn.Module) -> tuple[Tensor, int]:
+    """Return the model's output under autocast, and how many weights were cast."""
+    with WeightCasts() as casts, torch.autocast("cpu", torch.bfloat16):
+        out = model(*make_texts(0))["pooler_output"].float()
+    return out, casts.count
 
 
-def run(model: nn.Module) -> Tensor:
-    ids = torch.arange(1, 25).view(4, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(ids, torch.ones_like(ids))["pooler_output"].float()
-
-
-def weights_of(shapes: list[tuple[int, ...]]) -> int:
-    """How many of the casts were of matrices of weights, whose sides are widths of the model."""
-    return sum(len(shape) == 2 and set(shape) <= {32, 64} for shape in shapes)
-
-
-@pytest.mark.parametrize("command", ["all", "top", "none"])
-def test_the_same_numbers_by_fewer_casts(command: str) -> None:
-    """All of the weights are frozen, or those below the last layer, or none."""
-    plain, ours = make_model(), make_model()
+@pytest.mark.parametrize(("trainable_layers", "frozen"), [(0, 13), (1, 6), (3, 0)])
+def test_the_same_numbers_by_fewer_casts(trainable_layers: int, frozen: int) -> None:
+    plain, ours = BertModel(TINY), BertModel(TINY)
     for module in list(plain.modules()):
         for name, child in module.named_children():
             if isinstance(child, Linear):
-                linear = Plain(child.in_features, child.out_features)
-                linear.load_state_dict(child.state_dict())
-                setattr(module, name, linear)
-    frozen = {"all": 13, "top": 6, "none": 0}[command]
+                setattr(module, name, Plain(child.in_features, child.out_features))
     for model in (plain, ours):
-        model.requires_grad_(command == "none")
-        model.bert_layers[1].requires_grad_(command != "all")
-        model.pooler_dense.requires_grad_(command != "all")
-    counts = []
-    for _ in range(3):
+        randomise(model, std=0.3)
+        set_trainable(model, trainable_layers)
+    for number in range(3):
         outputs, grads = [], []
-        for model in (plain, ours):
-            with casts() as mode:
-                outputs.append(run(model))
-            counts.append(weights_of(mode.shapes))
-            if command != "all":
-                outputs[-1].square().sum().backward()
+        for model, wanted in ((plain, 13), (ours, 13 - frozen if number else 13)):
+            out, count = run(model)
+            assert count == wanted
+            outputs.append(out)
+            if trainable_layers:
+                out.square().sum().backward()
                 grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
                 model.zero_grad()
         assert torch.equal(*outputs) and outputs[0].std() > 0.01
-        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) if grads else command == "all"
-    assert counts == [13, 13, 13, 13 - frozen, 13, 13 - frozen]
+        assert not grads or all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_linears_beside_adapters_are_cast_once() -> None:
+    """Query, key and value are wrapped; the three other linears of each layer and the pooler are frozen and plain."""
+    model = BertModel(TINY)
+    config = LoRAConfig(mode="attn-only", rank=2)
+    inject(model, config)
+    set_trainable(model, 3, config)
+    run(model)
+    assert run(model)[1] == 6  # the wrapped ones, whose sum with the update is another in each step
 
 
 def frozen_linear() -> tuple[Linear, Tensor]:
@@ -122,9 +103,10 @@ def test_other_weights_are_cast_anew() -> None:
     other = torch.randn(4, 8)
     linear.weight.data, other = other, linear.weight.data  # as a running average of the weights does
     check(linear, x)
-    with torch.autocast("cpu", torch.float16):
-        assert linear(x).dtype == torch.float16
-    check(linear, x)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert linear(x).dtype == dtype
+    assert list(linear.state_dict()) == ["weight", "bias"] and not list(linear.buffers())
 
 
 def test_weights_that_train_are_not_kept() -> None:
@@ -144,7 +126,7 @@ def test_weights_that_train_are_not_kept() -> None:
 
 def test_without_autocast_and_in_double_nothing_is_kept() -> None:
     linear, x = frozen_linear()
-    assert torch.equal(linear(x), products.linear(x, linear.weight, linear.bias))
+    assert torch.equal(linear(x), kernel(x, linear.weight, linear.bias))
     assert linear.cast is None
     linear.double()
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,30 +143,3 @@ def test_evaluation_leaves_copies_that_training_can_use() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         linear(x).sum().backward()
     assert x.grad is not None and linear.cast is kept
-
-
-def test_copies_are_no_part_of_the_state() -> None:
-    linear, x = frozen_linear()
-    check(linear, x)
-    assert list(linear.state_dict()) == ["weight", "bias"]
-    assert len(list(linear.buffers())) == 0
-
-
-def test_linears_beside_adapters_are_cast_once() -> None:
-    """Query, key and value are wrapped; the three other linears of each layer and the pooler are frozen and plain."""
-    model = make_model()
-    inject(model, LoRAConfig(mode="attn-only", rank=2))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    run(model)
-    with casts() as mode:
-        run(model)
-    assert weights_of(mode.shapes) == 6  # the wrapped ones, whose sum with the update is another in each step
-
-
-def test_another_precision_has_its_own_copies() -> None:
-    layer = Linear(4, 4).requires_grad_(False)
-    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", dtype):
-            layer(torch.ones(2, 4))
-        assert layer.cast is not None and layer.cast[1].dtype == layer.cast[2].dtype == dtype

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import configure
+from helpers import configure, make_model
 
+from config import PalOptions
+from lora import LoRAConfig
 from tasks import SST, TASKS, Task
 from training import logger
 from training.run_directory import RunDirectory
@@ -51,3 +53,28 @@ def test_a_long_run_draws_few_figures(
         telemetry.epoch(logger.Epoch(number, "all", number, {}, scores), dev)
     assert figures == drawn_after
     assert [step for tag, step in scalars if tag.startswith("speed/")] == [*range(1, epochs + 1)]
+
+
+@pytest.mark.parametrize(
+    ("lora_mode", "pals", "layers", "mode", "told"),
+    [
+        (None, False, 0, "iterative", "the heads train"),
+        (None, False, 1, "iterative", "the heads, the pooler and the top 1 layer train"),
+        (None, False, 2, "iterative", "the heads, the pooler and the top 2 layers train"),
+        (None, False, 3, "iterative", "everything trains"),
+        (None, True, 0, "last-layer", "the heads and PALs train"),
+        ("attn-only", False, 0, "iterative", "the heads train"),
+        ("attn-only", False, 1, "iterative", "the heads and the adapters of the top 1 layer train"),
+        ("attn-only", False, 3, "full-model", "the heads and all adapters train"),
+        ("attn", False, 0, "last-layer", "the heads and all adapters train"),
+        ("attn", False, 3, "full-model", "everything trains, of layers with adapters only those"),
+        ("attn-only", True, 0, "last-layer", "the heads and PALs and all adapters train"),
+    ],
+)
+def test_what_trains_is_told(lora_mode: str | None, pals: bool, layers: int, mode: str, told: str) -> None:
+    model = make_model()
+    if lora_mode is not None:
+        model.add_adapters(LoRAConfig(lora_mode))
+    if pals:
+        model.add_pals(PalOptions(pal="low-rank"))
+    assert logger.describe_freezing(model, layers, mode) == told

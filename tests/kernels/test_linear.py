@@ -1,27 +1,26 @@
-"""products.py: the same numbers as torch's own products, on every path; a run's memory does not grow with shapes."""
+"""Linear layers and products against torch's own in float64, on every path; a process's memory does not grow."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 from torch import Tensor, nn
 
-from kernels import linear as products
+from kernels import linear as linear_module
 from kernels.linear import has_onednn, linear, product
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="a CPU with AVX-512 and oneDNN")
 
 
 @pytest.fixture(autouse=True)
 def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 1)
 
 
 def known(*shape: int, seed: int) -> Tensor:
@@ -56,19 +55,19 @@ def test_products_of_any_layout(layout: str) -> None:
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("trains", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1), (0, 0, 0)])
 def test_linear_and_its_gradients(bias: bool, gelu: bool, trains: tuple[int, int, int]) -> None:
-    """Against float64, with each choice of what wants a gradient."""
+    """With each choice of what needs a gradient."""
     values = [known(37, 24, seed=1), known(40, 24, seed=2), known(40, seed=3) if bias else None]
     results = []
     for dtype, function in ((torch.float32, partial(linear, gelu=gelu)), (torch.float64, F.linear)):
-        own = [
+        x, weight, b = given = [
             None if v is None else v.detach().to(dtype).requires_grad_(bool(t))
             for v, t in zip(values, trains, strict=True)
         ]
-        y = function(*own)  # type: ignore[operator]
+        y = function(x, weight, b)  # type: ignore[operator]
         y = F.gelu(y) if gelu and dtype == torch.float64 else y
         if y.requires_grad:
             y.backward(known(37, 40, seed=4).to(dtype))
-        results.append([y.detach(), *(None if v is None else v.grad for v in own)])
+        results.append([y.detach(), *(None if v is None else v.grad for v in given)])
     for found, wanted in zip(*results, strict=True):
         assert (found is None) == (wanted is None)
         if found is not None:
@@ -79,64 +78,54 @@ def test_linear_and_its_gradients(bias: bool, gelu: bool, trains: tuple[int, int
     ("trains", "kept"), [((1, 0), {(40, 24)}), ((0, 1), {(37, 24)}), ((1, 1), {(40, 24), (37, 24)})]
 )
 def test_what_is_kept_for_the_gradient(trains: tuple[int, int], kept: set[tuple[int, ...]]) -> None:
-    """No input where the weight is frozen, and no weight where the input wants none."""
+    """No input where the weight is frozen, and no weight where the input needs no gradient."""
     x, weight = known(37, 24, seed=1).requires_grad_(bool(trains[0])), known(40, 24, seed=2)
     weight.requires_grad_(bool(trains[1]))
     found: set[tuple[int, ...]] = set()
 
-    def noted(own: Tensor) -> Tensor:
-        found.add(tuple(own.shape))
-        return own
+    def note(tensor: Tensor) -> Tensor:
+        found.add(tuple(tensor.shape))
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(noted, lambda own: own):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         linear(x, weight, known(40, seed=3)).sum().backward()
     assert {tuple(sorted(shape)) for shape in found} == {tuple(sorted(shape)) for shape in kept}
-
-
-def test_the_gradient_of_a_plain_sum() -> None:
-    """Which is one number, expanded."""
-    x, weight = known(37, 24, seed=1).requires_grad_(), known(40, 24, seed=2).requires_grad_()
-    linear(x, weight, None).sum().backward()
-    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(37, 24), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(40, 24), rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
 def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 matrices on the CPU outside autocast, and nothing else; both ways round and for the input's gradient."""
     calls: list[tuple[int, ...]] = []
-    fast = products._onednn
+    fast = linear_module._onednn
 
-    def noting(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
+    def note(x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         calls.append(tuple(x.shape))
         return fast(x, weight, *more)
 
-    monkeypatch.setattr(products, "_onednn", noting)
-    x, own = known(6, 4, seed=1).requires_grad_(), nn.Linear(4, 5)
-    linear(x, own.weight, own.bias).square().sum().backward()
+    monkeypatch.setattr(linear_module, "_onednn", note)
+    x, layer = known(6, 4, seed=1).requires_grad_(), nn.Linear(4, 5)
+    linear(x, layer.weight, layer.bias).square().sum().backward()
     assert calls == [(6, 4), (6, 5), (5, 6)]
     calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, own.weight, own.bias).dtype == torch.bfloat16
-    linear(x.double(), own.weight.double(), own.bias.double())
-    linear(x[None], own.weight, own.bias)
-    linear(x.to("meta"), own.weight.to("meta"), own.bias.to("meta"))
-    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 6 * 4 * 5 + 1)
-    linear(x, own.weight, own.bias)
+        assert linear(x, layer.weight, layer.bias).dtype == torch.bfloat16
+    linear(x.double(), layer.weight.double(), layer.bias.double())
+    linear(x[None], layer.weight, layer.bias)
+    linear(x.to("meta"), layer.weight.to("meta"), layer.bias.to("meta"))
+    monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 6 * 4 * 5 + 1)
+    linear(x, layer.weight, layer.bias)
     assert calls == []
 
 
 @needs_onednn
-def test_gelu_is_taken_with_the_product_where_nothing_wants_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit as by itself; where something does, by itself."""
-    x, own, calls = known(6, 4, seed=1), nn.Linear(4, 5), []
-    wanted = linear(x, own.weight, own.bias, gelu=True)
+def test_gelu_is_taken_with_the_product_where_nothing_needs_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit as by itself."""
+    x, layer, calls = known(6, 4, seed=1), nn.Linear(4, 5), []
+    wanted = linear(x, layer.weight, layer.bias, gelu=True)
     monkeypatch.setattr(F, "gelu", calls.append)
-    with torch.no_grad():
-        assert torch.equal(linear(x, own.weight, own.bias, gelu=True), wanted)
-    frozen = own.requires_grad_(False)
-    assert torch.equal(linear(x, frozen.weight, frozen.bias, gelu=True), wanted) and calls == []
-    linear(x.requires_grad_(), frozen.weight, frozen.bias, gelu=True)
+    layer.requires_grad_(False)
+    assert torch.equal(linear(x, layer.weight, layer.bias, gelu=True), wanted) and calls == []
+    linear(x.requires_grad_(), layer.weight, layer.bias, gelu=True)
     assert len(calls) == 1
 
 
@@ -162,17 +151,16 @@ def test_the_same_product_twice_is_the_same_to_the_bit(threads: int) -> None:
 
 GROWTH = """
 import random, torch
-from kernels import linear as products
-from kernels.linear import product
+from kernels import linear
 from utils.device import choose_device, process_peak
 choose_device(False, False, 1, print)
 x, w = torch.randn(1500, 128), torch.randn(128, 512)
-products.MIN_MULTIPLICATIONS = 1
+linear.MIN_MULTIPLICATIONS = 1
 random.seed(0)
 def some():
     for _ in range(150):
         rows = x[: random.randint(500, 1500)]
-        product(rows, w), product(rows.t(), rows)
+        linear.product(rows, w), linear.product(rows.t(), rows)
 some()
 before = process_peak()
 some(), some()
@@ -218,9 +206,7 @@ try:
 except RuntimeError as error:
     print(error)
 differ(every[:600])
-differ(every[:700])
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-differ(every[:800])
 differ(every)
 """
 
@@ -232,4 +218,4 @@ def test_products_go_on_where_no_kernel_can_be_compiled() -> None:
     assert done.returncode == 0, done.stderr
     first, *differences = done.stdout.splitlines()
     assert first == "could not create a primitive"
-    assert len(differences) == 4 and max(map(float, differences)) < 1e-4
+    assert len(differences) == 2 and max(map(float, differences)) < 1e-4
