@@ -37,7 +37,9 @@ def test_what_a_run_saves_and_keeps(tiny_flags: list[str], tmp_path: Path, mode:
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "run").glob("*.pt")}
     most = sum(sizes.values()) + sizes["resume.pt"]
     assert len(sizes) == 3 and most < disk < 1.2 * most + (1 << 20)
-    values = [value for o in trainer.optimizers.by_name.values() for state in o.state.values() for value in state.values()]
+    values = [
+        value for o in trainer.optimizers.by_name.values() for state in o.state.values() for value in state.values()
+    ]
     kept = sum(value.nbytes for value in values if isinstance(value, Tensor))
     assert kept <= states < 1.1 * kept
 

@@ -139,9 +139,7 @@ def test_a_part_that_is_computed_again_has_the_same_masks_and_precision(
 
 
 @pytest.mark.parametrize("arch", ["yin-yang", "v2"])
-def test_masks_repeat_so_that_equal_passes_have_no_divergence(
-    tiny_flags: list[str], tmp_path: Path, arch: str
-) -> None:
+def test_masks_repeat_so_that_equal_passes_have_no_divergence(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
     """Of SMART at zero noise and of the Bregman loss at equal weights; other views and batches have other masks."""
     flags = ["--arch", arch, "--sst_bregman", 1, "--sst_smart", 1, "--micro_batch_size", 2]
     flags += ["--smart_sigma", 0, "--smart_epsilon", 1e-30]

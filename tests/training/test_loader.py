@@ -31,7 +31,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     "more",
-    [["--routine", "interleave"], ["--routine", "joint", "--mlm"], ["--cache_frozen", "--fine_tune_mode", "last-layer"]],
+    [
+        ["--routine", "interleave"],
+        ["--routine", "joint", "--mlm"],
+        ["--cache_frozen", "--fine_tune_mode", "last-layer"],
+    ],
     ids=str,
 )
 def test_prefetched_training_is_the_same(

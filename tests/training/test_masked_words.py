@@ -143,9 +143,7 @@ def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("more", [[], ["--arch", "duality", "--clf", "mlp"], ["--pal", "pal"]], ids=str)
-def test_fine_tuning_starts_from_it(
-    pretrained: Path, tiny_flags: list[str], tmp_path: Path, more: list[str]
-) -> None:
+def test_fine_tuning_starts_from_it(pretrained: Path, tiny_flags: list[str], tmp_path: Path, more: list[str]) -> None:
     """To the bit. All heads, and the backbone that no word was masked for, are those of a run without it."""
     plain = copied(make_trainer(tiny_flags, tmp_path / "plain", *more).model)
     trainer = make_trainer(tiny_flags, tmp_path / "fine", *more, "--init_from", pretrained, "--epochs", 1)
