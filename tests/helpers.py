@@ -108,9 +108,14 @@ def forward_result(trainer: Trainer, task: str, rows: Any, number: int = 7) -> F
     """Return a training pass of the examples `rows`, as auxiliary losses get it."""
     model, batch = trainer.model.train(), load_batch(trainer, task, rows, number)
     state = torch.get_rng_state()
-    embedding = model.embed(task, batch.inputs)
     assert isinstance(trainer.objective, Objective)
+    embedding = trainer.objective.embed(batch, batch.inputs)
     return ForwardResult(trainer.objective, batch, embedding, model.outputs(task, embedding), state)
+
+
+def ask_the_allocator() -> None:
+    """Raise the CPU allocator's error."""
+    torch.empty(1 << 60)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

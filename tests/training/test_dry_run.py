@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert
-from test_training import make_trainer
+from helpers import make_ready, make_trainer, steps_of
 from torch import Tensor
 
-from training.dry_run import checkpoint_bytes, describe, described_cache, memory_bytes, optimizer_bytes, smart_cost
+from training.dry_run import checkpoint_bytes, describe, memory_bytes, optimizer_bytes, smart_cost
+from training.trainer import Trainer
 from utils.device import Device, process_peak
 
 MODES = {
@@ -22,29 +23,35 @@ MODES = {
 }
 
 
+def weights_of(trainer: Trainer) -> int:
+    """Return the bytes of a trainer's weights."""
+    return sum(parameter.nbytes for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_a_run_saves_and_keeps(tiny_flags: list[str], tmp_path: Path, mode: str) -> None:
     bert = make_bert(tmp_path / "bert", hidden_size=128, num_attention_heads=4, intermediate_size=512)
     trainer = make_trainer(tiny_flags, tmp_path / "run", "--pretrained", bert, *MODES[mode])
-    estimates = checkpoint_bytes(trainer.model, trainer.config), optimizer_bytes(trainer.model, trainer.config)
+    disk, states = checkpoint_bytes(trainer.model, trainer.config), optimizer_bytes(trainer.model, trainer.config)
     trainer.fit()
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "run").glob("*.pt")}
-    assert len(sizes) == 3
     most = sum(sizes.values()) + sizes["resume.pt"]
-    assert most < estimates[0] < 1.2 * most + (1 << 20)
-    states = [own for one in trainer.optimizers.values() for kept in one.state.values() for own in kept.values()]
-    kept = sum(own.nbytes for own in states if isinstance(own, Tensor))
-    assert kept <= estimates[1] < 1.1 * kept
+    assert len(sizes) == 3 and most < disk < 1.2 * most + (1 << 20)
+    values = [
+        value for o in trainer.optimizers.by_name.values() for state in o.state.values() for value in state.values()
+    ]
+    kept = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    assert kept <= states < 1.1 * kept
 
 
 def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Gradients, states and activations."""
+    """Gradients, states and activations; several processes share the activations of a batch."""
     need = {}
     for mode, flags in MODES.items():
         trainer = make_trainer(tiny_flags, tmp_path / mode, *flags)
-        need[mode] = memory_bytes(trainer.model, trainer.config, trainer.train_data)
-    weights = 4 * sum(own.numel() for own in trainer.model.parameters())
-    assert need["heads"] > weights
+        need[mode], four = (memory_bytes(trainer.model, trainer.config, trainer.loader.examples, n) for n in (1, 4))
+        weights = weights_of(trainer)
+        assert weights < four <= need[mode] < 4 * four
     assert need["everything"] > need["up to half of the layers"] > need["heads"]
     assert need["everything"] > need["adapters and heads"] > need["heads"]
     assert need["everything"] > max(need["one optimizer for all"], need["one state for each weight"])
@@ -52,47 +59,35 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
 
 
 @pytest.mark.parametrize("mode", ["last-layer", "iterative"])
-def test_what_is_kept_of_frozen_layers_is_counted(tiny_flags: list[str], tmp_path: Path, mode: str) -> None:
-    """What the plan says of it in advance is what a run makes room for in its first epoch."""
+def test_cached_features_are_counted(tiny_flags: list[str], tmp_path: Path, mode: str) -> None:
+    """What is said of them in advance is what a run makes room for in its first epoch."""
     flags = ["--cache_frozen", "--fine_tune_mode", mode, "--epochs", 3]
     trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
-    assert trainer.frozen is not None
-    frozen = {"train": trainer.frozen.train, "dev": trainer.frozen.dev}
-    splits = {split: {name: own.data for name, own in by_task.items()} for split, by_task in frozen.items()}
-    estimate, lines = described_cache(trainer.config, trainer.model, splits, trainer.device)
+    cache = trainer.loader.feature_cache
+    assert cache is not None
+    splits = {
+        split: {task: cached.data for task, cached in by_task.items()}
+        for split, by_task in {"train": cache.train, "dev": cache.dev}.items()
+    }
     text = describe(trainer.config, trainer.model, splits, trainer.device)
-    assert len(lines) == 1 and lines[0] in text
-    trainer.model.freeze_for_epoch(trainer.config.train, 0)
-    trainer.frozen.begin_epoch(trainer.steps_of(0))
-    kept = [own.values for data in trainer.frozen.all for own in data.kept.values()]
-    assert estimate == sum(own.nbytes for own in kept) > 0
+    estimate = float(text.split("estimated memory ")[1].split(" GB")[0])
+    trainer.freeze(0)
+    trainer.loader.begin_epoch(steps_of(trainer), 0, 0)
+    assert cache.taken() > 0 and cache.describe() in text
     without = memory_bytes(trainer.model, trainer.config, splits["train"])
-    weights = 4 * sum(own.numel() for own in trainer.model.parameters())
-    whole = process_peak() - weights + without + estimate  # the program and its libraries too
-    assert float(text.split("estimated memory ")[1].split(" GB")[0]) == pytest.approx(whole / 1e9, abs=0.02)
+    whole = process_peak() - weights_of(trainer) + without + cache.taken()  # the program and its libraries too
+    assert estimate == pytest.approx(whole / 1e9, abs=0.02)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "amp"), [(1, None), (3, torch.bfloat16)])
 def test_the_passes_of_smart_are_those_of_a_step(
     tiny_flags: list[str], tmp_path: Path, amp: torch.dtype | None, steps: int
 ) -> None:
-    """Of its own: the loss needs one pass in any case."""
+    """Beside the one pass that the loss needs in any case."""
     flags = ["--train_sst", "--sst_smart", 1, "--smart_steps", steps]
-    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, device=Device(torch.device("cpu"), amp))
+    trainer = make_ready(tiny_flags, tmp_path / "run", *flags, device=Device(torch.device("cpu"), amp))
     calls: list[None] = []
-    trainer.model.backbone("sst").bert_layers[0].register_forward_hook(lambda *given: calls.append(None))
-    trainer.model.freeze_for_epoch(trainer.config.train, 0)
-    trainer.model.train()
-    trainer.train_step(trainer.steps_of(0)[0], False)
+    trainer.model.backbone("sst").bert_layers[0].register_forward_hook(lambda *_: calls.append(None))
+    trainer.train_step(steps_of(trainer)[0])
     [line] = smart_cost(trainer.config, trainer.model, trainer.device)
     assert f": {len(calls) - 1} more passes forward and back a batch" in line
-
-
-def test_processes_share_a_batch_and_shards_all_of_it(tiny_flags: list[str], tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_flags, tmp_path / "run", "--fine_tune_mode", "full-model")
-    one, four = (memory_bytes(trainer.model, trainer.config, trainer.train_data, number) for number in (1, 4))
-    kept = 4 * sum(own.numel() for own in trainer.model.parameters())
-    assert kept < four < one < 4 * four
-    trainer.config.run.fsdp = True
-    assert memory_bytes(trainer.model, trainer.config, trainer.train_data, 4) == pytest.approx(one / 4, abs=1)

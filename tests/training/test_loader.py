@@ -1,70 +1,90 @@
-"""Batches made ahead are those made on demand, and a tail changes nothing."""
+"""Batches that are prefetched are those made on demand, and a tail changes no loss and no gradient."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_batch
-from test_training import copied, make_trainer
+from helpers import State, changed, copied, load_batch, make_ready, make_trainer, metrics, steps_of
+from torch import Tensor
 
 from tasks import DEFAULT_TASKS
 from text.packing import PackedBatch, bucket
-from training.loader import Feed
-from training.task_sampling import Step
+from training.loader import Loader
+from training.task_sampling import TaskBatch
 from training.trainer import Trainer
 
-CPU = torch.device("cpu")
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a CPU take streams for its own and do all at once; the numbers of the batches in the order of their making."""
+    stream, numbers = SimpleNamespace(wait_stream=lambda other: None), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    load = Loader.load
+    monkeypatch.setattr(Loader, "load", lambda self, batch, n: (numbers.append(n), load(self, batch, n))[1])
+    return numbers
 
 
-def test_a_batch_made_ahead_is_made_once(tiny_flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--routine", "interleave"],
+        ["--routine", "joint", "--mlm"],
+        ["--cache_frozen", "--fine_tune_mode", "last-layer"],
+    ],
+    ids=str,
+)
+def test_prefetched_training_is_the_same(
+    tiny_flags: list[str], tmp_path: Path, loads: list[int], more: list[object]
+) -> None:
+    """Each batch is made once, and its number, which decides what is masked, is its own."""
+    models, made = [], []
+    for name in ("plain", "ahead"):
+        trainer = make_trainer(tiny_flags, tmp_path / name, *more)
+        if name == "ahead":
+            trainer.loader.stream = object()  # type: ignore[assignment]
+        loads.clear()
+        trainer.fit()
+        models.append(copied(trainer.model))
+        made.append(list(loads))
+    assert changed(*models) == set() and metrics(tmp_path / "plain") == metrics(tmp_path / "ahead")
+    assert made[0] == made[1] == list(range(18))
+
+
+def test_what_was_not_expected_is_made_on_demand(tiny_flags: list[str], tmp_path: Path, loads: list[int]) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run")
-    feed = Feed(trainer.train_data, CPU)
-    feed.ahead = True  # as on a GPU
-    for name, data in trainer.train_data.items():
-        step, other = Step(name, np.arange(3, 9)), Step(name, np.arange(2, 6))
-        feed.expect(step)
-        assert feed.ready is not None
-        prepared = feed.ready[1]
-        for taken in (step, other):  # the other one, where what was expected did not come
-            batch, labels = feed.take(taken)
-            assert (batch is prepared) == (taken is step) and feed.ready is None
-            wanted = data.batch(taken.indices)
-            assert isinstance(batch, PackedBatch) and isinstance(wanted, PackedBatch)
-            assert_same_batch(batch, wanted)
-            assert torch.equal(labels, data.labels(taken.indices))
-            feed.expect(step)
-
-
-def test_a_cpu_makes_nothing_ahead(tiny_flags: list[str], tmp_path: Path) -> None:
-    feed = make_trainer(tiny_flags, tmp_path / "run").feed
-    feed.expect(Step("sst", np.arange(4)))
-    assert feed.ready is None and not feed.tails
-
-
-@pytest.mark.parametrize("more", [["--routine", "interleave"], ["--cache_frozen", "--fine_tune_mode", "last-layer"]])
-def test_training_ahead_is_the_same(tiny_flags: list[str], tmp_path: Path, more: list[object]) -> None:
-    plain = make_trainer(tiny_flags, tmp_path / "plain", *more)
-    ahead = make_trainer(tiny_flags, tmp_path / "ahead", *more)
-    ahead.feed.ahead = True
-    plain.fit(), ahead.fit()
-    for name, own in copied(plain.model).items():
-        assert torch.equal(copied(ahead.model)[name], own), name
+    loader, steps = trainer.loader, steps_of(trainer)
+    loader.begin_epoch(steps, 0, 0)
+    loader.prefetch()
+    assert loads == []  # a CPU makes nothing ahead
+    loader.stream = object()  # type: ignore[assignment]
+    loader.prefetch()
+    assert loads == [0]
+    other = TaskBatch("sst", np.arange(2, 6))
+    batch = loader.next(other, 5)
+    assert loads == [0, 5] and torch.equal(batch.labels, loader.train["sst"].labels(other.indices))
+    loader.begin_epoch(steps, 2, 7)  # as a resumed run does
+    loader.prefetch()
+    assert loader.next(steps[2].batches[0], 7).number == 7 and loads == [0, 5, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------- tails
 
 
-def gradients(trainer: Trainer, step: Step, tails: bool) -> dict[str, torch.Tensor]:
-    """Loss, outputs and every gradient of a step in training mode, and BatchNorm's statistics after it."""
+def pass_back(trainer: Trainer, task: str, rows: range, few_shapes: bool) -> State:
+    """Return loss, outputs and gradients of a batch in training mode, and BatchNorm's statistics after it."""
     before = copied(trainer.model)
-    batch, labels = Feed(trainer.train_data, CPU, tails).take(step)
-    assert isinstance(batch, PackedBatch)
-    assert (batch.tail > 0) == tails
-    loss, outputs = trainer.passes(step, batch, labels)
-    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.loader.few_shapes = few_shapes
+    batch = load_batch(trainer, task, rows)
+    assert isinstance(batch.inputs, PackedBatch) and (batch.inputs.tail > 0) == few_shapes
+    loss, outputs = trainer.forward_backward(batch, 1.0)
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     found |= {"loss": loss, "outputs": outputs}
-    found |= {name: own.clone() for name, own in trainer.model.named_buffers()}
+    found |= {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     trainer.model.zero_grad(set_to_none=True)
     trainer.model.load_state_dict(before)
     return found
@@ -75,37 +95,30 @@ def gradients(trainer: Trainer, step: Step, tails: bool) -> dict[str, torch.Tens
     [
         ["--arch", "yin-yang"],
         ["--arch", "v2"],
-        ["--arch", "cosine"],
-        ["--arch", "v1", "--lora_mode", "all-lin", "--lora_rank", 2, "--dora"],
-        ["--arch", "v1", "--pal", "pal", "--pal_size", 24, "--pal_heads", 2],
-        ["--arch", "v1", "--sts_embedding_loss", "ranking", "--para_embedding_loss", "contrastive"],
+        ["--arch", "v1", "--lora_mode", "all-lin", "--lora_rank", 2, "--dora", "--pal", "pal", "--pal_size", 24,
+         "--pal_heads", 2],
+        ["--arch", "cosine", "--sts_embedding_loss", "ranking", "--para_embedding_loss", "contrastive"],
     ],
-    ids=lambda more: " ".join(map(str, more)),
-)
+    ids=str,
+)  # fmt: skip
 def test_a_tail_changes_no_loss_and_no_gradient(tiny_flags: list[str], tmp_path: Path, more: list[object]) -> None:
-    flags = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--fine_tune_mode", "full-model"]
-    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, *more)
-    trainer.model.train()
-    trainer.model.freeze_for_epoch(trainer.config.train, 0)
+    still = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0]
+    trainer = make_ready(tiny_flags, tmp_path / "run", *still, *more)
     for task in DEFAULT_TASKS:
-        for rows in (np.arange(11), np.arange(4, 6), np.array([7])):
-            plain, tailed = (gradients(trainer, Step(task, rows), tails) for tails in (False, True))
+        for rows in (range(11), range(7, 8)):
+            plain, tailed = (pass_back(trainer, task, rows, few_shapes) for few_shapes in (False, True))
             assert plain.keys() == tailed.keys()
-            for name, own in plain.items():
-                scale = max(1.0, float(own.abs().max()))
-                torch.testing.assert_close(tailed[name], own, rtol=0, atol=1e-6 * scale, msg=f"{task} {name}")
-
-
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 640, 1023, 1024, 1664, 6656, 30_000])
-@pytest.mark.parametrize("longest", [1, 17, 64, 300, 512])
-def test_buckets_are_larger_by_an_eighth_at_most(tokens: int, longest: int) -> None:
-    count, length = bucket(tokens, longest)
-    assert tokens < count <= max(tokens + 64, tokens * 9 / 8)
-    assert length >= max(longest, count - tokens) and length & (length - 1) == 0
+            for name, tensor in plain.items():
+                scale = max(1.0, float(tensor.abs().max()))
+                torch.testing.assert_close(tailed[name], tensor, rtol=0, atol=1e-6 * scale, msg=f"{task} {name}")
 
 
 def test_few_buckets_hold_a_task() -> None:
-    """64 pairs of some 13 tokens a text: the whole task fits a handful of shapes."""
-    generator = np.random.default_rng(0)
-    totals = generator.poisson(13, (2000, 128)).sum(axis=1)
+    """Larger by an eighth at most; 64 pairs of some 13 tokens a text fit a handful of shapes."""
+    for tokens in (1, 63, 64, 65, 640, 1023, 1024, 1664, 6656, 30_000):
+        for longest in (1, 17, 512):
+            count, length = bucket(tokens, longest)
+            assert tokens < count <= max(tokens + 64, tokens * 9 / 8)
+            assert length >= max(longest, count - tokens) and length & (length - 1) == 0
+    totals = np.random.default_rng(0).poisson(13, (2000, 128)).sum(axis=1)
     assert len({bucket(int(total), 40)[0] for total in totals}) <= 6

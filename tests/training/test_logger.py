@@ -4,13 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+<<<<<<< HEAD
 from helpers import configure, make_model
+=======
+import torch
+from helpers import configure
+>>>>>>> refs/heads/t1
 
 from config import PalOptions
 from lora import LoRAConfig
 from tasks import SST, TASKS, Task
 from training import logger
+from training.meters import EpochRecord
 from training.run_directory import RunDirectory
+from utils.device import Device
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -41,16 +48,16 @@ def test_a_long_run_draws_few_figures(
     """Drawing them takes as long as a short epoch. Curves have every epoch."""
     monkeypatch.setattr(logger, "confusion_figure", lambda *_: None)
     config = configure("--train_sst", "--epochs", epochs, "--eval_every", eval_every, "--tensorboard")
-    telemetry = logger.Telemetry(RunDirectory(tmp_path), config, {"sst": SST})
-    assert telemetry.writer is not None
+    recorder = logger.Logger(config, {"sst": SST}, RunDirectory(tmp_path), Device(torch.device("cpu")), print, True)
+    recorder.open()
     figures, scalars = [], []
-    monkeypatch.setattr(telemetry.writer, "add_figure", lambda tag, figure, step: figures.append(step))
-    monkeypatch.setattr(telemetry.writer, "add_scalar", lambda tag, value, step: scalars.append((tag, step)))
+    monkeypatch.setattr(recorder.writer, "add_figure", lambda tag, figure, step: figures.append(step))
+    monkeypatch.setattr(recorder.writer, "add_scalar", lambda tag, value, step: scalars.append((tag, step)))
     for number in range(1, epochs + 1):
         due = number % eval_every == 0 or number == epochs
         dev = {"sst": (np.eye(5), np.arange(5))} if due else {}
         scores = {"sst": {"accuracy": 1.0}} if due else {}
-        telemetry.epoch(logger.Epoch(number, "all", number, {}, scores), dev)
+        recorder.end_epoch(EpochRecord(number, "all", number, {}, scores), dev)
     assert figures == drawn_after
     assert [step for tag, step in scalars if tag.startswith("speed/")] == [*range(1, epochs + 1)]
 

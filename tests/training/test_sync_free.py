@@ -7,21 +7,19 @@ takes none of its shortcuts for CPUs.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_training import make_trainer
+from helpers import make_ready, step_of, steps_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import training.smart
-import training.trainer
+from tasks import DEFAULT_TASKS
 from training.losses import LOSSES
-from training.task_sampling import Step
-from training.trainer import Trainer
 from utils.device import Device
 
 DEVICE = torch.device("meta")
@@ -33,7 +31,7 @@ class Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor) and leaf.numel() > 1]
-        devices = {own.device.type for own in tensors}
+        devices = {tensor.device.type for tensor in tensors}
         assert len(devices) < 2, f"{func} copies between {' and '.join(sorted(devices))}"
         return out
 
@@ -57,14 +55,17 @@ def watched() -> Iterator[None]:
 
 @pytest.fixture
 def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the meta device lacks, and what of it never waits: autocast and generators."""
+    """What the meta device lacks, and what of it never waits: autocast, generators and streams."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(training.smart, "first_noise", lambda hidden, options, step: torch.zeros_like(hidden))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
 
 
 METHODS = [
-    ["--arch", "yin-yang"],
     ["--arch", "yin-yang", "--optim", "AdamW", "--clip", 1, "--average", "ema"],
     ["--arch", "r4", "--optim", "RAdam"],
     ["--arch", "cosine", "--optim", "SGD"],
@@ -81,25 +82,21 @@ METHODS = [
 @pytest.mark.parametrize("more", METHODS, ids=lambda more: " ".join(map(str, more)))
 def test_no_step_waits(tiny_flags: list[str], tmp_path: Path, without_numbers: None, more: list[object]) -> None:
     """A step of each task, everything trainable, with the gradient's norm."""
-    made = make_trainer(tiny_flags, tmp_path / "run", *more)
-    trainer = Trainer(
-        made.config, made.model, made.tokenizer, made.train_data, made.dev_data, Device(DEVICE), made.run, made.say
-    )
-    trainer.model.freeze_for_epoch(trainer.config.train, 4)
-    trainer.model.train()
-    names = list(trainer.tasks)
+    trainer = make_ready(tiny_flags, tmp_path / "run", *more, device=Device(DEVICE))
+    trainer.loader.stream = object()  # type: ignore[assignment]
     joint = trainer.config.train.routine == "joint"
-    for name in names:
-        step = Step(name, np.arange(7), 1 / 3, moves=not joint or name == names[-1])
-        trainer.set_rates(name, 0.0)
-        trainer.feed.ahead = True
-        trainer.feed.expect(step)  # copied ahead
-        assert trainer.feed.ready is not None
-        _ = trainer.feed.ready[1].grouping  # type: ignore[union-attr]
-        with watched():
-            loss, outputs, labels, _ = trainer.train_step(step, True)
-        assert {own.device for own in (loss, outputs, labels)} == {DEVICE}
-        assert all(p.grad is None for p in trainer.model.parameters()) == step.moves or joint
+    steps = steps_of(trainer)[:1] if joint else [step_of(task, range(7)) for task in DEFAULT_TASKS]
+    for step in steps:
+        batches = [trainer.loader.load(batch, number) for number, batch in enumerate(step.batches)]
+        for batch in batches:
+            _ = batch.inputs.grouping  # type: ignore[union-attr]  made with the batch on a GPU
+        with pytest.MonkeyPatch.context() as patch:  # copies to the device have a stream of their own
+            patch.setattr(trainer.loader, "load", lambda batch, number, batches=batches: batches[number])
+            with watched():
+                result = trainer.train_step(step, measure_norm=True)
+        for done in result.batches:
+            assert {tensor.device for tensor in (done.loss, done.outputs, done.labels)} == {DEVICE}
+        assert all(p.grad is None for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
