@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Freezing: R0's commands, the schedule of each mode, and what it means for backbones with adapters."""
 
 from collections.abc import Callable
@@ -7,14 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import TINY, make_batch, make_model, make_texts, model_options, randomise, refusal
+from torch import Tensor
 
 from bert import BertModel
+from config import BertConfig
 from lora import MODES, LoRAConfig, adapted_layers, inject
 from models.freezing import frozen_by_adapters, scheduled_layers, set_trainable
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS, SST
+from text.packing import EncodedBatch, PackedBatch, pack_padded
 
 DEEP = replace(TINY, num_hidden_layers=12)
+
+
 LAYERS = [str(n) for n in range(12)]
 
 
@@ -87,10 +91,6 @@ def test_frozen_layers_get_no_gradient_and_do_not_change(layers: int, parts: tup
         assert name.startswith(wanted) or torch.equal(value, before[name]), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# With adapters
-
-
 def is_adapter(name: str) -> bool:
     return name.endswith(("lora_A", "lora_B", "magnitude"))
 
@@ -137,18 +137,7 @@ def test_trainable_is_schedule_and_policy(mode: str, layers: int) -> None:
     changed, requiring = trained_names(mode, layers, adapters_always=True)
     assert requiring == {name for name in names if is_adapter(name) or (reached(name) and kept(name))}
     assert changed == requiring
-=======
-"""Frozen layers: how many there are, that they keep nothing for a gradient, and passes that begin above them."""
 
-import pytest
-import torch
-from torch import Tensor
-
-from bert import BertModel
-from config import BertConfig
-from lora import LoRAConfig, inject
-from models.freezing import scheduled_layers, set_trainable
-from text.packing import EncodedBatch, PackedBatch, pack_padded
 
 SMALL = BertConfig(
     vocab_size=60, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
@@ -219,4 +208,3 @@ def test_a_pass_may_begin_at_any_layer(pooling: str) -> None:
         assert torch.equal(backbone.sentence_embedding(EncodedBatch(hidden, layers, batch), pooling), wanted)
         hidden = backbone.bert_layers[layers](hidden, batch)
     assert backbone.sentence_embedding(EncodedBatch(wanted, 4, None), pooling) is wanted
->>>>>>> refs/heads/t1

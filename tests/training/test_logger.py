@@ -4,12 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from helpers import configure, make_model
-=======
 import torch
-from helpers import configure
->>>>>>> refs/heads/t1
+from helpers import configure, make_model
 
 from config import PalOptions
 from lora import LoRAConfig
