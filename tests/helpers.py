@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -505,3 +507,27 @@ def benchmark_options(pretrained: Path, data_dir: Path | str, **others: Any) -> 
     """Return the options of a small benchmark."""
     small: dict[str, Any] = {"batch_size": 8, "steps": 2, "warmup": 1, "threads": 1}
     return BenchmarkOptions(**{**small, "pretrained": str(pretrained), "data_dir": str(data_dir), **others})
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A real file system of `size` bytes, mounted at `folder` for as long as the block lasts."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed writer may still hold its file
+
+
+def fill(folder: Path) -> None:
+    """Take all the space that is left."""
+    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    with suppress(OSError):
+        while True:
+            os.write(filler, b"\0" * 4096)
+    os.close(filler)

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_bert
-from helpers import fail
-from test_training import copied, make_trainer
+from helpers import copied, fail, make_bert, make_trainer
 
 import ensemble
 import multitask_classifier
 from base_bert import load_weights, read_config
+from cli.parser import parse
 from config import BertConfig, Config
 from evaluation.members import find_members, read_outputs
-from models.checkpoint import load, load_model, save
+from models.build import build_model
+from models.checkpoint import init_from_checkpoint, load, load_model, save
 from models.multitask_bert import MultitaskBERT
 from models.peft_exchange import import_peft
 from tasks import TASKS
@@ -212,7 +212,7 @@ def test_a_hostile_state_to_go_on_from(trained: Trainer, tiny_flags: list[str], 
     for number, payload in enumerate(hostile_pickles(trap).values()):
         run = tmp_path / f"run-{number}"
         run.mkdir()
-        shutil.copyfile(trained.run.path / "config.json", run / "config.json")
+        shutil.copyfile(trained.checkpointer.run.path / "config.json", run / "config.json")
         for write in (lambda file, p=payload: file.write_bytes(p), lambda file, p=payload: in_zip(p, file)):
             write(run / "resume.pt")
             trainer = make_trainer(tiny_flags, run, "--epochs", 1, "--resume")
@@ -360,9 +360,7 @@ def oversized(folder: Path, checkpoint: Path, bert: Path) -> Iterator[tuple[str,
 
     def build() -> object:
         flags = ["--pretrained", str(copy), "--train_sst", "--max_length", "8"]
-        from cli.parser import parse
-
-        return multitask_classifier.build_model(parse(flags, TASKS, "test", "Test."), {"sst": TASKS["sst"]})
+        return build_model(parse(flags, TASKS, "test", "Test."), {"sst": TASKS["sst"]}, print)
 
     path = copy / "model.safetensors"
     for name, content in hostile_safetensors().items():
@@ -507,7 +505,7 @@ def test_names_that_a_terminal_would_obey_are_spelled_out(
 ) -> None:
     """A screen that is cleared, and a line that looks like one of ours."""
     name = "\x1b[2Jx\nerror: all is well"
-    content, bert, peft = load(trained.run.best), tmp_path / "bert", tmp_path / "peft"
+    content, bert, peft = load(trained.checkpointer.run.best), tmp_path / "bert", tmp_path / "peft"
     message = refused(
         lambda: load_model(Path("odd.pt"), {**content, "weights": {**content["weights"], name: torch.zeros(3)}}),
         "odd.pt", f"unknown {name!r}",
@@ -532,7 +530,7 @@ def deeply_nested(depth: int) -> list[Any]:
 
 def test_claims_without_end_are_refused_in_bounded_memory(trained: Trainer, tiny_bert: Path, tmp_path: Path) -> None:
     """In a process that may take one more gigabyte; what it takes at most is measured."""
-    words = [sys.executable, "-c", BOUNDED, ROOT, ROOT / "tests", tmp_path, trained.run.best, tiny_bert]
+    words = [sys.executable, "-c", BOUNDED, ROOT, ROOT / "tests", tmp_path, trained.checkpointer.run.best, tiny_bert]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -570,7 +568,7 @@ def test_arrays_that_inflate_are_made_again(tmp_path: Path, monkeypatch: pytest.
 def test_kept_predictions_that_are_none_are_made_again(
     trained: Trainer, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
-    words = [str(trained.run.best), "--data_dir", str(small_data), "--threads", "1"]
+    words = [str(trained.checkpointer.run.best), "--data_dir", str(small_data), "--threads", "1"]
     words += ["--run_dir", str(tmp_path / "e"), "--cache", str(tmp_path / "cache")]
     ensemble.main(words)
     scores = (tmp_path / "e" / "scores.json").read_bytes()
@@ -612,7 +610,7 @@ def replaced(content: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 def test_odd_values_anywhere_in_a_checkpoint_are_refused_or_harmless(trained: Trainer) -> None:
     """At 500 random places."""
-    whole = load(trained.run.best)
+    whole = load(trained.checkpointer.run.best)
     small = {key: own for key, own in whole.items() if key != "weights"}
     places = [(path, value) for path in leaves(small) for value in range(len(ODD)) if path != ("format",)]
     chosen = np.random.default_rng(0).permutation(len(places))[:500]
@@ -728,8 +726,6 @@ def test_a_start_that_does_not_fit_changes_nothing(
     adapters: Path, tiny_flags: list[str], tmp_path: Path, change: str
 ) -> None:
     """--init_from with a checkpoint of adapters, one thing wrong in each."""
-    from models.checkpoint import init_from_checkpoint
-
     content, path = load(adapters / "run" / "best.pt"), tmp_path / "start.pt"
     weights = content["weights"]
     name = next(name for name in weights if name.endswith("lora_A"))
@@ -754,7 +750,8 @@ def test_a_start_that_does_not_fit_changes_nothing(
     save(path, content)
     trainer = make_trainer(tiny_flags, tmp_path / "run")
     before = copied(trainer.model)
-    refused(lambda: init_from_checkpoint(trainer.model, trainer.tokenizer, path, print), "start.pt", words[change])
+    tokenizer = trainer.checkpointer.tokenizer
+    refused(lambda: init_from_checkpoint(trainer.model, tokenizer, path, print), "start.pt", words[change])
     after = copied(trainer.model)
     assert list(after) == list(before) and all(torch.equal(after[key], own) for key, own in before.items())
     flags = [*tiny_flags, "--init_from", str(path), "--run_dir", str(tmp_path / "again")]

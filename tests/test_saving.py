@@ -18,15 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, fill, make_trainer, small_disk
 from processes import Child, differences, flipped, in_a_tensor, wait_until
-from test_scripts import fill, small_disk
-from test_training import make_trainer
 
 import ensemble
 import multitask_classifier
 from models.checkpoint import load, save
-from training.resume import STATE, newest_state, save_state
+from training.resume import STATE, newest_state, write_state
 from training.run_directory import RunDirectory
 from utils.console import run_script
 from utils.errors import UserError
@@ -66,7 +64,7 @@ def kill_while_saving(folder: Path, seed: int) -> bool:
     def work() -> None:
         run.prepare(False, False, 0)
         for number in range(1, 10_000):
-            save_state(run, state(number))
+            write_state(run, state(number))
             told.write_text(f"{number} ")
 
     child = Child(work, folder / "log")
@@ -101,16 +99,16 @@ def two_states(tmp_path: Path) -> RunDirectory:
     """A folder with state 2 and, before it, state 1."""
     run = RunDirectory(tmp_path / "run")
     for number in (1, 2):
-        save_state(run, state(number))
+        write_state(run, state(number))
     return run
 
 
 def test_the_state_before_is_kept(two_states: RunDirectory) -> None:
-    save_state(two_states, state(3))
+    write_state(two_states, state(3))
     assert [number_of(load(path)) for path in two_states.states()] == [3, 2]
     two_states.resume.unlink()  # as a kill between the two renames leaves it
     assert number_of(newest_state(two_states, pytest.fail)) == 2
-    save_state(two_states, state(4))
+    write_state(two_states, state(4))
     assert [number_of(load(path)) for path in two_states.states()] == [4, 2]
 
 
@@ -129,7 +127,7 @@ def test_a_file_that_grows_too_large(two_states: RunDirectory, tmp_path: Path) -
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-        save_state(two_states, state(3))
+        write_state(two_states, state(3))
 
     assert "resume.pt: cannot be written" in saving_fails(two_states, work, tmp_path / "log")
 
@@ -138,9 +136,9 @@ def test_a_full_disk_leaves_both_states(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 3 << 20) as disk:
         run = RunDirectory(disk)
         for number in (1, 2):
-            save_state(run, state(number))
+            write_state(run, state(number))
         fill(disk)
-        line = saving_fails(run, lambda: save_state(run, state(3)), tmp_path / "log")
+        line = saving_fails(run, lambda: write_state(run, state(3)), tmp_path / "log")
         assert "resume.pt: cannot be written (no space left on the disk" in line
 
 
@@ -152,7 +150,7 @@ def test_a_folder_that_may_not_be_written(two_states: RunDirectory, tmp_path: Pa
         os.chdir(two_states.path)  # so that only this folder's permissions matter
         if os.getuid() == 0:
             os.setuid(65534)
-        save_state(RunDirectory(Path(".")), state(3))
+        write_state(RunDirectory(Path(".")), state(3))
 
     try:
         line = saving_fails(two_states, work, tmp_path / "log")
@@ -179,13 +177,13 @@ def test_curves_that_cannot_be_closed(tiny_flags: list[str], tmp_path: Path) -> 
     def work() -> None:
         trainer = make_trainer(tiny_flags, tmp_path / "run", "--epochs", 1)
         trainer.config.run.tensorboard = True
-        save_resume = trainer.save_resume
+        save_state = trainer.save_state
 
         def then_full() -> None:
-            save_resume()
+            save_state()
             resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))  # the options are larger, the log is not
 
-        trainer.save_resume = then_full  # type: ignore[method-assign]
+        trainer.save_state = then_full  # type: ignore[method-assign]
         trainer.fit()
 
     log = tmp_path / "log"
@@ -196,7 +194,7 @@ def test_curves_that_cannot_be_closed(tiny_flags: list[str], tmp_path: Path) -> 
 
 def test_what_cannot_be_serialised(two_states: RunDirectory, tmp_path: Path) -> None:
     odd = state(3) | {"meters": {"sst": lambda: 0}}
-    line = saving_fails(two_states, lambda: save_state(two_states, odd), tmp_path / "log")
+    line = saving_fails(two_states, lambda: write_state(two_states, odd), tmp_path / "log")
     assert "resume.pt: cannot be written (" in line and "pickle" in line
 
 
@@ -211,7 +209,7 @@ def test_an_error_without_words_is_told_by_its_name(tmp_path: Path) -> None:
 
 def test_texts_are_utf8_wherever_they_are_written(tmp_path: Path) -> None:
     """Also where the locale knows no letter but ASCII's."""
-    code = "import pathlib, sys, files; files.write_text(pathlib.Path(sys.argv[1]), 'caf\\xe9')"
+    code = "import pathlib, sys; from utils.files import write_text; write_text(pathlib.Path(sys.argv[1]), 'caf\\xe9')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "text")], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "text").read_bytes() == "café".encode()
@@ -273,7 +271,7 @@ def test_a_damaged_state_is_not_kept_in_place_of_a_whole_one(two_states: RunDire
     before = number_of(load(two_states.previous))
     content = two_states.resume.read_bytes()
     two_states.resume.write_bytes(flipped(content, in_a_tensor(two_states.resume), 3))
-    save_state(two_states, state(9))
+    write_state(two_states, state(9))
     assert [number_of(load(path)) for path in two_states.states()] == [9, before]
 
 

@@ -7,22 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import cut, make_bert
-from test_training import make_trainer
+from helpers import cut, fill, make_bert, make_trainer, small_disk
 
 import ensemble
 import multitask_classifier
 from models.checkpoint import load, load_model, save
 from tasks import DEFAULT_TASKS
-from training import trainer as loop
+from training.logger import Logger
 from utils.errors import UserError
 from utils.files import write_atomically, write_text
 
@@ -787,30 +785,6 @@ def test_a_filepath_given_to_a_resumed_run_is_written(train: Run, tiny_flags: li
 # ------------------------------------------------------------------------------------------------------------- no space
 
 
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A real file system of `size` bytes, mounted at `folder` for as long as the block lasts."""
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed writer may still hold its file
-
-
-def fill(folder: Path) -> None:
-    """Take all the space that is left."""
-    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    with suppress(OSError):
-        while True:
-            os.write(filler, b"\0" * 4096)
-    os.close(filler)
-
-
 def test_no_space_is_known_before_training(train: Run, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         message = refusal(train, "--run_dir", disk / "run")
@@ -852,7 +826,7 @@ def test_a_full_disk_while_saving_leaves_the_old_file(tmp_path: Path) -> None:
             assert path.read_bytes() == before and sorted(os.listdir(disk)) == ["best.pt", "filler"]
 
 
-@pytest.mark.parametrize("moment", ["evaluate", "save_best", "save_resume"])
+@pytest.mark.parametrize("moment", ["evaluate", "update_best", "save_state"])
 @pytest.mark.parametrize("tensorboard", ["--tensorboard", "--no_tensorboard"])
 def test_a_disk_that_fills_up_while_training_ends_in_one_line(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensorboard: str, moment: str
@@ -934,7 +908,7 @@ def test_a_reader_that_goes_away_leaves_a_run_to_go_on_with(tiny_flags: list[str
     assert process.returncode == 1 and "cannot be written" not in errors and "Traceback" not in errors
     metrics = tmp_path / "run" / "metrics.jsonl"
     epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    assert load(tmp_path / "run" / "resume.pt")["epoch"] == epochs  # whichever line it was that nobody read
+    assert load(tmp_path / "run" / "resume.pt")["progress"]["epoch"] == epochs  # whichever line it was that nobody read
 
 
 # ------------------------------------------------------------------------------------------- starting from a checkpoint
@@ -951,7 +925,7 @@ def test_a_trained_model_can_be_the_start_of_another(runs: Path, tiny_flags: lis
     trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
     found = trainer.model.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert not any(optimizer.state for optimizer in trainer.optimizers.values())
+    assert not any(optimizer.state for optimizer in trainer.optimizers.by_name.values())
     trainer.fit()
     after = trainer.model.state_dict()
     assert all(torch.equal(after[name], wanted[name]) for name in wanted if name.startswith("backbones."))
@@ -1006,7 +980,7 @@ def test_adapters_are_merged_into_the_start(tiny_flags: list[str], tmp_path: Pat
     assert all(own.any() for name, own in saved.items() if name.endswith("lora_B"))
     again = make_trainer(tiny_flags, tmp_path / "next", *flags, "--init_from", tmp_path / "lora" / "best.pt")
     model, _, _ = load_model(tmp_path / "lora" / "best.pt")
-    batch = first.train_data["sst"].batch(np.arange(9))
+    batch = first.loader.train["sst"].batch(np.arange(9))
     torch.testing.assert_close(again.model.eval()("sst", batch), model.eval()("sst", batch), rtol=0, atol=1e-6)
 
 
@@ -1036,13 +1010,13 @@ def test_another_arch_is_no_start(train: Run, runs: Path) -> None:
 def test_points_of_the_curves_have_the_steps_of_the_run(tiny_flags: list[str], tmp_path: Path) -> None:
     trainer = make_trainer(tiny_flags, tmp_path / "run")
     points: list[tuple[int, str]] = []
+    original = Logger._curves
 
-    class Noting(loop.Telemetry):
-        def step(self, number: int, task: str, *rest: Any) -> None:
-            points.append((number, task))
-            super().step(number, task, *rest)
+    def noting(logger: Logger, number: int, task: str, *rest: Any) -> None:
+        points.append((number, task))
+        original(logger, number, task, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Telemetry", Noting)
+        patch.setattr(Logger, "_curves", noting)
         trainer.fit()
     assert points == [(0, "sst"), (3, "para"), (6, "sts"), (9, "sst"), (12, "para"), (15, "sts")]

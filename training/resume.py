@@ -107,9 +107,7 @@ class Checkpointer:
                 "base_sha256": self.model.base_sha256,
                 "lengths": lengths(self.run),
             }
-            assert set(content) == {"format", *STATE}
-            # A damaged resume.pt must not replace the previous state, which may be whole.
-            save(self.run.resume, content, keep=self.run.previous if is_whole_file(self.run.resume) else None)
+            write_state(self.run, content)
         self.interval.saved(batches)
 
     def load_state(self) -> dict[str, Any]:
@@ -159,6 +157,12 @@ class Checkpointer:
             return "nothing of the run is saved yet, --overwrite starts it again"
         flags = f"--run_dir {self.run.path} --resume" + " in place of --overwrite" * self.config.run.overwrite
         return f"the same command with {flags} goes on after step {self.interval.saved_at}"
+
+
+def write_state(run: RunDirectory, content: Mapping[str, Any]) -> None:
+    """Write resume.pt and keep the state before it, unless that is damaged and an older one may be whole."""
+    assert set(content) == {"format", *STATE}
+    save(run.resume, content, keep=run.previous if is_whole_file(run.resume) else None)
 
 
 def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any]:
