@@ -19,7 +19,7 @@ from training.trainer import Trainer
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let a CPU take streams for its own and do all at once; the numbers of the batches in the order of their making."""
+    """Let a CPU accept streams and do all work at once; return the numbers of the batches in the order of loading."""
     stream, numbers = SimpleNamespace(wait_stream=lambda other: None), []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

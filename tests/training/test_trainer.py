@@ -1,4 +1,4 @@
-"""The loop: what trains and what stays, the steps of an epoch, evaluation and the best checkpoint; a run takes a second."""
+"""The loop: what trains and what stays, the steps of an epoch, evaluation and the best checkpoint."""
 
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def test_an_epoch_of_one_task_shows_the_scores_of_all(
     assert all([done["steps"] for done in line["train"].values()] == [4] for line in metrics(tmp_path / "run"))
 
 
-# ------------------------------------------------------------------------------------------- evaluation, best checkpoint
+# ------------------------------------------------------------------------------------------ evaluation, best checkpoint
 
 
 def test_the_best_checkpoint_is_that_of_the_best_epoch(
