@@ -1,4 +1,4 @@
-"""What the command line does with a trained model in one process: --predict, --export and --export_peft."""
+"""Do --predict, --export and --export_peft: what the command line does with a trained model in one process."""
 
 import sys
 from functools import partial
@@ -22,7 +22,7 @@ from utils.files import probe_folder
 
 
 def trained_model(config: Config) -> tuple[MultitaskBERT, Tokenizer, Config]:
-    """The checkpoint that --evaluate names, as `load_model` returns it. Raises UserError for one of --mlm."""
+    """Return model, tokenizer and configuration of --evaluate's checkpoint. Raises UserError if --mlm has made it."""
     path = Path(str(config.run.evaluate))
     content = load(path)
     trained_tasks(content, path)
@@ -30,16 +30,16 @@ def trained_model(config: Config) -> tuple[MultitaskBERT, Tokenizer, Config]:
 
 
 def base_of(config: Config) -> str | None:
-    """Where --pretrained says that the base weights of a checkpoint with adapters are now."""
+    """Return --pretrained if it was given: the new place of the base weights of a checkpoint with adapters."""
     return None if config.model.pretrained == ModelOptions.pretrained else config.model.pretrained
 
 
 def export(config: Config) -> None:
-    """--export: write each backbone of a checkpoint in the Hugging Face layout, in a folder named after it.
+    """Write each backbone of a checkpoint into a folder with its name, for --export and --export_peft.
 
-    With --export_peft, write its adapters as peft reads them.
+    --export writes the Hugging Face layout, and --export_peft the adapters as peft reads them. Raises UserError for
+    a model that these layouts cannot hold.
     """
-
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
         flag = "--export" if config.run.export is not None else "--export_peft"
@@ -48,11 +48,11 @@ def export(config: Config) -> None:
             "peft have no place; export a model without --pal"
         )
     if config.run.export_peft is not None:
-        only = model.lora is not None and (model.lora.freezes_rest or saved.train.fine_tune_mode == "last-layer")
-        if not only:
+        frozen = model.lora is not None and (model.lora.freezes_rest or saved.train.fine_tune_mode == "last-layer")
+        if not frozen:
             raise UserError(
                 f"--export_peft: in {config.run.evaluate} more of the backbone trained than adapters; "
-                "--export writes the whole backbones, adapters merged"
+                "--export writes the whole backbones with merged adapters"
             )
     for flag in ("export", "export_peft"):
         if (out := getattr(config.run, flag)) is not None:
@@ -69,8 +69,10 @@ def export(config: Config) -> None:
 
 
 def predict_lines(config: Config) -> None:
-    """--predict: label and probability for each line; the two texts of a pair are separated by a tab."""
+    """Print label, probability and texts of each line of the file of --predict. A pair has a tab between its texts.
 
+    Raises UserError for a task that the checkpoint does not know and for a file that cannot be read.
+    """
     model, tokenizer, saved = trained_model(config)
     task = TASKS[task_by_alias(TASKS)[str(config.run.task)]]
     if task.name not in model.tasks:
@@ -84,7 +86,7 @@ def predict_lines(config: Config) -> None:
     ids = [str(i) for i in range(len(texts))]
     columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
     examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
-    warn = partial(print, file=sys.stderr)  # not among the labels, which people pipe on
+    warn = partial(print, file=sys.stderr)  # not among the labels, which may go into a pipe
     splits, pair_encoding = {"predict": {task.name: examples}}, str(model.options.pair_encoding)
     data = tokenise(splits, tokenizer, pair_encoding, saved.data.extra_clean, warn)["predict"][task.name]
     values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
@@ -99,22 +101,22 @@ def predict_lines(config: Config) -> None:
 
 
 def read_lines(name: str, task: Task) -> list[list[str]]:
-    """The texts of a file, or of standard input for "-", one example per line."""
+    """Return the texts in each line of a file, or of standard input for "-"; empty lines are skipped.
+
+    Raises UserError if the file cannot be read, or if a line has not as many texts as the task.
+    """
     try:
-        # Bytes: what Python makes of standard input depends on the locale.
+        # As bytes, since Python decodes standard input by the locale.
         content = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
     content = content.replace("\r\n", "\n").replace("\r", "\n")
     lines = [[text.strip() for text in line.split("\t")] for line in content.split("\n")]
     rows = {number: row for number, row in enumerate(lines, start=1) if any(row)}
-    wanted = len(task.text_columns)
     for number, row in rows.items():
-        if len(row) != wanted or not all(row):
-            raise UserError(
-                f"--predict {name}, line {number}: {task.title} needs {wanted} text{'s' * (wanted > 1)} per line"
-                + (" with a tab between them" if wanted > 1 else "")
-            )
+        if len(row) != len(task.text_columns) or not all(row):
+            wanted = "2 texts per line with a tab between them" if task.is_pair else "1 text per line"
+            raise UserError(f"--predict {name}, line {number}: {task.title} needs {wanted}")
     if not rows:
         raise UserError(f"--predict {name}: holds no sentence; give one per line")
     return list(rows.values())

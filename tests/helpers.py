@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,9 +43,9 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def configure(*words: object) -> Config:
+def configure(*words: object, tasks: Mapping[str, Task] = TASKS) -> Config:
     """Return the configuration of these flags."""
-    return parse([str(word) for word in words], TASKS, "multitask_classifier.py", "Test.")
+    return parse([str(word) for word in words], tasks, "multitask_classifier.py", "Test.")
 
 
 def refusal(run: Callable[..., object], *words: object) -> str:

@@ -358,19 +358,19 @@ def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tens
 
 
 def bucket(tokens: int, longest: int) -> tuple[int, int]:
-    """A token count above `tokens` and a length of at least `longest`, such that few pairs of them occur.
+    """Return a number of tokens above `tokens` and a length of at least `longest`, of which few pairs occur.
 
-    Counts are multiples of an eighth of the power of two below, so that a tail adds 1/16 in the mean; 64 at least.
-    Lengths are powers of two, no shorter than the tail can be.
+    The numbers are multiples of an eighth of the power of two below them, and of 64, so a tail adds 1/16 on average.
+    The lengths are powers of two that hold the longest tail.
     """
     step = max(64, 1 << max(tokens.bit_length() - 4, 0))
     return (tokens // step + 1) * step, 1 << (max(longest, step) - 1).bit_length()
 
 
 def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
-    """A batch on the host grown to its `bucket` by tokens of a last sequence of their own.
+    """Return a batch on the host that is filled up to its `bucket` by one more sequence.
 
-    Nothing reads what a backbone makes of them, so that losses and gradients stay as they are.
+    Nothing reads the output of that sequence, so losses and gradients stay the same.
     """
     tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
     tail = tokens - batch.num_tokens

@@ -1,4 +1,4 @@
-"""The error that users can mend, and one-line texts of the errors of libraries."""
+"""The error that users can mend, and what errors of libraries mean."""
 
 import re
 
@@ -36,5 +36,5 @@ LOST_CONNECTION = re.compile(r"connection (was )?(closed|reset|refused)|gloo|bro
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error only says that another process of a distributed run has ended."""
+    """Return whether an error only says that another process of a distributed run has ended."""
     return type(error).__name__ in ("DistBackendError", "DistNetworkError") or bool(LOST_CONNECTION.search(str(error)))

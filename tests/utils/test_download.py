@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import resource
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_a_file_in_the_way_is_left_alone(served: tuple[Path, str], tmp_path: Pat
 def test_the_script_fetches_every_file_of_the_tasks(tmp_path: Path) -> None:
     """Without a network it says so in one line."""
     assert {name for task in TASKS.values() for name in task.files.values()} <= set(COURSE_FILES)
-    environment = {"https_proxy": "http://127.0.0.1:9", "PATH": ""}  # nobody listens on this port
+    environment = {**os.environ, "https_proxy": "http://127.0.0.1:9"}  # nobody listens on this port
     command = [sys.executable, str(ROOT / "datasets.py"), "--out", str(tmp_path / "data")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
