@@ -51,7 +51,7 @@ class TaskAdapter(nn.Module):
         if layer >= self.attending:
             encode, decode = self.encoders[layer - self.depth], self.decoders[layer - self.depth]
             return decode(F.gelu(encode(output_rows(hidden, batch, cls_only))))
-        # The remainders choose the only one or that of the layer.
+        # If all layers share one, its index is always 0.
         encode, decode = self.encoders[layer % self.pairs], self.decoders[layer % self.pairs]
         attention = self.attentions[layer % len(self.attentions)]
         return F.gelu(decode(attention(encode(hidden), batch, cls_only)))

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batch, make_model, weighted_sum
+from helpers import weighted_sum
 from torch import Tensor
 
 from bert import attention
 from kernels import flash_attention as flash
-from tasks import DEFAULT_TASKS
 from text.packing import PackedBatch, pack_padded, pad_to_bucket
 
 
@@ -120,17 +119,6 @@ def test_the_same_numbers_as_padded_groups(
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     ((longest_query, *_),) = operator.calls
     assert longest_query == (1 if cls_only or batch.num_tokens == batch.num_sequences else batch.max_seqlen)
-
-
-def test_a_whole_model_by_the_operator(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(arch="v1").eval()
-    for task in DEFAULT_TASKS:
-        batch = make_batch(model, task)
-        found = model(task, batch)
-        with monkeypatch.context() as patch:
-            patch.setattr(flash, "usable", lambda *_: False)
-            torch.testing.assert_close(found, model(task, batch), rtol=0, atol=1e-5)
-    assert len(operator.calls) == 6 and {dropout for *_, dropout in operator.calls} == {0.0}  # two layers
 
 
 def test_the_call_is_one_that_torch_knows() -> None:

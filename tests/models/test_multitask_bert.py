@@ -44,7 +44,9 @@ def test_outputs_have_the_right_shape_and_gradients_are_finite(arch: str, size: 
     model = make_model(arch=arch, hidden_dropout_prob=0.3).train()
     for task, shape in (("sst", (size, 5)), ("para", (size,)), ("sts", (size,))):
         model.zero_grad()
-        out = model(task, make_batch(model, task, size))
+        batch = make_batch(model, task, size)
+        out = model(task, batch)
+        assert not torch.equal(out, model(task, batch))
         assert out.shape == shape and out.dtype == torch.float32 and out.isfinite().all()
         out.square().sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -273,10 +275,3 @@ def test_pair_layer_keeps_statistics_for_each_task_unless_shared(shared: bool) -
     assert all(torch.equal(a, b) != shared for a, b in zip(para, statistics(model, of_para), strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(sts, statistics(model, of_sts), strict=True))
     assert torch.equal(predictions, model.eval()("para", batch)) != shared
-
-
-def test_head_dropout_acts_in_training_only() -> None:
-    model = make_model(arch="r1-baseline", hidden_dropout_prob=0.5)
-    batch = make_batch(model, "sst")
-    assert max_difference(model.train()("sst", batch), model("sst", batch)) > 1e-3
-    assert torch.equal(model.eval()("sst", batch), model("sst", batch))
