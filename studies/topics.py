@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics.pairwise import cosine_similarity
 
 from base_bert import load_weights, read_config, resolve_pretrained
 from bert import BertModel
@@ -81,6 +80,8 @@ def nearest_topics(examples: np.ndarray, topics: np.ndarray) -> np.ndarray:
     Both are centred first, because embeddings of BERT have a large common part without meaning (Mu and Viswanath 2018,
     "All-but-the-top", section 2).
     """
+    from sklearn.metrics.pairwise import cosine_similarity  # changes random's generator when it is imported
+
     cosines = cosine_similarity(examples - examples.mean(axis=0), topics - topics.mean(axis=0))
     return np.asarray(cosines.argmax(axis=1))
 
