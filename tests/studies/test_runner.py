@@ -191,15 +191,16 @@ def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path
     assert "there seed=1 is the run of " in refusal(run, tmp_path / "three" / "seeds", *words, "--lr", "1")
 
 
-@pytest.mark.parametrize("storage", ["{}/journal", "sqlite:///{}/study.db"])
-def test_a_trial_of_a_dead_machine_runs_again_where_its_host_is_named(
-    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("place", "lives"), [("{}/journal", 0), ("sqlite:///{}/study.db", 0), ("{}/journal", 1)])
+def test_a_trial_of_a_machine_that_is_said_to_be_dead_runs_again(
+    place: str, lives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--storage", storage.format(tmp_path), "--grid", "seed=1,2"]
-    monkeypatch.setenv("SECONDS", "60")
+    words = ["--storage", place.format(tmp_path), "--grid", "seed=1,2"]
+    monkeypatch.setenv("SECONDS", "2" if lives else "60")
     dead = start(tmp_path / "dead" / "seeds", *words, host="node7")
     wait_until(lambda: "begins" in log_of(tmp_path / "dead" / "seeds", "seed=1"), dead)
-    kill_all(dead)
+    if not lives:
+        kill_all(dead)
     monkeypatch.setenv("SECONDS", "0")
     folder = tmp_path / "live" / "seeds"
     waiting, said = start(folder, *words), folder.with_suffix(".log")
@@ -208,6 +209,8 @@ def test_a_trial_of_a_dead_machine_runs_again_where_its_host_is_named(
     run(folder, *words, "--retry", "node7")
     assert waiting.wait(180) == 0
     assert {name: row["status"] for name, row in by_trial(folder).items()} == {"seed=1": "ok", "seed=2": "ok"}
+    if lives:
+        assert dead.wait(180) == 0 and by_trial(tmp_path / "dead" / "seeds") == by_trial(folder)
 
 
 def test_a_grid_may_grow(tmp_path: Path) -> None:
