@@ -11,7 +11,6 @@ fused AdamW. Two names need no network: `--pretrained random-bert-base` has rand
 `--data_dir made` has texts of random words with the lengths of the real ones.
 
 Some modes have no peer:
-
 - tokenise reads and tokenises a generated file of Quora's size, first without a cache and then with it.
 - frozen trains the heads of a frozen backbone, with --cache_frozen and without, in turn.
 - start times the training script's --help and a short run of it.
@@ -27,30 +26,22 @@ from benchmarks.options import BenchmarkOptions
 from cli.parser import build_parser, expand_arguments, groups_of
 from utils.console import run_script
 from utils.errors import UserError
+from utils.files import probe_folder
 
 
-def parse_options(argv: Sequence[str]) -> BenchmarkOptions:
-    """Return the options of a command line, and make the folder of the results.
+def main(argv: Sequence[str]) -> None:
+    """Measure what the command line asks for.
 
     Exits with code 2 for a flag or value that does not exist. Raises UserError for --ranks that are no numbers and for
-    an --out that cannot be made.
+    an --out that cannot be written.
     """
     groups = {"benchmark": BenchmarkOptions}
     parser = build_parser("benchmark.py", str(__doc__).split("\n\n")[0], {}, groups)
     options: BenchmarkOptions = groups_of(vars(parser.parse_args(expand_arguments(argv))), groups)["benchmark"]
     if not all(ranks.isdecimal() and int(ranks) for ranks in options.ranks):
         raise UserError(f"--ranks {','.join(options.ranks)}: give numbers of processes, such as 1,2")
-    try:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: cannot be made ({error}); give a folder that can") from error
-    return options
-
-
-def main(argv: Sequence[str]) -> None:
-    """Measure what the command line asks for."""
-    options = parse_options(argv)
-    from benchmarks.run import run  # torch takes seconds to import, and the command line is right now
+    probe_folder(Path(options.out), "--out")
+    from benchmarks.modes import run  # torch takes seconds to import, and the command line is right now
 
     run(options)
 

@@ -1,1 +1,0 @@
-"""What benchmark.py measures, and the notes and results of former runs."""

@@ -7,6 +7,7 @@ from tasks import DEFAULT_TASKS, TASKS
 
 PEER_MODES = ("train", "eval")
 SOLO_MODES = ("tokenise", "frozen", "start", "optimizer", "recipe", "scaling")  # modes without a peer
+COMPARISON_NAMES = ("full-model", "lora", "dora", "lora-over-full", "dora-over-lora")
 RANDOM_BERT = "random-bert-base"  # the --pretrained that stands for random weights of BERT-base's shape
 GENERATED = "made"  # the --data_dir that stands for generated files
 
@@ -16,9 +17,7 @@ class BenchmarkOptions:
     """Benchmark."""
 
     comparisons: tuple[str, ...] = option(
-        ("full-model",),
-        "comma-separated comparisons; each has a peer's side and ours",
-        choices=("full-model", "lora", "dora", "lora-over-full", "dora-over-lora"),
+        ("full-model",), "comma-separated comparisons; each has a peer's side and ours", choices=COMPARISON_NAMES
     )
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(
@@ -31,18 +30,12 @@ class BenchmarkOptions:
     steps: int = option(20, "timed rounds of each side: training steps, or passes over dev", low=1)
     warmup: int = option(3, "rounds of each side before the timed ones", low=0)
     threads: int = option(2, "CPU threads", low=1, high=MAX_THREADS)
-    ranks: tuple[str, ...] = option(
-        ("1", "2"), "comma-separated numbers of processes for --modes scaling", metavar="NUMBERS"
-    )
+    ranks: tuple[str, ...] = option(("1", "2"), "comma-separated process counts for --modes scaling", metavar="NUMBERS")
     data_dir: str = option(
-        "data/sample",
-        f"folder with the tasks' csv files; {GENERATED}: generated files with texts of random words",
-        metavar="DIR",
+        "data/sample", f"folder of the csv files; {GENERATED}: generated files of random words", metavar="DIR"
     )
     pretrained: str = option(
-        "all-MiniLM-L6-v2",
-        f"weights: bert-base-uncased, another name of the hub, a folder, or {RANDOM_BERT}",
-        metavar="NAME",
+        "all-MiniLM-L6-v2", f"weights: bert-base-uncased, another hub name, a folder, or {RANDOM_BERT}", metavar="NAME"
     )
     out: str = option("benchmarks/results", "folder of the results", metavar="DIR")
     use_gpu: bool = option(False, "use cuda, else mps, else warn and use the CPU")
@@ -50,3 +43,8 @@ class BenchmarkOptions:
     cuda_graphs: bool = option(False, "replay our steps from CUDA graphs")
     block: int = option(1, "training steps in a round; after each round the clock waits for the GPU", low=1)
     loader_workers: int = option(0, "processes that make the peer's batches", low=0)
+
+    @property
+    def training_steps(self) -> int:
+        """Return the number of training steps of each side, warmup included."""
+        return self.block * (self.warmup + self.steps)

@@ -23,10 +23,7 @@ def arrays(seconds: Mapping[str, Sequence[float]]) -> list[np.ndarray]:
 
 
 def comparison_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table with a line for each record.
-
-    Times, rates and ratios are medians over the rounds; rates and shares are ours.
-    """
+    """Return a table with a line of medians over the rounds for each record; rates and shares are ours."""
     header = ["comparison", "task", "mode", "peer s/step", "our s/step", "ratio", "examples/s", "tokens/s"]
     header += ["GFLOP/s", "of torch's", "of peak", "peer MB", "our MB"]
     rows = []
@@ -49,37 +46,24 @@ def target_line(what: str, found: float, bound: str, target: float, digits: int)
     return f"{'met   ' if met else 'MISSED'}  {what}: {found:.{digits}f}, {bound} {target:g}"
 
 
-def quora_target_lines(record: Mapping[str, Any], batch_size: int) -> list[str]:
-    """Return the targets that training on Quora with the full model has to meet."""
-    peer, ours = arrays(record["seconds"])
-    rows = REAL_ROWS["para"][0]
-    lines = []
-    if batch_size in MIN_RATIO:
-        what = f"times transformers at batch {batch_size}"
-        lines.append(target_line(what, float(np.median(peer / ours)), "at least", MIN_RATIO[batch_size], 2))
-    if batch_size in MIN_SHARE and record["square_peak"]:  # None on a CPU
-        share = np.median(record["flops"] / ours) / record["square_peak"]
-        what = f"share of the device's peak at batch {batch_size}"
-        lines.append(target_line(what, share, "at least", MIN_SHARE[batch_size], 3))
-    epoch = rows / np.median(record["examples"] / ours)
-    what = f"seconds for {rows:,} pairs at batch {batch_size}"
-    return [*lines, target_line(what, epoch, "at most", MAX_EPOCH_SECONDS, 1)]
-
-
 def target_lines(records: Sequence[Mapping[str, Any]], batch_size: int) -> list[str]:
-    """Return a line for each target that these records can decide."""
+    """Return a line for each target that these records can decide: those of the recipe and of full models on Quora."""
     lines = []
     for record in records:
         if record["mode"] == "recipe":
             seconds = sum(record["train"].values()) + record["evaluation"]
             lines.append(target_line("seconds of the Yin Yang recipe", seconds, "at most", MAX_RECIPE_SECONDS, 0))
         elif (record["mode"], record.get("task"), record.get("comparison")) == ("train", "para", "full-model"):
-            lines += quora_target_lines(record, batch_size)
+            (peer, ours), rows, batch = arrays(record["seconds"]), REAL_ROWS["para"][0], f"at batch {batch_size}"
+            if batch_size in MIN_RATIO:
+                ratio = np.median(peer / ours)
+                lines.append(target_line(f"times transformers {batch}", ratio, "at least", MIN_RATIO[batch_size], 2))
+            if batch_size in MIN_SHARE and record["square_peak"]:  # None on a CPU
+                what, share = f"share of the device's peak {batch}", np.median(record["flops"] / ours)
+                lines.append(target_line(what, share / record["square_peak"], "at least", MIN_SHARE[batch_size], 3))
+            epoch = rows / np.median(record["examples"] / ours)
+            lines.append(target_line(f"seconds for {rows:,} pairs {batch}", epoch, "at most", MAX_EPOCH_SECONDS, 1))
     return lines
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The modes without a peer
 
 
 def recipe_line(record: Mapping[str, Any]) -> str:

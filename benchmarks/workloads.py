@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from base_bert import read_config, resolve_pretrained, save_pretrained
 from benchmarks.options import GENERATED, RANDOM_BERT, BenchmarkOptions
@@ -43,23 +43,16 @@ TOKEN_COUNTS = {
 }
 
 
+say: Callable[[str], None] = tqdm.write  # prints a line above the progress bars
+
+
+def ignore(line: str) -> None:
+    """Print nothing, where another step of the benchmark prints the same line."""
+
+
 def requested_device(options: BenchmarkOptions, say: Callable[[str], None]) -> Device:
     """Return the device for --use_gpu, --amp and --threads; `say` gets a line for each thing that is missing."""
     return choose_device(options.use_gpu, options.amp, options.threads, say)
-
-
-def training_steps(options: BenchmarkOptions) -> int:
-    """Return the number of training steps of each side, warmup included."""
-    return options.block * (options.warmup + options.steps)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Start weights
-
-
-def weights_folder(name: str) -> Path:
-    """Return the folder of the start weights that --pretrained names."""
-    return random_bert_base() if name == RANDOM_BERT else resolve_pretrained(name)
 
 
 def random_bert_base() -> Path:
@@ -79,13 +72,9 @@ def random_bert_base() -> Path:
 
 def load_start(name: str) -> tuple[Path, BertConfig, Tokenizer]:
     """Return the folder of the start weights, their shape, and their tokenizer."""
-    folder = weights_folder(name)
+    folder = random_bert_base() if name == RANDOM_BERT else resolve_pretrained(name)
     bert_config = read_config(folder)
     return folder, bert_config, load_tokenizer(folder, min(MAX_LENGTH, bert_config.max_position_embeddings))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Generated data
 
 
 def draw_lengths(task: Task, rows: int, seed: int) -> np.ndarray:
@@ -101,15 +90,15 @@ def write_task_file(path: Path, task: Task, tokenizer: Tokenizer, lengths: np.nd
     """
     words = [word for word in json.loads(tokenizer.to_json())["model"]["vocab"] if word.isalpha()]
     generator = random.Random(0)
-    low, high = task.label_range
+    low, high = map(int, task.label_range)
+    draw = generator.uniform if task.kind == "similarity" else generator.randint
     with path.open("w", encoding="utf-8") as file:
         file.write("\t".join(["", "id", *task.text_columns, task.label_column]) + "\n")
         for number, row in enumerate(lengths.tolist()):
             texts = [" ".join(generator.choices(words, k=max(1, length - 3))).capitalize() + "?" for length in row]
-            label = (
-                generator.uniform(low, high) if task.kind == "similarity" else generator.randint(int(low), int(high))
+            file.write(
+                "\t".join([str(number), f"{generator.getrandbits(100):025x}", *texts, f"{draw(low, high):.1f}"]) + "\n"
             )
-            file.write("\t".join([str(number), f"{generator.getrandbits(100):025x}", *texts, f"{label:.1f}"]) + "\n")
 
 
 @contextmanager
@@ -122,17 +111,13 @@ def prepared_data(options: BenchmarkOptions, min_rows: int = 0) -> Iterator[Benc
         yield options
         return
     *_, tokenizer = load_start(options.pretrained)
-    rows = max(min_rows, options.batch_size * training_steps(options))
+    rows = max(min_rows, options.batch_size * options.training_steps)
     counts = {"train": rows, "dev": EVAL_BATCHES * options.batch_size}
     with tempfile.TemporaryDirectory() as folder:
         for task in (TASKS[name] for name in REAL_ROWS):
             for seed, (split, count) in enumerate(counts.items()):
                 write_task_file(Path(folder) / task.files[split], task, tokenizer, draw_lengths(task, count, seed))
         yield replace(options, data_dir=folder)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What both sides of a comparison get
 
 
 @dataclass(frozen=True)
@@ -164,7 +149,7 @@ def workload_config(options: BenchmarkOptions, task: Task, bert_config: BertConf
     """Return the configuration that trains as the peer does: arch v1, one task, AdamW at a constant rate."""
     given = {
         "data.data_dir": options.data_dir,
-        "data.max_train_examples": options.batch_size * training_steps(options),
+        "data.max_train_examples": options.batch_size * options.training_steps,
         "model.arch": "v1",
         "model.hidden_dropout_prob": bert_config.hidden_dropout_prob,
         "train.fine_tune_mode": "full-model",
@@ -183,42 +168,23 @@ def workload_config(options: BenchmarkOptions, task: Task, bert_config: BertConf
     return config
 
 
-def choose_batches(config: Config, task: Task, size: int, count: int) -> list[np.ndarray]:
-    """Return `count` batches [B] of a task's `size` examples in training's order, whole batches only."""
-    plan = Plan.of(config.train, config.tasks, {task.name: size})
-    per_epoch = size // config.train.batch_size
-    epochs = range(math.ceil(count / per_epoch))
-    batches = [batch for epoch in epochs for batch in task_batches(plan, epoch, task.name)[:per_epoch]]
-    return [batch.indices for batch in batches[:count]]
-
-
 def make_workload(options: BenchmarkOptions, name: str, say: Callable[[str], None]) -> Workload:
-    """Read the data of the task `name` and choose the batches of its training steps.
+    """Read the data of the task `name` and choose the batches of its training steps, which are whole ones.
 
     Raises UserError for missing data, and for data that has less than one batch.
     """
-    task = TASKS[name]
-    device = requested_device(options, say)
+    task, device, size = TASKS[name], requested_device(options, say), options.batch_size
     folder, bert_config, tokenizer = load_start(options.pretrained)
     config = workload_config(options, task, bert_config)
     splits = load_splits(config.data, config.tasks, {name: task}, ["train", "dev"], say)
-    splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * options.batch_size, config.train.seed)
-    data = {split: by_task[name] for split, by_task in tokenise(splits, tokenizer, "siamese", False, say).items()}
-    size = len(data["train"])
-    if size < options.batch_size:
-        raise UserError(
-            f"--batch_size {options.batch_size}: {data['train'].examples.path} has only {size} examples; "
-            "give at most that"
-        )
-    batches = choose_batches(config, task, size, training_steps(options))
-    return Workload(
-        config,
-        task,
-        folder,
-        bert_config,
-        tokenizer,
-        **data,
-        batches=batches,
-        device=device,
-        loader_workers=options.loader_workers,
-    )
+    splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * size, config.train.seed)
+    data = tokenise(splits, tokenizer, "siamese", False, say)
+    train, dev = data["train"][name], data["dev"][name]
+    if len(train) < size:
+        path = train.examples.path
+        raise UserError(f"--batch_size {size}: {path} has only {len(train)} examples; give at most that")
+    plan, whole = Plan.of(config.train, config.tasks, {name: len(train)}), len(train) // size
+    endless = (batch.indices for epoch in itertools.count() for batch in task_batches(plan, epoch, name)[:whole])
+    batches = list(itertools.islice(endless, options.training_steps))
+    workers = options.loader_workers
+    return Workload(config, task, folder, bert_config, tokenizer, train, dev, batches, device, workers)

@@ -61,7 +61,7 @@ def test_a_mode_without_a_peer_needs_no_transformers_and_no_data(
 
 def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out .*file/results: cannot be made"):
+    with pytest.raises(UserError, match=r"--out .*file/results: cannot be written"):
         benchmark.main(["--out", str(tmp_path / "file" / "results")])
 
 

@@ -14,11 +14,9 @@ from helpers import benchmark_options
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import comparisons
-from benchmarks.comparisons import COMPARISONS, Side, check_same, measure_speed
-from benchmarks.measure import forward_flops
-from benchmarks.minbert import MinbertSide
-from benchmarks.peers import TransformersSide, import_transformers
+from benchmarks import modes
+from benchmarks.modes import COMPARISONS, Side, check_same, forward_flops, measure_speed
+from benchmarks.peers import MinbertSide, TransformersSide, import_peer
 from benchmarks.workloads import LR, Workload, make_workload
 from kernels import linear
 from tasks import DEFAULT_TASKS
@@ -88,7 +86,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
     # The first moment is a tenth of the gradient, the same whatever the optimizer's eps does.
     for theirs, mine in pairs.items():
         wanted = peer.optimizer.state[theirs]["exp_avg"]
-        found = ours.driver.trainer.optimizers.by_name[task].state[mine]["exp_avg"]
+        found = ours.trainer.optimizers.by_name[task].state[mine]["exp_avg"]
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
         assert wanted.abs().max() > 0
         assert (mine - theirs).abs().mean() < LR / 10
@@ -123,10 +121,10 @@ def test_fifty_steps_have_the_losses_of_padded_training(
 
     peer.loss = recorded
     peer.train_on(*work.batches)
-    found = [float(value) for value in ours.driver.train(task, work.batches)]
+    found = [float(value) for value in ours.train_on(*work.batches)]
     assert len(found) == len(wanted) == 50
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
-    (again,) = ours.driver.train(task, work.batches[:1])
+    (again,) = ours.train_on(*work.batches[:1])
     assert abs(float(again) - wanted[0]) > 1e-2  # training went somewhere
 
 
@@ -174,7 +172,7 @@ def test_a_difference_is_refused(
         return side
 
     monkeypatch.setitem(COMPARISONS["full-model"], perturbed, build_perturbed)
-    monkeypatch.setattr(comparisons, "time_in_turn", lambda *_: pytest.fail("timed in spite of the difference"))
+    monkeypatch.setattr(modes, "time_in_turn", lambda *_: pytest.fail("timed in spite of the difference"))
     wanted = f"SST sentiment: the outputs of transformers and minbert differ by up to {shown}"
     with pytest.raises(UserError, match=wanted):
         measure_speed(benchmark_options(bert, small_data), "full-model", "sst")
@@ -198,7 +196,7 @@ def test_loader_workers_make_the_same_batches(bert: Path, small_data: Path) -> N
     peer = TransformersSide(work)
     assert peer.loaded is not None
     for number, (texts, labels) in enumerate(peer.loaded):
-        wanted, wanted_labels = peer.batches[number]
+        wanted, wanted_labels = peer.train[work.batches[number]]
         assert all(torch.equal(a, b) for x, y in zip(texts, wanted, strict=True) for a, b in zip(x, y, strict=True))
         assert torch.equal(labels, wanted_labels)
     assert number + 1 == len(work.batches)
@@ -208,5 +206,5 @@ def test_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = sys.modules["datasets"]
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"transformers is missing; pip install -r requirements-dev\.txt"):
-        import_transformers()
+        import_peer("transformers")
     assert sys.modules["datasets"] is ours

@@ -30,7 +30,7 @@ def test_tokenising_a_large_file(
     tiny_bert: Path, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    record = measure_tokenising(benchmark_options(tiny_bert, small_data), pairs=12_000)
+    (record,) = measure_tokenising(benchmark_options(tiny_bert, small_data), pairs=12_000)
     assert (record["mode"], record["pairs"]) == ("tokenise", 12_000)
     first, cached = record["first"], record["cached"]
     assert first["tokens"] == cached["tokens"] == pytest.approx(13, abs=0.1)
@@ -66,7 +66,7 @@ def test_epochs_with_the_cache_of_frozen_layers(
         return embed(self, batch)
 
     monkeypatch.setattr(BertModel, "embed", counted)
-    record = measure_frozen(benchmark_options(tiny_bert, small_data), "para")
+    (record,) = measure_frozen(benchmark_options(tiny_bert, small_data, tasks=("para",)))
     assert with_dropout.count(True) == (1 + FROZEN_EPOCHS) * 3  # the side without a cache, an epoch before the timed
     assert with_dropout.count(False) == 1  # the side with the cache: all examples at once
     assert (record["task"], record["steps"], record["batch_size"]) == ("para", 3, 8)  # of 20 examples
@@ -79,7 +79,7 @@ def test_epochs_with_the_cache_of_frozen_layers(
 
 
 def test_the_start_of_a_run(tiny_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = measure_start(benchmark_options(tiny_bert, small_data), starts=1)
+    (record,) = measure_start(benchmark_options(tiny_bert, small_data), starts=1)
     assert 0 < record["seconds"]["help"][0] < record["seconds"]["run"][0]
     assert start_line(record).startswith(f"start: --help {record['seconds']['help'][0]:.2f} s; a whole run")
     with pytest.raises(UserError, match=r"multitask_classifier.py .* failed: (.*\n)*error: --run_dir"):
@@ -88,7 +88,7 @@ def test_the_start_of_a_run(tiny_bert: Path, small_data: Path, monkeypatch: pyte
 
 
 def test_the_recipe_is_timed_stage_by_stage(tiny_bert: Path, small_data: Path) -> None:
-    record = measure_recipe(benchmark_options(tiny_bert, small_data), warmup=0, steps=1)
+    (record,) = measure_recipe(benchmark_options(tiny_bert, small_data), warmup=0, steps=1)
     heads, one, two, everything = record["stages"].values()
     assert all(list(tasks) == list(REAL_ROWS) and min(tasks.values()) > 0 for tasks in record["stages"].values())
     # Of two layers, half a layer is one. The last three of seven epochs train everything.
@@ -101,8 +101,8 @@ def test_the_recipe_is_timed_stage_by_stage(tiny_bert: Path, small_data: Path) -
 
 @pytest.mark.long
 def test_processes_share_each_batch(tiny_bert: Path, sample: Path) -> None:
-    options = benchmark_options(tiny_bert, sample, batch_size=16, steps=3, ranks=("1", "2"))
-    record = measure_scaling(options, "sst")
+    options = benchmark_options(tiny_bert, sample, batch_size=16, steps=3, ranks=("1", "2"), tasks=("sst",))
+    (record,) = measure_scaling(options)
     assert {ranks: len(times) for ranks, times in record["seconds"].items()} == {"1": 3, "2": 3}
     first, second = scaling_lines(record).splitlines()
     assert first.startswith("scaling sst, batch 16: 1 processes ") and first.endswith("efficiency 100%")
