@@ -17,7 +17,6 @@ folder and OUT/study.journal.
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from typing import Any
 
 from cli.parser import build_parser, expand_arguments, groups_of
 from studies.trials import SCRIPT, Plan, SweepOptions, plan_grid, plan_search
@@ -33,24 +32,22 @@ def read_command(argv: Sequence[str]) -> tuple[SweepOptions, Plan]:
     parser = build_parser("sweep.py", str(__doc__).split("\n\n")[0], {}, groups)
     what = "--grid FLAG=VALUE,... | --search N --range FLAG=LOW..HIGH"
     parser.usage = f"sweep.py --out DIR ({what}) [flags] [flags of {SCRIPT}] [@file-of-flags]"
-    several: dict[str, Any] = {"nargs": "+", "action": "append", "default": []}
     about = "the values of each flag; every combination is a trial, and another --grid adds its own"
-    parser.add_argument("--grid", metavar="FLAG=VALUE,...", help=about, **several)
+    parser.add_argument("--grid", metavar="FLAG=VALUE,...", help=about, nargs="+", action="append", default=[])
     about = "what --search samples a flag from: words A,B,C, or numbers, whole ones where both bounds are"
-    parser.add_argument("--range", metavar="FLAG=LOW..HIGH[:log]", help=about, **several)
+    parser.add_argument("--range", metavar="FLAG=LOW..HIGH[:log]", help=about, nargs="+", action="extend", default=[])
     for flag in ("--run_dir", "--name", "--filepath"):  # of a recipe: each trial has its own
         parser.add_argument(flag, help=SUPPRESS)
     found, base = parser.parse_known_args(expand_arguments(argv))
     options: SweepOptions = groups_of(vars(found), groups)["sweep"]
-    ranges = [word for words in found.range for word in words]
     if not options.out:
         raise UserError("--out: name the folder of the study")
-    if bool(found.grid) == bool(ranges) or bool(ranges) != (options.search is not None):
+    if bool(found.grid) == bool(found.range) or bool(found.range) != (options.search is not None):
         raise UserError(
             "--grid or --search: give --grid lora_mode=attn lora_rank=1,2,5, flags with all their values, "
             "or --search 40 --range lr=1e-5..3e-3:log, a number of trials and flags with their ranges"
         )
-    return options, plan_grid(found.grid, base) if found.grid else plan_search(options.search or 0, ranges, base)
+    return options, plan_grid(found.grid, base) if found.grid else plan_search(options.search or 0, found.range, base)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ FIGURES = (
     "score",
     "score_raw_r",
     *(f"{task.name}_{task.metric}" for task in TASKS.values()),
-    *(f"{name}_seconds_per_epoch" for name in TASKS),
-    *(f"{name}_peak_memory_bytes" for name in TASKS),
+    *(f"{name}_{cost}" for cost in ("seconds_per_epoch", "peak_memory_bytes") for name in TASKS),
     "peak_memory_bytes",
     "tokens_per_second",
     "trainable_parameters",
@@ -35,18 +35,11 @@ BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a jsonl file, up to one that a kill has cut short; none where there is no file."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    lines: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, ValueError):
+        for text in path.read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(text))
-        except ValueError:
-            break
     return lines
-
-
-def total(timing: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Return the sum over epochs and tasks of a figure of timing.jsonl."""
-    return sum(sum(line[key].values()) for line in timing)
 
 
 def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
@@ -64,7 +57,8 @@ def figures(folder: Path) -> dict[str, Any]:
         row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
         row["device"] = timing[-1]["device"]
         counted = [line for line in timing if "tokens" in line]  # a resumed run may have begun before tokens were
-        row["tokens_per_second"] = round(total(counted, "tokens") / max(total(counted, "train_seconds"), 1e-9), 1)
+        tokens, seconds = (sum(sum(line[key].values()) for line in counted) for key in ("tokens", "train_seconds"))
+        row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
         row |= {f"{name}_seconds_per_epoch": round(mean, 3) for name, mean in per_task(timing, "train_seconds").items()}
         peaks = per_task(timing, "train_peak_memory_bytes")
         row |= {f"{name}_peak_memory_bytes": round(mean) for name, mean in peaks.items()}
@@ -81,9 +75,8 @@ def benchmark_row(folder: Path, config: Config, command: str) -> dict[str, Any]:
     """Return the row of a finished run in the table of --benchmark."""
     options = {**vars(config.compute), **vars(config.lora), **vars(config.train)}
     settings = {name: int(options[name]) if isinstance(options[name], bool) else options[name] for name in SETTINGS}
-    commit = git_commit()
-    about = {"trial": folder.name, "status": "ok", "seed": config.train.seed, "commit": commit, "command": command}
-    return {**about, **settings, **figures(folder)}
+    about = {"trial": folder.name, "status": "ok", "seed": config.train.seed, "command": command}
+    return {**about, "commit": git_commit(), **settings, **figures(folder)}
 
 
 class Table:

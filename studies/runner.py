@@ -43,8 +43,7 @@ def verdict(code: int, output: str) -> tuple[str, str]:
     lines = [line.strip()[:300] for line in re.split(r"[\r\n]+", output) if line.strip()][-TAIL:]
     if code == -signal.SIGKILL:
         return "out of memory", "killed by SIGKILL, as the system does when memory runs out"
-    memory = [line for line in lines if OUT_OF_MEMORY.search(line)]
-    if memory:
+    if memory := [line for line in lines if OUT_OF_MEMORY.search(line)]:
         return "out of memory", memory[-1]
     if code < 0:
         names = {signum.value: signum.name for signum in signal.Signals}  # real-time signals have none
@@ -55,12 +54,10 @@ def verdict(code: int, output: str) -> tuple[str, str]:
 
 def began_as(config: Config, folder: Path) -> bool:
     """Return whether the run in a folder has this configuration, apart from where and on what it runs."""
-    try:
-        before = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return False
-    now = json.loads(json.dumps(config.to_dict()))
-    return all(before.get(group) == now[group] for group in now if group not in ("run", "compute"))
+    with suppress(OSError, ValueError):
+        before, now = read_json(folder / "config.json"), json.loads(json.dumps(config.to_dict()))
+        return all(before.get(group) == now[group] for group in now if group not in ("run", "compute"))
+    return False
 
 
 def row_of(trial: Trial, status: str, cause: str, commit: str | None) -> dict[str, Any]:
@@ -78,7 +75,7 @@ class Job:
     record: optuna.Trial
     log: TextIO
     commit: str | None
-    process: "subprocess.Popen[bytes] | None"
+    process: "subprocess.Popen[bytes] | None" = None
     epochs: int = 0  # lines of metrics.jsonl that the storage knows
     pruned: str = ""  # why we ended it
 
@@ -177,22 +174,16 @@ class Sweep:
                 self.shared.close(job.record.number)
 
     def start(self, todo: list[str]) -> Job | None:
-        """Take a trial and start it; None where there is none to start now."""
+        """Take a trial and start it, or go on with it if it was cut short; None where there is none to start now."""
         taken = self.shared.take({name: self.plan.trials[name].flags for name in todo}, self.options.search_seed)
         if taken is None:
             return None
         record, log = taken
         trial = self.plan.trial(record.user_attrs["trial"], record.params)
-        return Job(trial, record, log, git_commit(), self.launch(trial, log))
-
-    def launch(self, trial: Trial, log: TextIO) -> "subprocess.Popen[bytes] | None":
-        """Start a trial, or go on with one that was cut short; None where it is refused or was found finished."""
-        folder = RunDirectory(Path(log.name).parent)
-        if trial.config is None:
-            return None
-        is_same = began_as(trial.config, folder.path)
-        if is_same and (folder.path / "scores.json").exists():
-            return None
+        job, folder = Job(trial, record, log, git_commit()), RunDirectory(Path(log.name).parent)
+        is_same = trial.config is not None and began_as(trial.config, folder.path)
+        if trial.config is None or (is_same and (folder.path / "scores.json").exists()):
+            return job
         # measured as --benchmark does it; the row is written here
         words = [*trial.words, "--no_test_predictions", "--benchmark=", "--run_dir", str(folder.path)]
         if is_same and folder.states():
@@ -203,7 +194,8 @@ class Sweep:
         if trial.config.compute.threads is None and self.options.jobs > 1:
             words += ["--threads", str(max(1, cores() // self.options.jobs))]
         command = [sys.executable, str(SCRIPT_PATH), *words]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        job.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return job
 
     def watch(self, job: Job) -> None:
         """Report the dev scores of a trial's new epochs, and end the trial where the pruner says so."""

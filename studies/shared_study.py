@@ -44,11 +44,10 @@ def lock_log(path: Path) -> TextIO | None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.open("a", encoding="utf-8")
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return None
-    return log
+        return log
+    return None
 
 
 def is_dead(record: FrozenTrial, dead_host: str) -> bool:
@@ -84,8 +83,8 @@ class SharedStudy:
 
     def rows(self) -> dict[str, Row]:
         """Return the rows of the trials that have ended, by name."""
-        standing = self.standing()
-        return {name: record.user_attrs["row"] for name, record in standing.items() if "row" in record.user_attrs}
+        rows = {name: record.user_attrs.get("row") for name, record in self.standing().items()}
+        return {name: row for name, row in rows.items() if row is not None}
 
     def hosts(self) -> str:
         """Return the names of the machines that run trials."""

@@ -6,18 +6,15 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cli.checks import check_processes
 from cli.parser import OneLineParser, build_config, build_parser
 from config import Config, option
 from tasks import TASKS
 from utils.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 SCRIPT = "multitask_classifier.py"
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?"
@@ -63,10 +60,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a study by name, and the `ranges` of a search, which samples more flags for each of them."""
+    """The trials of a study by name, and the `ranges` (Optuna's) from which a search samples more flags for each."""
 
     trials: Mapping[str, Trial]
-    ranges: Mapping[str, "BaseDistribution"]
+    ranges: Mapping[str, Any]
 
     def trial(self, name: str, values: Mapping[str, object]) -> Trial:
         """Return the trial of this name, in a search with the values that were sampled for it."""
@@ -170,15 +167,12 @@ def plan_grid(grids: Sequence[Sequence[str]], base: Sequence[str]) -> Plan:
         values = {flag: read_list(text) for flag, text in read_words(words, "--grid").items()}
         for combination in itertools.product(*values.values()):
             flags = dict(zip(values, combination, strict=True))
-            name = grid_name(flags)
-            if name in trials:
-                continue
-            trial = make_trial(name, base, flags, "--grid")
+            trial = make_trial(grid_name(flags), base, flags, "--grid")
             if trial.config is not None:
-                same = first.setdefault(json.dumps(trial.config.to_dict()), name)
-                if same != name:
-                    trial = Trial(name, flags, trial.words, None, f"is the same run as {same}")
-            trials[name] = trial
+                same = first.setdefault(json.dumps(trial.config.to_dict()), trial.name)
+                if same != trial.name:
+                    trial = replace(trial, config=None, refusal=f"is the same run as {same}")
+            trials.setdefault(trial.name, trial)
     return Plan(trials, {})
 
 
