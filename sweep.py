@@ -4,8 +4,8 @@
     python sweep.py --out runs/search --search 40 --range lr=1e-5..3e-3:log lora_rank=1..64:log optim=AdamW,Adamax \\
         --pruner median --lora_mode attn @recipes/minilm-cpu.args
 
-Flags other than the sweep's own are multitask_classifier.py's and hold for every trial. A switch takes 0 and 1. A value
-that is itself a list is written with spaces: "lora_targets=query value,key". A trial is a process of its own, which
+All other flags are those of multitask_classifier.py and hold for every trial. A switch takes 0 and 1. A value
+that is itself a list is written with spaces: "lora_targets=query value,key". Each trial is a process, which
 works in OUT/trials/NAME and prints into log.txt there. Trials leave the test files alone, since a study chooses by dev.
 
 A sweep that was killed goes on when it is started again. The grid, or the number of a search, may grow. Several sweeps
@@ -32,11 +32,11 @@ def read_command(argv: Sequence[str]) -> tuple[SweepOptions, Plan]:
     parser = build_parser("sweep.py", str(__doc__).split("\n\n")[0], {}, groups)
     what = "--grid FLAG=VALUE,... | --search N --range FLAG=LOW..HIGH"
     parser.usage = f"sweep.py --out DIR ({what}) [flags] [flags of {SCRIPT}] [@file-of-flags]"
-    about = "the values of each flag; every combination is a trial, and another --grid adds its own"
+    about = "the values of each flag; every combination is a trial, and another --grid adds more"
     parser.add_argument("--grid", metavar="FLAG=VALUE,...", help=about, nargs="+", action="append", default=[])
     about = "what --search samples a flag from: words A,B,C, or numbers, whole ones where both bounds are"
     parser.add_argument("--range", metavar="FLAG=LOW..HIGH[:log]", help=about, nargs="+", action="extend", default=[])
-    for flag in ("--run_dir", "--name", "--filepath"):  # of a recipe: each trial has its own
+    for flag in ("--run_dir", "--name", "--filepath"):  # of a recipe: each trial has another
         parser.add_argument(flag, help=SUPPRESS)
     found, base = parser.parse_known_args(expand_arguments(argv))
     options: SweepOptions = groups_of(vars(found), groups)["sweep"]

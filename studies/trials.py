@@ -103,7 +103,7 @@ def flag_word(flag: str, value: str, source: str) -> str:
 
 
 def make_trial(name: str, base: Sequence[str], flags: Mapping[str, str], source: str) -> Trial:
-    """Return the trial of one combination; multitask_classifier.py's own checks say whether it can be.
+    """Return the trial of one combination; the checks of multitask_classifier.py say whether it can be.
 
     Exits with code 2 for a flag or value that does not exist; raises UserError for a flag that the sweep sets itself.
     """
@@ -112,7 +112,7 @@ def make_trial(name: str, base: Sequence[str], flags: Mapping[str, str], source:
     for key in given:
         group, _, option_name = key.partition(".")
         if group == "run" and option_name not in ("tensorboard", "save_every"):
-            raise UserError(f"--{option_name}: a sweep gives each trial its own; leave it out")
+            raise UserError(f"--{option_name}: a sweep sets it for each trial; leave it out")
     try:
         config = build_config(given, TASKS)
         check_processes(config)

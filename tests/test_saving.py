@@ -40,8 +40,8 @@ def state(number: int, size: int = 200_000) -> dict[str, Any]:
 
 def number_of(content: dict[str, Any]) -> int:
     """Which state this is; it is whole."""
-    assert (content["weights"]["w"] == content["step"]).all()
-    return int(content["step"])
+    assert (content["weights"]["w"] == content["seconds"]).all()
+    return int(content["seconds"])
 
 
 @pytest.mark.parametrize("more", [["--resume"], []])
