@@ -99,7 +99,7 @@ def install(gpu: Any) -> None:
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "manual_seed": lambda seed: None,
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: gpu.wait("synchronize()"),

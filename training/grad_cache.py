@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.multitask_bert import MultitaskBERT
 from text.packing import Batch, EncodedBatch, PackedBatch, take
-from utils.device import random_state, set_random_state
+from utils.device import random_state, seed_generator, set_random_state
 
 EMBEDDINGS, LAYERS = 0, 1  # the two stages of a part that draw dropout masks
 
@@ -100,10 +100,7 @@ class GradCache:
     def masks_of(self, *address: int) -> Iterator[None]:
         """Draw the dropout masks of this address inside; the generator then goes on as if nothing had been drawn."""
         before = random_state(self.device)
-        generator = (
-            torch.cuda.default_generators[self.device.index] if self.device.type == "cuda" else torch.default_generator
-        )
-        generator.manual_seed(hash((self.seed, *address)) % 2**63)
+        seed_generator(self.device, hash((self.seed, *address)) % 2**63)
         try:
             yield
         finally:

@@ -106,6 +106,14 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
 
+def seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout on `device` draws from."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)  # of the GPU that this process has chosen
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def cpu_has_bf16() -> bool:
     """Return whether the CPU has instructions that multiply bf16; emulated bf16 is slower than fp32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bert
+from helpers import make_bert
 from helpers import make_ready, make_trainer, steps_of
 from torch import Tensor
 

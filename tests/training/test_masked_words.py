@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import cut
+from helpers import cut
 from helpers import assert_resumes, changed, copied, load_batch, make_ready, make_trainer, metrics, refusal, step_of
 
 import ensemble

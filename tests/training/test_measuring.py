@@ -1,4 +1,4 @@
-"""What a step and an epoch cost: timers, tokens, and the trace and tables of --profile."""
+"""What a step and an epoch cost and give: timers, tokens, meters, and the trace and tables of --profile."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ import multitask_classifier
 from cli.parser import parse
 from datasets import load_splits, tokenise
 from models.checkpoint import load_model
-from tasks import TASKS
-from training.meters import StepTimer, SyncedStepTimer
+from tasks import SST, TASKS
+from training.meters import BatchResult, StepTimer, SyncedStepTimer, TaskMeter
 from utils.device import Device
 
 CPU = torch.device("cpu")
@@ -42,6 +42,18 @@ def test_each_measured_step_has_its_own_peak_of_memory() -> None:
         torch.ones(size, 250_000)  # a million bytes for each
         peaks.append(timer.stop()[1])
     assert peaks[1] - peaks[0] > 280e6 and peaks[1] - peaks[2] > 280e6
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_examples() -> None:
+    meter = TaskMeter(scored=True)
+    for number, (loss, size) in enumerate([(1.0, 8), (4.0, 2)]):
+        labels = torch.zeros(size, dtype=torch.int64)
+        result = BatchResult(torch.tensor(loss), torch.zeros(size, 5), labels)
+        meter.add(number, result, size, 1e-3, 0.5, 100 - number)
+    again = TaskMeter.from_state(meter.state_dict(), True, torch.device("cpu"))
+    for found in (meter.epoch_figures(SST), again.epoch_figures(SST)):
+        assert (found.steps, found.examples, found.loss, found.seconds, found.peak_memory) == (2, 10, 1.6, 1.0, 100)
+        assert found.train["accuracy"] == 1
 
 
 def test_tokens_are_those_that_the_batches_hold(tiny_flags: list[str], tmp_path: Path) -> None:
