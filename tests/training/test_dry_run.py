@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_bert
-from helpers import make_ready, make_trainer, steps_of
+from helpers import make_bert, make_ready, make_trainer, steps_of
 from torch import Tensor
 
 from training.dry_run import checkpoint_bytes, describe, memory_bytes, optimizer_bytes, smart_cost
