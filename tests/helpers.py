@@ -34,6 +34,7 @@ from training import commands
 from training import trainer as trainer_module
 from training.distributed import SINGLE_PROCESS, DistributedContext
 from training.loader import LoadedBatch
+from training.meters import StepResult
 from training.objective import ForwardResult, Objective
 from training.task_sampling import ROUTINES, Step, TaskBatch
 from training.trainer import Trainer
@@ -240,9 +241,6 @@ def write_films(folder: Path, stem: str) -> None:
             lines.append(f"{i}\tfilm{i}\tThe film is {words[i % 2]} , number {i} .{label}")
         (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
 
 TINY = BertConfig(
     vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -531,3 +529,21 @@ def fill(folder: Path) -> None:
         while True:
             os.write(filler, b"\0" * 4096)
     os.close(filler)
+
+
+def first_steps(trainer: Trainer, number: int, per_epoch: int | None = None) -> Iterator[tuple[Step, StepResult]]:
+    """Make the first steps of a run, at most `per_epoch` of each epoch, and yield them with their results."""
+    progress, options = trainer.progress, trainer.config.train
+    while True:
+        trainer.freeze(progress.epoch)
+        trainer.model.train()
+        steps = ROUTINES[options.routine](trainer.plan, progress.epoch)[:per_epoch]
+        trainer.loader.begin_epoch(steps, 0, progress.batches)
+        for step in steps:
+            trainer.optimizers.set_rates(trainer.optimizers.for_step(step), progress.epoch)
+            yield step, trainer.train_step(step, measure_norm=True)
+            progress.steps += 1
+            progress.batches += len(step.batches)
+            if progress.steps == number:
+                return
+        progress.epoch += 1
