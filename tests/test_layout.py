@@ -108,7 +108,7 @@ PROBE = """
 import importlib, os, random, sys
 root, home, *names = sys.argv[1:]
 sys.path.insert(0, root)
-import numpy, torch
+import numpy, torch, sklearn.metrics  # before the first look: scikit-learn draws a number as it is imported
 wrong, current = [], [""]
 
 def watch(event, args):
