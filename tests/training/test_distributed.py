@@ -34,6 +34,7 @@ EXACT += [f"--{task}_weight_decay=0" for task in DEFAULT_TASKS]
 SMART = ["--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1]
 SMART += ["--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5]
 UNFREEZING = ["--fine_tune_mode", "iterative", "--epochs", 5, "--optim", "SGD"]
+COSINE = ["--sts_embedding_loss", "cosine"]
 CASES: dict[str, list[Any]] = {
     "sequential": ["--optim", "AdamW"],
     "interleave": ["--routine", "interleave", "--arch", "r4", "--optim", "AdamW", "--sst_weight_decay", 0.1],
@@ -41,7 +42,7 @@ CASES: dict[str, list[Any]] = {
     "r1-baseline": ["--arch", "r1-baseline", "--routine", "annealed", "--optim", "RAdam", "--micro_batch_size", 2],
     "joint, PCGrad": ["--routine", "joint", "--pcgrad", "--clip", 0.5, "--optim", "SGD"],
     "joint": ["--routine", "joint", "--arch", "v2", "--clip", 0.5],
-    "joint, micro-batches": "--routine joint --optim SGD --micro_batch_size 3 --sts_embedding_loss cosine".split(),
+    "joint, micro-batches": ["--routine", "joint", "--optim", "SGD", "--micro_batch_size", 3, *COSINE],
     "unfreezing": [*UNFREEZING, "--average", "ema"],
     "joint, unfreezing": [*UNFREEZING, "--routine", "joint", "--arch", "cosine"],
     "joint, nothing to train last": ["--routine", "joint", "--fine_tune_mode", "last-layer", "--arch", "r4"],
