@@ -41,7 +41,7 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     if config.run.resume and config.lora.init_peft is None:
         RunDirectory(Path(str(config.run.run_dir))).check_resume(config)
     LoRAConfig.from_options(config.lora)
-    with context.main_process_first():
+    with context.one_process_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
         check_device(config, device)
@@ -67,7 +67,7 @@ def make_trainer(config: Config, inputs: Inputs, context: DistributedContext) ->
 
 def prepare_run(config: Config, model: MultitaskBERT, context: DistributedContext) -> RunDirectory:
     """Return the run directory, which the main process has made ready to be written."""
-    name = context.broadcast_object(config.run.name or RunDirectory.fresh_name(config.model.arch))
+    name = context.broadcast_text(config.run.name or RunDirectory.fresh_name(config.model.arch))
     run = RunDirectory.named(config.run.run_dir, name, context.is_main_process)
     if not context.is_main_process:
         config.run.tensorboard = False

@@ -71,7 +71,7 @@ class DistributedContext:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return list(largest.tolist())
 
-    def broadcast_object(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return the main process's `text` on all ranks."""
         texts = [text]
         if self.size > 1:
@@ -79,7 +79,7 @@ class DistributedContext:
         return texts[0]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return [ranks, ...]: a tensor that has the same shape on every rank, stacked."""
+        """Return the tensors of all ranks, which must have one shape, as one tensor [ranks, ...]."""
         stacked = tensor.new_zeros(self.size, *tensor.shape)
         stacked[self.rank] = tensor
         if self.size > 1:
@@ -87,8 +87,8 @@ class DistributedContext:
         return stacked
 
     @contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Let one process of each machine go first inside, so that the others find the caches that it filled."""
+    def one_process_first(self) -> Iterator[None]:
+        """Let one process of each machine go first inside. The others then find the caches that it has filled."""
         if self.size > 1 and self.local_rank > 0:
             dist.barrier()
         yield
@@ -223,16 +223,17 @@ class DataParallelLoss:
     """A loss whose gradients are averaged over ranks as backward computes them."""
 
     def __init__(self, loss: Loss, model: MultitaskBERT, one_wrapper: bool) -> None:
-        """Average the gradients of every task's batches by themselves, or of all tasks together with `one_wrapper`.
+        """Wrap the loss once for each task or, with `one_wrapper`, once for all tasks.
 
-        A wrapper reduces all parameters that it has, reached by the batch or not. One for each task sends least. Only
-        one for all tasks can add up the gradients of several tasks first and send the sum.
+        A wrapper sends the gradients of all its parameters, whether the batch reaches them or not. Wrappers for each
+        task therefore send least. But only a wrapper for all tasks can add up the gradients of several tasks before it
+        sends the sum.
         """
         self.loss, self.model, self.one_wrapper = loss, model, one_wrapper
         self.wrappers: dict[str, Any] = {}
 
     def rebuild(self) -> None:
-        """Wrap what trains now; needed at the start and whenever freezing has changed."""
+        """Wrap what trains now. This is needed at the start and whenever freezing has changed."""
         reached = {name: self.model.task_parameters(name) for name in self.model.tasks}
         if self.one_wrapper:
             everything = list(dict.fromkeys(parameter for parameters in reached.values() for parameter in parameters))
@@ -241,7 +242,7 @@ class DataParallelLoss:
             self.wrappers = {name: self.wrap(parameters) for name, parameters in reached.items()}
 
     def wrap(self, parameters: Sequence[nn.Parameter]) -> DistributedDataParallel | Loss:
-        """Return the loss with its gradients averaged; the loss itself where nothing trains that it reaches."""
+        """Return the loss with averaged gradients, or the loss itself if none of `parameters` train."""
         if not any(parameter.requires_grad for parameter in parameters):
             return self.loss
         return DistributedDataParallel(

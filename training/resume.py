@@ -115,7 +115,7 @@ class Checkpointer:
 
         Raises UserError if there is none, or if it belongs to other base weights.
         """
-        with self.context.main_process_first():  # it may rename the files
+        with self.context.one_process_first():  # it may rename the files
             content = newest_state(self.run, self.say)
         check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.load_weights(content["weights"], self.run.resume)
