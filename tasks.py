@@ -16,9 +16,11 @@ class Task:
     """One row of the task table.
 
     `kind` decides how a label is read and scored: `classes` (an integer class, accuracy), `binary` (0 or 1, accuracy)
-    or `similarity` (a real number, Pearson correlation). `backbone` names the task's backbone in an architecture that
-    has one for sentiment and one for similarity. `lr_multiplier`, `weight_decay` and `lr_floor` (the end of the cosine
-    schedule as a fraction of its start) are the defaults of R0, appendix I and section M.4.
+    or `similarity` (a real number, Pearson correlation). Files are tab-separated, whatever they are called, and begin
+    with a line of column names: `id`, the one or two `text_columns` and, except in a test file, the `label_column`.
+    `backbone` is `sentiment` or `similarity`: the task's backbone in an architecture that has these two. `losses` are
+    names in training/losses.py. `lr_multiplier`, `weight_decay` and `lr_floor` (the end of the cosine schedule as a
+    fraction of its start) are the defaults of R0, appendix I and section M.4.
     """
 
     name: str
@@ -30,7 +32,7 @@ class Task:
     files: dict[str, str]  # split -> file name inside --data_dir
     prediction_column: str
     backbone: str
-    losses: tuple[str, ...]  # the first is the default
+    losses: tuple[str, ...]  # the first is the default, but for a similarity --arch may name another (config.ARCHS)
     lr_multiplier: float
     weight_decay: float
     lr_floor: float

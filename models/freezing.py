@@ -45,10 +45,11 @@ def parse_command(command: str, depth: int) -> int:
 def set_trainable(
     backbone: BertModel, trainable_layers: int, adapters: LoRAConfig | None = None, adapters_always: bool = False
 ) -> None:
-    """Set `requires_grad` of every parameter of a backbone: what the schedule AND the adapters' policy let train.
+    """Set `requires_grad` of every parameter of a backbone. Here unfreezing and LoRA meet.
 
-    Adapters train with their layer (R0, iterative unfreezing). With `adapters_always` they train whatever the number of
-    layers (R1, section 4.2: the last-layer mode trains adapters and heads).
+    A parameter trains if its layer is among the top `trainable_layers` and the adapters do not freeze it
+    (`frozen_by_adapters`). So adapters train with their layer (R0, iterative unfreezing), and with `adapters_always`
+    whatever the number of layers (R1, section 4.2: the last-layer mode trains adapters and heads).
     """
     depth = len(backbone.bert_layers)
     backbone.requires_grad_(trainable_layers > depth)

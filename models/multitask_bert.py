@@ -218,7 +218,8 @@ class MultitaskBERT(nn.Module):
     def set_trainable_layers(self, trainable_layers: int, adapters_always: bool = False) -> None:
         """Let so many layers of every backbone train; models/freezing.py explains the number and `adapters_always`.
 
-        Heads and PALs always train, since no pre-training has seen them.
+        Heads and PALs are left alone: they always train, since no pre-training has seen them. Only --mlm freezes the
+        heads of the tasks.
         """
         for backbone in self.backbones.values():
             assert isinstance(backbone, BertModel)
@@ -234,8 +235,8 @@ class MultitaskBERT(nn.Module):
         self.set_trainable_layers(layers, adapters_always=options.fine_tune_mode == "last-layer")
         return layers
 
-    def trained(self, options: TrainOptions) -> dict[str, nn.Parameter]:
-        """Return the parameters that train at some time of a run, by name, and freeze the model as in the last epoch.
+    def trained_parameters(self, options: TrainOptions) -> dict[str, nn.Parameter]:
+        """Return by name the parameters that train in any epoch of a run, and leave the model frozen as in the last.
 
         No epoch freezes what an earlier one trained, so the last one decides.
         """

@@ -28,7 +28,7 @@ def averaged_tensors(model: MultitaskBERT, options: TrainOptions) -> dict[str, T
     """
     saved = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()}
-    return {**model.trained(options), **buffers}
+    return {**model.trained_parameters(options), **buffers}
 
 
 class RunningAverage:

@@ -80,7 +80,7 @@ class DistributedContext:
         return texts[0]
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return [ranks, ...]: a tensor that has the same shape on every rank, stacked."""
+        """Return the tensors of all ranks, which must have one shape, as one tensor [ranks, ...]."""
         stacked = tensor.new_zeros(self.size, *tensor.shape)
         stacked[self.rank] = tensor
         if self.size > 1:
@@ -89,7 +89,7 @@ class DistributedContext:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Let one process of each machine go first inside, so that the others find the caches that it filled."""
+        """Let one process of each machine go first inside. The others then find the caches that it has filled."""
         if self.size > 1 and self.local_rank > 0:
             dist.barrier()
         yield
@@ -224,16 +224,17 @@ class DataParallelLoss:
     """A loss whose gradients are averaged over ranks as backward computes them."""
 
     def __init__(self, loss: Loss, model: MultitaskBERT, one_wrapper: bool) -> None:
-        """Average the gradients of every task's batches by themselves, or of all tasks together with `one_wrapper`.
+        """Wrap the loss once for each task or, with `one_wrapper`, once for all tasks.
 
-        A wrapper reduces all parameters that it has, reached by the batch or not. One for each task sends least. Only
-        one for all tasks can add up the gradients of several tasks first and send the sum.
+        A wrapper sends the gradients of all its parameters, whether the batch reaches them or not. Wrappers for each
+        task therefore send least. But only a wrapper for all tasks can add up the gradients of several tasks before it
+        sends the sum.
         """
         self.loss, self.model, self.one_wrapper = loss, model, one_wrapper
         self.wrappers: dict[str, Any] = {}
 
     def rebuild(self) -> None:
-        """Wrap what trains now; needed at the start and whenever freezing has changed.
+        """Wrap what trains now. This is needed at the start and whenever freezing has changed.
 
         A task that reaches nothing that trains has the loss itself, since its batches have no gradient.
         """

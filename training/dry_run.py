@@ -26,7 +26,7 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Return the bytes of the optimizers' states once everything trains that will. Each optimizer has its states."""
-    count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained(config.train).values())
+    count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained_parameters(config.train).values())
     reached = [p for name in model.tasks for p in model.task_parameters(name) if p in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
@@ -52,7 +52,7 @@ def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskDa
 
     Layers below the lowest that trains keep no activations. Of several processes, each has its part of a batch.
     """
-    shape, trains = model.bert_config, model.trained(config.train).values()
+    shape, trains = model.bert_config, model.trained_parameters(config.train).values()
     per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
     activations = max(
         examples_at_a_time(config, model, name, processes)

@@ -23,9 +23,9 @@ from training.task_sampling import Step, TaskBatch
 class LoadedBatch:
     """A batch of one task on the device that computes.
 
-    Of several processes each has its `shard` in `inputs`, and the labels of the whole batch. `number` counts the
-    batches of the run before this one: it addresses masks and noise. A batch for masked-LM has the packed rows of its
-    masked words in `masked_rows` [M] and the words themselves in `labels` [M].
+    With several processes, `inputs` holds this one's `shard`, and `labels` has the labels of the whole batch. `number`
+    counts the batches of the run before this one; it seeds masks and noise. A batch for masked-LM has the packed rows
+    of its masked words in `masked_rows` [M], and the words themselves in `labels` [M].
     """
 
     task: str
@@ -44,8 +44,8 @@ class LoadedBatch:
 class Loader:
     """Makes batches and copies them to the device.
 
-    A GPU works through what it was given while the host goes on. In that time `prefetch` makes the next batch and
-    copies it on a stream of its own. A CPU has nothing to do it beside and makes a batch when it is needed.
+    While a GPU computes, `prefetch` makes the next batch on the host and copies it on a stream of its own. A CPU has
+    nothing to overlap, so a batch is made when it is needed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Loader:
         masking: Masking | None = None,
         feature_cache: FeatureCache | None = None,
     ) -> None:
-        """With `few_shapes`, packed batches grow to one of a few sizes; with `masking`, they are for masked-LM."""
+        """With `few_shapes`, packed batches are padded to one of a few sizes; with `masking`, words are masked."""
         self.examples = train
         self.train: Mapping[str, Batches] = train if feature_cache is None else feature_cache.train
         self.dev: Mapping[str, Batches] = dev if feature_cache is None else feature_cache.dev
@@ -70,7 +70,10 @@ class Loader:
         self.ready: tuple[TaskBatch, LoadedBatch] | None = None
 
     def begin_epoch(self, steps: Sequence[Step], done: int, number: int) -> None:
-        """Expect the batches of an epoch's `steps` but the first `done`; `number` counts the run's batches so far."""
+        """Queue the batches of an epoch's `steps`, except the first `done` steps.
+
+        `number` counts the batches of the run before them.
+        """
         if self.feature_cache is not None:
             self.feature_cache.begin_epoch(steps)
         remaining = (batch for step in steps[done:] for batch in step.batches)

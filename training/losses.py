@@ -1,4 +1,8 @@
-"""Losses: functions of a batch's outputs and labels, found by the names that the task table lists."""
+"""Losses: functions of a batch's outputs and labels.
+
+To add one, write the function, name it in `LOSSES`, and list the name in the `losses` of the tasks that offer it
+(tasks.py); it is then a choice of --NAME_loss. Losses that look at embeddings are in training/auxiliary_losses.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -129,6 +133,8 @@ def cosine_embedding(first: Tensor, second: Tensor, similar: Tensor, different: 
     return each.sum() / (similar | different).sum().clamp_min(1)
 
 
+# Outputs are logits [B, C] if the task's kind is `classes`, logits [B] if it is `binary`, and similarities [B] else. Of
+# these losses, `binary` tasks can have bce only: `mixed` would take their logits for similarities.
 LOSSES: dict[str, Loss] = {
     "ce": cross_entropy,
     "bce": binary_cross_entropy,

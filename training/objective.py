@@ -21,15 +21,15 @@ from utils.device import Device, random_state
 class ForwardResult:
     """One forward pass of a training batch, for losses that look at more than outputs and labels.
 
-    Of several processes, `batch.inputs` and `embedding` are this one's shard; `outputs` and labels are those of the
-    whole batch. A loss must `gather` what it computes from a shard, so that all processes have the same loss.
+    With several processes, `batch.inputs` and `embedding` are this one's shard, while `outputs` and `batch.labels` are
+    those of the whole batch. A loss must `gather` what it computes from a shard, so that all processes have one loss.
     """
 
     objective: "Objective"
     batch: LoadedBatch
     embedding: Tensor  # [S, H], or [2B, H] for siamese pairs, first texts before second
     outputs: Tensor  # [B, classes] or [B]
-    random_state: Tensor  # of the generator before the pass, so that its dropout masks can be drawn again
+    random_state: Tensor  # of the generator before the pass; from it, a loss can draw the same dropout masks again
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows [B, ...] of the whole batch, one for each example, from those of the shard."""
@@ -61,7 +61,7 @@ class Objective:
         self.auxiliary_losses, self.momentum_model, self.grad_cache = auxiliary_losses, momentum_model, grad_cache
 
     def __call__(self, batch: LoadedBatch) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch and its outputs [B, classes] or [B], the latter without history."""
+        """Return the loss of a batch, and its outputs [B, classes] or [B], detached."""
         options, auxiliary_losses = self.config.tasks[batch.task], self.auxiliary_losses[batch.task]
         state = random_state(self.device.device) if auxiliary_losses else None
         with self.device.autocast():
@@ -77,9 +77,10 @@ class Objective:
         return sum(auxiliary, start=loss), outputs.detach()
 
     def embed(self, batch: LoadedBatch, inputs: Batch, view: int = 0) -> Tensor:
-        """Return the sentence embeddings [S, H] of `inputs`, which may be `batch` on its way through the backbone.
+        """Return the sentence embeddings [S, H] of `inputs`.
 
-        With --micro_batch_size, passes of a batch with the same number of `view` have the same dropout masks.
+        These are the inputs of `batch`, or what the lower part of the backbone has made of them (`EncodedBatch`). With
+        --micro_batch_size, two passes of a batch have the same dropout masks if they have the same `view`.
         """
         if self.grad_cache is None:
             return self.model.embed(batch.task, inputs)
@@ -103,7 +104,7 @@ class MaskedWordObjective:
         self.momentum_model = None
 
     def __call__(self, batch: LoadedBatch) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a batch's masked words in nats, and the loss of each word [M] without history."""
+        """Return the mean loss of a batch's masked words in nats, and the loss of each word [M], detached."""
         assert isinstance(batch.inputs, PackedBatch) and batch.masked_rows is not None
         with self.device.autocast():
             if self.grad_cache is None:

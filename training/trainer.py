@@ -45,9 +45,9 @@ class Progress:
     """How far a run has come."""
 
     epoch: int = 0  # epochs whose steps are done
-    step: int = 0  # steps of the next epoch that are done
-    steps: int = 0  # of the run
-    batches: int = 0  # of the run: they address noise, masks, --save_every and the curves
+    step: int = 0  # steps that are done of the epoch after those
+    steps: int = 0  # steps of the whole run that are done
+    batches: int = 0  # batches of the whole run that are done: they address noise, masks, --save_every and the curves
     evaluating: bool = False  # whether only the evaluation of the epoch is left
     best_score: float = -math.inf
     evaluations_without_improvement: int = 0
@@ -124,7 +124,11 @@ class Trainer:
     # The step
 
     def train_step(self, step: Step, measure_norm: bool = False) -> StepResult:
-        """Make one optimizer step: every method of training meets here, in this order."""
+        """Make one optimizer step. All methods of training meet here.
+
+        Each batch adds its gradient (the objective has SMART and the other losses), --pcgrad projects the gradients,
+        --clip shortens their sum, the optimizer moves the weights, and the averages of the weights follow.
+        """
         optimizer = self.optimizers.for_step(step)
         results: list[BatchResult] = []
         gradients: list[Gradient] = []
@@ -146,28 +150,32 @@ class Trainer:
         optimizer.zero_grad()
         return StepResult(results, norm)
 
-    def run_batch(self, batch: LoadedBatch, batches: int, last: bool) -> tuple[Tensor, Tensor]:
-        """Return the loss and outputs of one of the `batches` of a step; add its gradients to those at hand."""
-        scale = self.context.size / batches  # DistributedDataParallel averages over ranks
+    def run_batch(self, batch: LoadedBatch, batch_count: int, last: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss and the outputs of a batch, and add its share of the step's gradient to the parameters'.
+
+        The step has `batch_count` batches and minimises their mean loss.
+        """
+        scale = self.context.size / batch_count  # times the ranks: DistributedDataParallel averages over them
         if self.cuda_graphs is not None:
-            return self.cuda_graphs(batch, scale, keep=not last)
+            return self.cuda_graphs(batch, scale, keep=not last and not self.config.train.pcgrad)
         return self.forward_backward(batch, scale, reduce=last or self.config.train.pcgrad)
 
     def forward_backward(self, batch: LoadedBatch, scale: float, reduce: bool = True) -> tuple[Tensor, Tensor]:
-        """Return the loss and outputs of a batch, without history; add its gradients, scaled, to those at hand.
+        """Return the loss and the outputs of a batch, detached, and add `scale` times its gradient to the parameters'.
 
-        Of several processes, gradients are averaged over ranks, or wait for those of later batches without `reduce`.
+        With several processes, the gradient is averaged over ranks. Without `reduce` it stays on its rank, and a later
+        batch of the step averages the sum.
         """
         if self.data_parallel is None:
             loss, outputs = self.objective(batch)
         else:
             loss, outputs = self.data_parallel(batch.task, batch, reduce)
-        if loss.requires_grad:  # False if all that the task has is frozen, as a bare cosine on a frozen backbone
+        if loss.requires_grad:  # False if all that the task uses is frozen: a bare cosine on a frozen backbone
             self.optimizers.scaler.scale(loss * scale).backward()
         return loss.detach(), outputs
 
     def task_parameters(self) -> list[nn.Parameter]:
-        """Return all parameters that a task reaches, each once."""
+        """Return the parameters that any of the tasks reaches, each once."""
         return list(dict.fromkeys(chain.from_iterable(map(self.model.task_parameters, self.model.tasks))))
 
     def assign_projected(self, gradients: Sequence[Gradient]) -> None:
@@ -195,7 +203,7 @@ class Trainer:
 
         If a signal ends the run, the state is saved; raises SystemExit.
         """
-        if not self.model.trained(self.config.train):
+        if not self.model.trained_parameters(self.config.train):
             raise UserError(
                 f"--fine_tune_mode {self.config.train.fine_tune_mode} freezes the backbones in all --epochs "
                 f"{self.config.train.epochs}, and a bare cosine has no weights, so nothing would be learned; choose "
@@ -215,7 +223,7 @@ class Trainer:
             except KeyboardInterrupt:
                 self.say(f"\nstopped at once; {self.checkpointer.how_to_continue()}")
                 raise
-            except BrokenPipeError:  # whoever read our output has gone; the run's folder is well
+            except BrokenPipeError:  # the reader of our output has gone; the run's folder can still be written
                 if self.context.size == 1:  # other processes would not know of it
                     self.save_if_new()
                 raise
@@ -244,7 +252,7 @@ class Trainer:
         return patience is not None and self.progress.evaluations_without_improvement >= patience
 
     def train_epoch(self) -> EpochRecord:
-        """Do one epoch, or what a former process left of it: its steps, its evaluation if due, and its records."""
+        """Do the steps of one epoch, its evaluation if due, and its records; skip what an earlier process has done."""
         self.started += time.perf_counter()
         epoch = self.progress.epoch - self.progress.evaluating
         self.freeze(epoch)
@@ -265,7 +273,7 @@ class Trainer:
         return record
 
     def freeze(self, epoch: int) -> None:
-        """Freeze what does not train in `epoch`, counted from 0, and tell of a change."""
+        """Freeze what does not train in `epoch`, counted from 0. If that has changed, print what trains."""
         trainable_layers = self.model.freeze_for_epoch(self.config.train, epoch)
         if trainable_layers != self.trainable_layers:
             self.trainable_layers = trainable_layers
@@ -298,7 +306,7 @@ class Trainer:
 
     @contextmanager
     def named_out_of_memory(self, step: Step) -> Iterator[None]:
-        """Turn a lack of memory inside into a UserError that names --micro_batch_size and a value to try."""
+        """Turn an error for lack of memory inside into a UserError that says which --micro_batch_size to try."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -340,7 +348,10 @@ class Trainer:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Give the model, inside, the averaged weights, if any, and fresh statistics of batch normalisation."""
+        """Inside, give the model the averaged weights, if it has any, and measure the batch norm anew if that is due.
+
+        It is due for averaged weights and under --refresh_batchnorm.
+        """
         average = self.average if self.average is not None and self.average.updates else None
         with ExitStack() as stack:
             if average is not None:
@@ -350,7 +361,7 @@ class Trainer:
             yield
 
     def pass_batches(self) -> None:
-        """Pass the first batches that the last epoch had of each task through the model, if an evaluation is due."""
+        """Pass batches of the last epoch through the model: the first ones of each task, if an evaluation is due."""
         names = self.model.tasks if self.tasks_to_evaluate() else ()
         batches = [b for n in names for b in task_batches(self.plan, self.progress.epoch - 1, n)[:REFRESH_BATCHES]]
         with self.device.autocast():
