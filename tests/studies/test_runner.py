@@ -101,7 +101,7 @@ def wait_for_rows(count: int, folder: Path, child: Child, jobs: int) -> None:
         begun = {path.parent.name for path in folder.glob("trials/*/log.txt") if "begins" in path.read_text()}
         return len(begun - {row["trial"] for row in read_table(folder)})
 
-    wait_until(lambda: len(read_table(folder)) >= count and training() == jobs, child)
+    wait_until(lambda: len(read_table(folder)) >= count and training() == jobs, child, 240)
 
 
 def kill_all(child: Child) -> None:
@@ -131,7 +131,6 @@ def test_a_sweep_killed_twice_has_each_trial_once(tmp_path: Path, monkeypatch: p
         assert log_of(folder, name).count("begins after epoch 0") <= 1
     records = SharedStudy(str(folder / "study.journal"), "study", {}, folder).records()
     assert sum("row" in record.user_attrs for record in records) == 24
-    assert not list(folder.rglob("*.pt"))
 
 
 def test_a_trial_cut_short_goes_on_and_keeps_its_checkpoints_if_asked(
