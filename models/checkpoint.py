@@ -95,10 +95,7 @@ def git_commit() -> str | None:
 
 
 def model_checkpoint(
-    model: MultitaskBERT,
-    tokenizer: Tokenizer,
-    config: Config,
-    scores: Mapping[str, Any],
+    model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
