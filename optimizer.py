@@ -369,13 +369,7 @@ class SparseAdam(ForeachOptimizer):
         )
 
 
-OPTIMIZERS: dict[str, type[Any]] = {
-    "AdamW": AdamW,
-    "Adam": Adam,
-    "Adamax": Adamax,
-    "RAdam": RAdam,
-    "SGD": SGD,
-}
+OPTIMIZERS: dict[str, type[Any]] = {"AdamW": AdamW, "Adam": Adam, "Adamax": Adamax, "RAdam": RAdam, "SGD": SGD}
 
 CYCLE_EPOCHS = 2  # of `triangular` and `cyclic`
 CYCLE_FALL = 8.0  # a `cyclic` rate falls by this factor in a cycle (R0, appendix E)

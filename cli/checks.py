@@ -58,9 +58,7 @@ def check_model(given: ModelOptions) -> list[str]:
         problems.append(f"--head_layers works with --clf conv and mlp, not {model.clf}; drop one of the two")
     hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(model.clf), model.head_layers)
     if given.head_width is not None and not hidden_layers:
-        problems.append(
-            "--head_width is the width of hidden layers, but this head has none; see --clf and --head_layers"
-        )
+        problems.append("--head_width sets hidden layers, but this head has none; see --clf and --head_layers")
     if given.output_dropout_prob is not None and not (model.clf == "mlp" and model.head_layers):
         problems.append("--output_dropout_prob needs --clf mlp with --head_layers 1 or more; drop one of them")
     if given.head_batchnorm and model.clf not in ("nonlinear", "conv"):
@@ -183,8 +181,7 @@ def check_tasks(config: Config) -> list[str]:
             problems.append(f"--{name}_from_epoch {options.from_epoch} is past --epochs {train.epochs}; lower it")
         if train.scaled_lr() * options.lr_multiplier > MAX_RATE:
             problems.append(
-                f"--lr {train.lr:g} times --{name}_lr_multiplier {options.lr_multiplier:g} is too large; lower one of "
-                "the two"
+                f"--lr {train.lr:g} times --{name}_lr_multiplier {options.lr_multiplier:g} is too large; lower one"
             )
     if all(options.num_trains == 0 for options in config.tasks.values()):
         problems.append("every --num_NAME_trains is 0, so no task trains; set one to 1 or more")
@@ -256,9 +253,7 @@ def check_mlm(config: Config) -> list[str]:
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
-        problems.append(
-            "--cache_frozen keeps the features of whole texts, but --mlm masks them anew; drop one of the two"
-        )
+        problems.append("--cache_frozen keeps features of whole texts, but --mlm masks them anew; drop one")
     if config.train.cuda_graphs:
         problems.append("--cuda_graphs replays passes over whole texts, but --mlm masks them anew; drop one of the two")
     for name, options in config.tasks.items():
@@ -278,9 +273,7 @@ def check_cache_frozen(config: Config) -> list[str]:
     problems = []
     mode, lora = config.train.fine_tune_mode, config.lora
     if config.train.cuda_graphs:
-        problems.append(
-            "--cuda_graphs replays whole passes, but --cache_frozen skips a part of them; drop one of the two"
-        )
+        problems.append("--cuda_graphs replays whole passes, but --cache_frozen skips a part; drop one")
     if mode == "full-model":
         problems.append(
             "--cache_frozen keeps the output of frozen layers, but --fine_tune_mode full-model freezes none; "
@@ -293,8 +286,7 @@ def check_cache_frozen(config: Config) -> list[str]:
         )
     if config.pal.pal != "none":
         problems.append(
-            f"--cache_frozen keeps the output of frozen layers, but --pal {config.pal.pal} trains beside every layer; "
-            "drop one of the two"
+            f"--cache_frozen keeps outputs of frozen layers, but --pal {config.pal.pal} trains in every layer; drop one"
         )
     problems += [
         f"--{name}_embedding_loss {options.embedding_loss} needs more than --cache_frozen keeps; drop one of the two"

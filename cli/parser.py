@@ -133,10 +133,8 @@ def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = 
         if only and spec.name not in only:
             continue
         names = [spec.metadata["template"].format(task=name) for name in (task.name, *task.aliases)]
-        shown = field(
-            default=getattr(defaults, spec.name),
-            metadata={**spec.metadata, **({"choices": task.losses} if spec.name == "loss" else {})},
-        )
+        metadata = spec.metadata | ({"choices": task.losses} if spec.name == "loss" else {})
+        shown = field(default=getattr(defaults, spec.name), metadata=metadata)
         help = spec.metadata["help"].format(title=task.title)
         if spec.name == "loss" and task.kind == "similarity":
             help += "; some of --arch have another default"
@@ -223,10 +221,7 @@ def chosen_tasks(given: Mapping[str, Any], tasks: Mapping[str, Task], options: M
 
 
 def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
-    """Return the configuration that a command line asks for.
-
-    Exits with code 2 and one line for an unknown flag or value. Raises UserError for a bad combination.
-    """
+    """Return the configuration that a command line asks for. Raises UserError for a bad combination of flags."""
     namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
     config = build_config(vars(namespace), tasks)
     check_processes(config)

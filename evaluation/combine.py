@@ -8,15 +8,7 @@ from typing import Any
 
 from config import ComputeOptions, DataOptions, EnsembleOptions, FileOptions, TaskOptions
 from datasets import Examples, load_splits
-from evaluation.ensembling import (
-    Rows,
-    average_weights,
-    greedy_soup,
-    halves,
-    score_dev,
-    select_votes,
-    vote_all,
-)
+from evaluation.ensembling import Rows, average_weights, greedy_soup, halves, score_dev, select_votes, vote_all
 from evaluation.members import Member, Outputs, Predictor, Splits, check_members, find_members, soup_path
 from evaluation.metrics import Scores, probabilities, score_table
 from evaluation.prediction_files import refuse_training_run, score_and_write

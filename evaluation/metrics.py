@@ -65,10 +65,7 @@ def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Sco
     if task.kind == "similarity":
         from scipy.stats import rankdata
 
-        return {
-            "pearson": correlation(decided, labels),
-            "spearman": correlation(rankdata(decided), rankdata(labels)),
-        }
+        return {"pearson": correlation(decided, labels), "spearman": correlation(rankdata(decided), rankdata(labels))}
     from sklearn.metrics import f1_score
 
     average = "macro" if task.kind == "classes" else "binary"

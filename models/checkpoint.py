@@ -68,9 +68,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name the best.pt in it") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(
-            f"{path}: not a readable checkpoint, damaged or of another program ({first_line(error):.120})"
-        ) from error
+        raise UserError(f"{path}: not a readable checkpoint, damaged or foreign ({first_line(error):.120})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
     return content
@@ -95,10 +93,7 @@ def git_commit() -> str | None:
 
 
 def model_checkpoint(
-    model: MultitaskBERT,
-    tokenizer: Tokenizer,
-    config: Config,
-    scores: Mapping[str, Any],
+    model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
@@ -244,10 +239,7 @@ def load_model(
 
 
 def _tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
-    """Return the tasks that a checkpoint knows.
-
-    Raises UserError if the task table lacks one of them, or if the content is the state of a run and not a model.
-    """
+    """Return the tasks that a checkpoint knows. Raises UserError for a state of --resume or an unknown task."""
     if "optimizers" in content:
         raise UserError(f"{path}: is a state for --resume; name the best.pt beside it")
     try:
@@ -308,10 +300,7 @@ def _model_on_base(
     base: str | None,
     path: Path,
 ) -> tuple[MultitaskBERT, Tokenizer]:
-    """Return the model of a checkpoint with adapters, with its base weights loaded, and the tokenizer beside them.
-
-    Raises UserError if the base weights or the tokenizer are missing or not those of the checkpoint.
-    """
+    """Return `load_model`'s model and tokenizer for a checkpoint with adapters, from the folder of its base weights."""
     base = base or config.model.pretrained
     try:
         folder = resolve_pretrained(base)

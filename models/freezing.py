@@ -34,9 +34,7 @@ def parse_command(command: str, depth: int) -> int:
     """
     match = re.fullmatch(r"freezeall|unfreezeall|unfreezetop(\d+)", command)
     if match is None or int(match[1] or 0) > depth:
-        raise UserError(
-            f"unfreezing command {command!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}"
-        )
+        raise UserError(f"{command!r} is none of freezeall, unfreezeall, unfreezetopN with N at most {depth}")
     if match[1]:
         return int(match[1])
     return 0 if command == "freezeall" else depth + 1

@@ -40,9 +40,8 @@ class MultitaskBERT(nn.Module):
         self.lora: LoRAConfig | None = None
         self.base_sha256 = ""
         self.backbone_of = {name: self._backbone_name(task) for name, task in tasks.items()}
-        self.backbones = nn.ModuleDict(
-            {name: BertModel(bert_config) for name in dict.fromkeys(self.backbone_of.values())}
-        )
+        names = dict.fromkeys(self.backbone_of.values())
+        self.backbones = nn.ModuleDict({name: BertModel(bert_config) for name in names})
         hidden = bert_config.hidden_size
         pairs = [name for name, task in tasks.items() if task.is_pair]
         feature_width = hidden
@@ -64,9 +63,8 @@ class MultitaskBERT(nn.Module):
         self.mlm = nn.ModuleDict()  # by backbone
 
     def _backbone_name(self, task: Task) -> str:
-        return {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}[
-            str(self.options.backbones)
-        ]
+        names = {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}
+        return names[str(self.options.backbones)]
 
     def _has_cosine_head(self, task: Task) -> bool:
         return task.is_pair and task.kind == "similarity" and self.options.sts_head == "cosine"
@@ -196,10 +194,7 @@ class MultitaskBERT(nn.Module):
         return True
 
     def frozen_parameter_names(self, fine_tune_mode: str) -> set[str]:
-        """Return the names of the backbones' tensors that adapters keep as pretrained during the whole run.
-
-        Checkpoints leave them out. Without adapters there are none.
-        """
+        """Return the names of the backbones' tensors that adapters keep as pretrained; checkpoints leave them out."""
         names: set[str] = set()
         if self.lora is not None:
             for name, backbone in self.backbones.items():

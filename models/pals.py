@@ -34,12 +34,8 @@ class TaskAdapter(nn.Module):
         sizes = [options.pal_size] * self.pairs + [options.pal_low_rank_size] * (depth - self.attending)
         self.encoders = nn.ModuleList(Linear(width, size) for size in sizes)  # V_E
         self.decoders = nn.ModuleList(Linear(size, width) for size in sizes)  # V_D
-        narrow = replace(
-            config,
-            hidden_size=options.pal_size,
-            num_attention_heads=options.pal_heads,
-            attention_probs_dropout_prob=0.0,
-        )
+        narrow = replace(config, hidden_size=options.pal_size, num_attention_heads=options.pal_heads)
+        narrow = replace(narrow, attention_probs_dropout_prob=0.0)
         attentions = 1 if options.pal == "shared-attention" else self.attending
         self.attentions = nn.ModuleList(BertSelfAttention(narrow) for _ in range(attentions))
         self.apply(partial(init_weights, std=config.initializer_range))

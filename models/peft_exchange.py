@@ -1,6 +1,5 @@
 """Adapters in the format of the library peft: export and import."""
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lora import MODES, TARGETS, LoRAConfig, adapter_state_dict
 from utils.errors import UserError, describe_error
-from utils.files import write_atomically, write_text
+from utils.files import write_atomically, write_json
 from utils.untrusted import read_json, shown
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
@@ -56,15 +55,12 @@ def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name
         "inference_mode": True,
     }
     tensors = {_peft_name(name): _peft_shape(name, tensor) for name, tensor in adapter_state_dict(backbone).items()}
-    write_text(folder / PEFT_FILES[0], json.dumps(values, indent=2) + "\n")
+    write_json(folder / PEFT_FILES[0], values)
     write_atomically(folder / PEFT_FILES[1], partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
 
 
 def _peft_name(name: str) -> str:
-    """Return peft's name for a name of `adapter_state_dict`.
-
-    For example, bert_layers.0.out_dense.lora_A is base_model.model.encoder.layer.0.output.dense.lora_A.weight.
-    """
+    """Return peft's name: for bert_layers.0.out_dense.lora_A, ...encoder.layer.0.output.dense.lora_A.weight."""
     _, number, *_, target, adapter = name.split(".")
     return f"{PEFT_PREFIX}encoder.layer.{number}.{TARGETS[target]}.{PEFT_NAMES[adapter]}"
 
@@ -117,10 +113,7 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
-    """Return peft's tensors, without heads, in our names and shapes.
-
-    Raises UserError for a tensor that belongs to no adapter or has another rank.
-    """
+    """Return peft's tensors, without heads, in our names and shapes. Raises UserError for any that does not fit."""
     tensors: dict[str, Tensor] = {}
     heads = tuple(f"{PEFT_PREFIX}{head}." for head in PEFT_HEADS)
     for name, tensor in saved.items():
@@ -128,9 +121,7 @@ def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[s
             continue
         ours = _our_name(name)
         if ours is None:
-            raise UserError(
-                f"{folder / PEFT_FILES[1]}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT layer"
-            )
+            raise UserError(f"{folder / PEFT_FILES[1]}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT")
         if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
             raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
         if ours.endswith("lora_A") and len(tensor) != rank:
