@@ -115,10 +115,9 @@ def column_names(path: Path) -> list[str]:
 def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Examples:
     """Return the examples in all readable rows of a file; the other rows go to `bad_rows`.
 
-    Columns are found by name, and unknown ones are ignored. Only a test file may lack the label column. CRLF line ends
-    and a byte order mark are accepted.
-
-    Raises UserError for a file that is unreadable, empty, binary, without readable rows or with the wrong columns.
+    Columns are found by name. Only a test file may lack the label column. CRLF line ends and a byte order mark are
+    accepted. Raises UserError for a file that is unreadable, empty, binary, without readable rows or with the wrong
+    columns.
     """
     try:
         content = path.read_bytes()
@@ -135,10 +134,8 @@ def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Exam
         bad_rows.add(path, number, reason)
     if not rows.ids:
         bad_rows.check()
-        number, reason = rows.bad[0]
-        raise UserError(
-            f"{path}: none of its {len(rows.bad)} rows can be read (line {number}: {reason}); mend the file"
-        )
+        count, (number, reason) = len(rows.bad), rows.bad[0]
+        raise UserError(f"{path}: none of its {count} rows can be read (line {number}: {reason}); mend the file")
     return Examples(task, split, path, rows.ids, rows.texts, rows.labels)
 
 
@@ -146,10 +143,7 @@ SUBSET_SEED = 0  # --max_train_examples takes the same rows for each --seed, so 
 
 
 def find_file(data_dir: Path, override: str | None, task: Task, split: str) -> Path | None:
-    """Return the file of a split: `override`, or else the task's file in `data_dir`, or None if that is missing.
-
-    Raises UserError if `override` is given but does not exist.
-    """
+    """Return the file of a split: `override`, which must exist, or the task's file in `data_dir`, or None."""
     path = data_dir / task.files[split] if override is None else Path(override)
     if os.path.isfile(path):
         return path
@@ -252,10 +246,8 @@ def kept_token_arrays(
         return token_arrays(texts, tokenizer, joined, cleaner)
 
     def make() -> Arrays:
-        columns = token_arrays(texts, tokenizer, joined, cleaner)
-        return {
-            f"{name}/{i}": np.asarray(value) for i, column in enumerate(columns) for name, value in vars(column).items()
-        }
+        columns = enumerate(token_arrays(texts, tokenizer, joined, cleaner))
+        return {f"{name}/{i}": np.asarray(value) for i, column in columns for name, value in vars(column).items()}
 
     parts = [tokenizer.sha256, tokenizer.max_length, tokenizers.__version__, joined, cleaner and cleaner.fingerprint]
     arrays = cached("tokens", cache_key(*parts, *("\n".join(column) for column in texts)), make)

@@ -175,9 +175,8 @@ def in_one_pass(
 ) -> None:
     """Run one of torch's kernels of Adam with the options lr, weight_decay and eps; `step` counts from 1."""
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
-    kernel(
-        params, grads, m, v, [], steps, beta1=betas[0], beta2=betas[1], amsgrad=False, maximize=False, **options
-    )  # fmt: skip
+    options |= {"beta1": betas[0], "beta2": betas[1]}
+    kernel(params, grads, m, v, [], steps, amsgrad=False, maximize=False, **options)
 
 
 class AdamW(ForeachOptimizer):

@@ -76,10 +76,8 @@ def predict_lines(config: Config) -> None:
     model, tokenizer, saved = trained_model(config)
     task = TASKS[task_by_alias(TASKS)[str(config.run.task)]]
     if task.name not in model.tasks:
-        raise UserError(
-            f"--task {config.run.task}: {config.run.evaluate} was not trained on it; "
-            f"choose from {', '.join(model.tasks)}"
-        )
+        known = ", ".join(model.tasks)
+        raise UserError(f"--task {config.run.task}: {config.run.evaluate} was not trained on it; choose from {known}")
     device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
     model.to(device.device)
     texts = read_lines(str(config.run.predict), task)

@@ -80,8 +80,7 @@ def select_votes(members: int, limit: int, score: Score) -> list[int]:
     """Return the votes of `members` members, at most `limit` in all, chosen greedily with replacement by `score`.
 
     Each step gives a vote to the member with which the score is best, the first of equals. The result is the best
-    ensemble of all steps, the smallest of equals (Caruana et al. 2004, "Ensemble selection from libraries of models",
-    section 2.1).
+    ensemble of all steps, the smallest of equals (Caruana et al. 2004, section 2.1).
     """
     votes = [0] * members
     best, best_score = votes, -np.inf
@@ -132,10 +131,7 @@ def average_weights(members: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict
 
 
 def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Raise UserError if the weights of these checkpoints cannot be averaged.
-
-    They cannot if they have adapters, or differ in arch, shape, cleaning, tokenizer, start weights or tasks.
-    """
+    """Raise UserError if checkpoints cannot be averaged: they have adapters, or differ in what weights depend on."""
     facts = {}
     for path, content in contents.items():
         config = saved_config(content, path)

@@ -42,9 +42,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def confusion(task: Task, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return how often each true label (row) was decided as each label (column): counts [K, K]."""
     count = int(task.label_range[1]) + 1
-    return np.bincount(labels.astype(np.int64) * count + decided.astype(np.int64), minlength=count**2).reshape(
-        count, -1
-    )
+    cells = labels.astype(np.int64) * count + decided.astype(np.int64)
+    return np.bincount(cells, minlength=count**2).reshape(count, -1)
 
 
 def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -85,9 +84,8 @@ def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
     `score_raw_r`.
     """
     raw = [primary(tasks[name], scores) for name, scores in by_task.items()]
-    normalised = [
-        (1 + value) / 2 if tasks[name].kind == "similarity" else value for name, value in zip(by_task, raw, strict=True)
-    ]
+    kinds = [tasks[name].kind for name in by_task]
+    normalised = [(1 + value) / 2 if kind == "similarity" else value for kind, value in zip(kinds, raw, strict=True)]
     return {**by_task, "score": float(np.mean(normalised)), "score_raw_r": float(np.mean(raw))}
 
 

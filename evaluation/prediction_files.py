@@ -13,15 +13,9 @@ from utils.files import probe_folder, write_text
 
 
 def refuse_training_run(folder: Path) -> None:
-    """Raise UserError if `folder`, given by --run_dir, holds a training run or cannot be written.
-
-    Scores and predictions of trained models would replace those of the run.
-    """
+    """Raise UserError if `folder`, given by --run_dir, holds a training run or cannot be written."""
     if (folder / "config.json").exists():
-        raise UserError(
-            f"--run_dir {folder}: holds a training run, whose scores and predictions would be lost; "
-            "choose another folder"
-        )
+        raise UserError(f"--run_dir {folder}: holds a training run, whose scores would be lost; choose another folder")
     probe_folder(folder, "--run_dir")
 
 

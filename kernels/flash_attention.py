@@ -29,19 +29,9 @@ def attend(
     [S+1] int32 hold the row where each sequence begins in them. Q is T, or S with one query for each sequence.
     """
     longest_query = 1 if len(query) == len(starts) - 1 else longest
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        query_starts,
-        starts,
-        longest_query,
-        longest,
-        dropout,
-        False,
-        False,
-        scale=query.shape[2] ** -0.5,
-    )
+    lengths = query_starts, starts, longest_query, longest
+    scale = query.shape[2] ** -0.5
+    out, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *lengths, dropout, False, False, scale=scale)
     return out
 
 

@@ -53,10 +53,7 @@ class Cleaner:
     """The rule of --extra_clean with the stopwords and the WordNet of nltk."""
 
     def __init__(self) -> None:
-        """Find the data of nltk, or fetch them.
-
-        Raises UserError if nltk is not installed, or its data are damaged, or missing and cannot be fetched.
-        """
+        """Find the data of nltk, or fetch them. Raises UserError if nltk or its data cannot be used."""
         try:
             import nltk  # takes a second
         except ModuleNotFoundError as error:

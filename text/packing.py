@@ -353,10 +353,6 @@ def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tens
     return pack(np.concatenate(ids), np.array(lengths), np.array(second_start)).to(ids_1.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Few shapes
-
-
 def bucket(tokens: int, longest: int) -> tuple[int, int]:
     """Return a number of tokens above `tokens` and a length of at least `longest`, of which few pairs occur.
 

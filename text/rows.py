@@ -22,11 +22,9 @@ class RowError(Exception):
 def split_fields(line: bytes) -> list[str]:
     """Return the fields of one line. Raises RowError if the line is not UTF-8, has a NUL byte or a broken quote.
 
-    Quoting is that of csv, as in the course's own reader: `"He said ""no""."` is He said "no". csv.QUOTE_NONE finds the
-    same number of rows in all eleven files at hand, but leaves the quotes in about 1,900 sentences. No field contains a
-    line break, so each line is parsed alone: a broken quote costs one row, while a parser of the whole file would skip
-    to the next quote. Without `strict`, the rest of the row would silently become part of the text. The parser drops
-    the carriage return of a CRLF line end.
+    Quoting is that of csv, as in the course's own reader: `"He said ""no""."` is He said "no". No field contains a line
+    break, so each line is parsed alone: a broken quote costs one row, while a parser of the whole file would skip to
+    the next quote. Without `strict`, the rest of the row would silently become part of the text.
     """
     if b"\0" in line:
         raise RowError("holds a NUL byte")

@@ -146,21 +146,16 @@ def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
     for part, known in STEPS.items():
         for kind in step_kinds(settings[part]):
             if kind not in known:
-                raise UserError(
-                    f"{source}: its {part} has {kind}, and may only have {', '.join(known)}; "
-                    "use the tokenizer of a BERT"
-                )
+                raise UserError(f"{source}: its {part} has {kind}, none of {', '.join(known)}; use that of a BERT")
 
 
 def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield the type of a normalizer or pre-tokenizer, or the types of the members of a sequence."""
-    if step is None:
-        return
-    if step["type"] != "Sequence":
+    if step is not None and step["type"] == "Sequence":
+        for inner in step.get("normalizers", step.get("pretokenizers")):
+            yield from step_kinds(inner)
+    elif step is not None:
         yield step["type"]
-        return
-    for inner in step.get("normalizers", step.get("pretokenizers")):
-        yield from step_kinds(inner)
 
 
 def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:

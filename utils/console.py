@@ -99,9 +99,7 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
     sys.exit(0)
 
 
-MEMORY_REMEDY = (
-    "lower --eval_batch_size, --batch_size or --max_length, or choose a smaller model or an --optim with less state"
-)
+MEMORY_REMEDY = "lower --eval_batch_size, --batch_size or --max_length, or choose a smaller model or --optim SGD"
 
 
 def end_script(code: int, line: str | None = None) -> NoReturn:

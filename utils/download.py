@@ -52,8 +52,7 @@ def _download(url: str, name: str) -> bytes:
                 raise http.client.IncompleteRead(bytes(content), answer.length)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"{name}: cannot be fetched from {url} ({error}); check the network and run this again, "
-            "or copy the file there by hand"
+            f"{name}: cannot be fetched from {url} ({error}); check the network, or copy the file there by hand"
         ) from error
     return bytes(content)
 
@@ -75,9 +74,7 @@ def fetch(out: Path, url: str = COURSE_URL, files: Mapping[str, str] = COURSE_FI
                 continue
             content = _download(f"{url}/{name}", name)
             if (found := git_blob_id(content)) != blob_id:
-                raise UserError(
-                    f"{name}: wrong checksum: fetched {found}, expected {blob_id}; nothing was kept, run this again"
-                )
+                raise UserError(f"{name}: wrong checksum: fetched {found}, expected {blob_id}; run this again")
             partial = path.with_name(name + ".part")
             partial.write_bytes(content)
             os.replace(partial, path)

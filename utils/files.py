@@ -16,10 +16,7 @@ from utils.errors import UserError, first_line
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be fetched or computed again: minbert in $XDG_CACHE_HOME or ~/.cache.
-
-    Raises UserError if neither is known.
-    """
+    """Return the cache folder: minbert in $XDG_CACHE_HOME or ~/.cache. Raises UserError if neither is known."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(folder) / "minbert"
     try:
@@ -72,7 +69,7 @@ def lock(path: Path, what: str) -> None:
             holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise UserError(
-                f"{what}: a run is going on here ({holder}); wait for its end, or choose another folder"
+                f"{what}: a run is going on here ({holder}); wait for it or choose another folder"
             ) from None
     with suppress(OSError):  # on a full disk, the message cannot name the holder
         os.ftruncate(file, 0)
