@@ -68,8 +68,7 @@ class Examples:
 class BadRows:
     """The unreadable rows in all files of a run: their count, and reports up to the limit.
 
-    Past the limit the run is refused, so the reports stop there, since a wrong label column would print a line for each
-    of 280,000 rows. The count continues.
+    Reports stop past the limit, since a wrong label column would print 280,000 of them. The count continues.
     """
 
     SHOWN = 3  # rows that the final error repeats
@@ -180,8 +179,7 @@ def concatenated(parts: Sequence[Examples]) -> Examples:
 def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
     """Return the examples of a split, or None if there is no test file. --max_train_examples limits the training split.
 
-    Raises UserError for a missing train or dev file, for more bad rows than --max_bad_rows, and for what
-    `read_examples` refuses.
+    Raises UserError for a missing train or dev file, for too many bad rows, and as `read_examples` does.
     """
     override = {"train": options.train, "dev": options.dev, "test": options.test}[split]
     path = find_file(Path(data.data_dir), override, task, split)

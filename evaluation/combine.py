@@ -35,10 +35,7 @@ def run_ensemble(
     task_options: Mapping[str, TaskOptions],
     compute: ComputeOptions,
 ) -> None:
-    """Combine the checkpoints `names`, and print and write scores and predictions.
-
-    Raises UserError for checkpoints, data files or folders that cannot be used.
-    """
+    """Load the checkpoints `names` and their data, and `combine` them. Raises UserError for what cannot be used."""
     members = find_members(names)
     check_members(members, options)
     tasks = {name: task for name, task in TASKS.items() if any(name in member.tasks for member in members)}

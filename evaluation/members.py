@@ -36,10 +36,7 @@ class Member:
 
 
 def find_members(names: Sequence[str]) -> list[Member]:
-    """Return the distinct checkpoints among `names`; the votes of each are the number of times that it is named.
-
-    Raises UserError for a missing or damaged file.
-    """
+    """Return the distinct checkpoints, with a vote for each time they are named. Raises UserError for a bad file."""
     for name in names:
         if not Path(name).is_file():
             raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")

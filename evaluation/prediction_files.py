@@ -42,8 +42,7 @@ def score_and_write(
 ) -> Scores:
     """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task), and return the dev scores.
 
-    Older predictions in the folder are removed, so that nobody takes them for these. Raises UserError if a file cannot
-    be written.
+    Older predictions in the folder are removed. Raises UserError if a file cannot be written.
     """
     remove_predictions(folder)
     scores: dict[str, Scores] = {}

@@ -18,10 +18,7 @@ from utils.errors import UserError
 
 
 def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], None]) -> tuple[MultitaskBERT, Tokenizer]:
-    """Return a model with pretrained backbones and fresh heads, and the tokenizer that belongs to it.
-
-    Raises UserError if the weights, the tokenizer and the options do not fit together.
-    """
+    """Return a pretrained model with fresh heads, and its tokenizer. Raises UserError if they do not fit together."""
     folder = resolve_pretrained(config.model.pretrained)
     dropout = config.model.backbone_dropout_prob
     bert_config = replace(read_config(folder), hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from base_bert import is_whole, load_weights, resolve_pretrained
+from base_bert import describe_mismatches, is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config
 from lora import LoRAConfig, inject, merged_state_dict
 from models.multitask_bert import MultitaskBERT
@@ -19,11 +19,10 @@ from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UserError, first_line
 from utils.files import write_atomically
-from utils.untrusted import refuse_inflating, shown
+from utils.untrusted import refuse_inflating
 
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
-MAX_LISTED = 6  # problems in an error message
 
 
 def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
@@ -118,26 +117,15 @@ def model_checkpoint(
 
 
 def check_state_dict(wanted: StateDict, found: Any, source: Path, may_lack: Set[str]) -> None:
-    """Raise UserError if `found` does not fit a model with the state dict `wanted`, except that it may lack some names.
-
-    The message lists missing, unknown and misshapen tensors.
-    """
+    """Raise UserError if `found` does not fit a model with the state dict `wanted`; it may lack some names."""
     if not isinstance(found, Mapping):
         raise UserError(f"{source}: its weights are no mapping from names to tensors; save it anew")
     odd = [name for name, tensor in found.items() if not isinstance(name, str) or not is_whole(tensor)]
     if odd:
         raise UserError(f"{source}: {reprlib.repr(odd[0])} is not a plain tensor with all its numbers; save it anew")
-    problems = [f"missing {name}" for name in wanted if name not in found and name not in may_lack]
-    problems += [f"unknown {shown(name)}" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        listed = "; ".join(problems[:MAX_LISTED]) + more
-        raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {listed}")
+    shapes = {name: tensor.shape for name, tensor in wanted.items() if name in found or name not in may_lack}
+    if lists := describe_mismatches(found, shapes):
+        raise UserError(f"{source}: the weights do not fit the model, another arch perhaps ({lists})")
 
 
 def check_base_weights(model: MultitaskBERT, sha256: str, pretrained: str, source: Path) -> None:

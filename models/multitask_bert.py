@@ -204,10 +204,7 @@ class MultitaskBERT(nn.Module):
         return names
 
     def manage_freezing(self, structure: str, adapters_always: bool = False) -> None:
-        """Freeze or unfreeze the backbones by a command of R0, appendix B: `freezeall`, `unfreezeall`, `unfreezetopN`.
-
-        Raises UserError for any other text and for an N above the number of layers.
-        """
+        """Freeze or unfreeze the backbones by a command of R0, appendix B. Raises UserError as `parse_command` does."""
         self.set_trainable_layers(parse_command(structure, self.bert_config.num_hidden_layers), adapters_always)
 
     def set_trainable_layers(self, trainable_layers: int, adapters_always: bool = False) -> None:

@@ -509,7 +509,7 @@ def test_names_that_a_terminal_would_obey_are_spelled_out(
     content, bert, peft = load(trained.checkpointer.run.best), tmp_path / "bert", tmp_path / "peft"
     message = refused(
         lambda: load_model(Path("odd.pt"), {**content, "weights": {**content["weights"], name: torch.zeros(3)}}),
-        "odd.pt", f"unknown {name!r}",
+        "odd.pt", f"1 left over: {name!r}",
     )  # fmt: skip
     shutil.copytree(tiny_bert, bert)
     tensors = safetensors.torch.load_file(bert / "model.safetensors")
@@ -744,9 +744,9 @@ def test_a_start_that_does_not_fit_changes_nothing(
     else:
         content["base_sha256"] = "0" * 64
     words = {
-        "missing": f"missing {name}", "extra": "unknown backbones.sentiment.bert_layers.7",
-        "shape": f"{name} is (2, 31)",
-        "rank": "is (2, 32) instead of (3, 32)", "kind": "missing backbones.sentiment.bert_layers.0.self_attention",
+        "missing": f"1 missing: {name}", "extra": "1 left over: backbones.sentiment.bert_layers.7",
+        "shape": f"{name} is [2, 31]",
+        "rank": "is [2, 32], not [3, 32]", "kind": " missing: backbones.sentiment.bert_layers.0.self_attention",
         "base": "other base weights",
     }  # fmt: skip
     save(path, content)

@@ -60,7 +60,7 @@ def test_a_checkpoint_of_another_arch_is_refused(trained: Trainer, tiny_flags: l
     other, _ = build_model(configure(*tiny_flags, "--arch", arch), DEFAULT_TASKS, print)
     before, best = copied(other), trained.checkpointer.run.best
     message = refusal(load_model_state_dict, other, load(best)["weights"], best, set())
-    assert "another arch" in message and "more" in message and str(best) in message and len(message) < 1200
+    assert "another arch" in message and "more" in message and str(best) in message and len(message) < 2000
     assert changed(before, copied(other)) == set()
 
 
@@ -69,8 +69,8 @@ def test_weights_that_do_not_fit_are_listed(trained: Trainer) -> None:
     weights["heads.mnli.bias"] = weights.pop("heads.para.2.bias")
     weights["pair_layer.dense.bias"] = torch.zeros(3)
     assert refusal(load_model_state_dict, trained.model, weights, Path("mine.pt"), set()) == (
-        "mine.pt: the weights do not fit the model, another arch perhaps: missing heads.para.2.bias; "
-        "unknown heads.mnli.bias; pair_layer.dense.bias is (3,) instead of (64,)"
+        "mine.pt: the weights do not fit the model, another arch perhaps (1 missing: heads.para.2.bias; "
+        "1 left over: heads.mnli.bias; 1 of the wrong shape: pair_layer.dense.bias is [3], not [64])"
     )
 
 
