@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import cut, make_bert
-from helpers import ask_the_allocator, assert_resumes, copied, digest, make_trainer, metrics, steps_of
+from helpers import ask_the_allocator, assert_resumes, copied, cut, digest, make_bert, make_trainer, metrics, steps_of
 from torch import Tensor
 
 from text.packing import EncodedBatch

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import cut
-from helpers import assert_resumes, changed, copied, load_batch, make_ready, make_trainer, metrics, refusal, step_of
+from helpers import (
+    assert_resumes,
+    changed,
+    copied,
+    cut,
+    load_batch,
+    make_ready,
+    make_trainer,
+    metrics,
+    refusal,
+    step_of,
+)
 
 import ensemble
 import multitask_classifier
