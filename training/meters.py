@@ -154,19 +154,17 @@ def check_losses_finite(
     data: Mapping[str, Batches],
     run: RunDirectory,
 ) -> None:
-    """Raise UserError if a loss of `epoch`, counted from 1, is not finite, and write down what is known of its batch.
+    """Raise UserError for the first loss of `epoch`, counted from 1, that is not finite, and write down its batch.
 
-    `meters` have the losses of the epoch's `batches` so far. bad_batch.json in the run directory then names the
-    examples of the first such batch and of the one before: weights that an update ruined show in the next loss only.
-    Waits for the device.
+    There must be one. `meters` have the losses of the epoch's `batches` so far. bad_batch.json in the run directory
+    then names the examples of that batch and of the one before: weights that an update ruined show in the next loss
+    only. Waits for the device.
     """
     bad: list[tuple[int, float]] = []
     for meter in meters.values():
         if meter.results:
             values = meter.losses().float().cpu()
             bad += [(meter.numbers[i], float(values[i])) for i in (~values.isfinite()).nonzero().flatten().tolist()[:1]]
-    if not bad:
-        return
     number, loss = min(bad)
 
     def examples_of(batch: TaskBatch) -> dict[str, Any]:

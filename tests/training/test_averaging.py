@@ -260,14 +260,6 @@ def test_evaluation_leaves_average_weights_and_generators_alone(tiny_flags: list
     assert all(module.batches is None for module in trainer.model.modules() if isinstance(module, BatchNorm))
 
 
-def test_batches_of_one_keep_the_statistics_finite(tiny_flags: list[str], tmp_path: Path) -> None:
-    trainer = trained_a_little(tiny_flags, tmp_path / "run", "--batch_size", 1, "--max_train_examples", 3)
-    with trainer.evaluation_weights():
-        state = copied(trainer.model)
-    assert all(tensor.isfinite().all() for tensor in state.values())
-    assert torch.equal(state["pair_layer.norm.running_var_sts"], torch.ones(64))  # no batch had a variance
-
-
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
@@ -400,13 +392,6 @@ def test_dev_scores_are_those_of_plain_weights_until_swa_begins(tiny_flags: list
     make_trainer(tiny_flags, tmp_path / "swa", *flags, "--average", "swa", "--swa_from_epoch", 2).fit()
     plain, swa = ([line["dev"] for line in metrics(tmp_path / name)] for name in ("plain", "swa"))
     assert plain[:2] == swa[:2] and plain[2] != swa[2] and plain[3] != swa[3]
-
-
-def test_patience_looks_at_the_averaged_weights(tiny_flags: list[str], tmp_path: Path) -> None:
-    """An average that hardly moves gives the same predictions for ever: the run ends after --patience epochs more."""
-    flags = ["--average", "ema", "--ema_decay", 0.999999, "--ema_every", "epoch", "--arch", "r4", "--patience", 2]
-    make_trainer(tiny_flags, tmp_path / "run", *flags, "--epochs", 9, "--lr", 1e-5).fit()
-    assert len(metrics(tmp_path / "run")) == 3
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_what_a_run_saves_and_keeps(tiny_flags: list[str], tmp_path: Path, mode:
 
 
 def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Gradients, states and activations; several processes share the activations of a batch."""
+    """Gradients, states and activations; several processes share activations, and parts of a batch have few."""
     need = {}
     for mode, flags in MODES.items():
         trainer = make_trainer(tiny_flags, tmp_path / mode, *flags)
@@ -54,6 +54,8 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
     assert need["everything"] > need["up to half of the layers"] > need["heads"]
     assert need["everything"] > need["adapters and heads"] > need["heads"]
     assert need["everything"] > max(need["one optimizer for all"], need["one state for each weight"])
+    parts = make_trainer(tiny_flags, tmp_path / "parts", *MODES["everything"], "--micro_batch_size", 2)
+    assert memory_bytes(parts.model, parts.config, parts.loader.examples) < need["everything"]
     assert need["two averages"] == pytest.approx(need["one state for each weight"] + 2 * weights, rel=0.01)
 
 

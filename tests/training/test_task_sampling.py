@@ -153,12 +153,6 @@ def test_orders_differ_between_epochs_rounds_tasks_and_seeds() -> None:
     assert len(orders) == 3 * 3 * 3 * 4 and all(sorted(one) == list(range(100)) for one in orders)
 
 
-def test_the_order_of_tasks_is_that_of_the_plan() -> None:
-    plan = Plan(0, 2, {"sts": 3, "sst": 3}, {"sst": 1, "sts": 1})
-    assert tasks(sequential(plan, 0)) == ["sts", "sts", "sst", "sst"]
-    assert tasks(interleave(plan, 0)) == ["sts", "sst", "sts", "sst"]
-
-
 def test_a_fraction_of_a_task_is_another_one_every_time() -> None:
     """Partial Quora (R0, appendix G): a twentieth of it in each round, and over time all of it."""
     plan = Plan(7, 4, {"sst": 6, "para": 100}, {"sst": 1, "para": 1}, fractions={"para": 0.05})
@@ -216,11 +210,6 @@ def test_random_epoch_has_one_task_and_each_as_often() -> None:
         assert sorted(order(steps, task)) == list(range(SIZES[task]))
         chosen[task] += 1
     assert all(70 < times < 130 for times in chosen.values())
-
-
-def test_random_draws_each_task_as_often() -> None:
-    times = Counter(tasks(ROUTINES["random"](replace(ONCE, steps_per_epoch=3000), 0)))
-    assert all(900 < times[task] < 1100 for task in SIZES)
 
 
 def test_annealed_sampling_goes_through_the_tasks_as_often_as_in_r1() -> None:

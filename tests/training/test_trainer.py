@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    assert_resumes,
     changed,
     digest,
     load_batch,
@@ -151,17 +150,6 @@ def test_one_seed_gives_identical_metrics(tiny_flags: list[str], tmp_path: Path)
     assert changed(a["weights"], b["weights"]) == set()
 
 
-def test_an_epoch_of_one_task_shows_the_scores_of_all(
-    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--routine", "random-epoch", "--steps_per_epoch", 4, "--epochs", 3]
-    make_trainer(tiny_flags, tmp_path / "run", *flags).fit()
-    tables = capsys.readouterr().out.split("\nEpoch ")[1:]
-    assert [table.count("accuracy") for table in tables] == [2, 2, 2]
-    assert [table.count("   0         -") for table in tables] == [2, 2, 2]
-    assert all([done["steps"] for done in line["train"].values()] == [4] for line in metrics(tmp_path / "run"))
-
-
 # ------------------------------------------------------------------------------------------ evaluation, best checkpoint
 
 
@@ -304,8 +292,3 @@ def test_pcgrad_where_nothing_trains_yet(tiny_flags: list[str], tmp_path: Path) 
     flags = ["--train_sts", "--arch", "v1", "--routine", "joint", "--pcgrad"]
     _, states = states_by_epoch(tiny_flags, tmp_path / "run", *flags)
     assert changed(states[0], states[1]) == set() != changed(states[1], states[2])
-
-
-def test_joint_steps_resume_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = ["--routine", "joint", "--pcgrad", "--epochs", 3, "--fine_tune_mode", "full-model"]
-    assert_resumes(tiny_flags, tmp_path, *flags, after=1)
