@@ -110,7 +110,7 @@ def tiny_flags(tiny_bert: Path, small_data: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> "Trainer":
     """A finished run of one epoch; tests must not change it."""
-    from test_training import make_trainer
+    from helpers import make_trainer
 
     trainer = make_trainer(tiny_flags, tmp_path_factory.mktemp("trained") / "run", "--epochs", 1)
     trainer.fit()

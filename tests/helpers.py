@@ -1,6 +1,8 @@
 """What several test modules use."""
 
 import base64
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -12,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from cli.parser import parse
 from config import Config
+from models.multitask_bert import MultitaskBERT
 from reporting.page import ReportItem
-from tasks import TASKS
+from tasks import TASKS, Task
+from training import commands
+from training import trainer as trainer_module
+from training.distributed import SINGLE_PROCESS, DistributedContext
+from training.trainer import Trainer
+from utils.device import Device
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +50,150 @@ def shell(script: str, *words: object, cwd: Path | None = None) -> subprocess.Co
     command = [sys.executable, ROOT / script, *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=cwd)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+State = dict[str, Tensor]
+
+
+def make_trainer(
+    flags: list[str],
+    run_dir: Path,
+    *more: object,
+    device: Device | None = None,
+    context: DistributedContext = SINGLE_PROCESS,
+    double: bool = False,
+) -> Trainer:
+    """Return the trainer of a command line without TensorBoard and test data; of a float64 model if `double`."""
+    config = configure(*flags, "--no_tensorboard", "--no_test_predictions", "--run_dir", run_dir, *more)
+    inputs = commands.load_inputs(config, context)
+    inputs.device = device or inputs.device
+    if double:
+        inputs.model.double()
+    return commands.make_trainer(config, inputs, context)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def copied(model: torch.nn.Module) -> State:
+    """Return copies of a model's tensors by name."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before: State, after: State) -> set[str]:
+    """Return the names of the tensors that differ."""
+    assert list(before) == list(after)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def digest(state: State, prefix: str) -> str:
+    """Return a hash of the tensors whose names begin with `prefix`."""
+    out = hashlib.sha256()
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            out.update(name.encode() + tensor.numpy().tobytes())
+    return out.hexdigest()
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return copies of all numbers in an optimizer's state, parameter by parameter."""
+    return [
+        torch.as_tensor(value).clone()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _, value in sorted(optimizer.state.get(parameter, {}).items())
+    ]
+
+
+def states_by_epoch(flags: list[str], run_dir: Path, *more: object) -> tuple[MultitaskBERT, list[State]]:
+    """Train; return the model, and its tensors before training and after each epoch."""
+    trainer = make_trainer(flags, run_dir, *more)
+    states = [copied(trainer.model)]
+
+    def after_epoch(line: str) -> None:
+        if line.startswith("\nEpoch"):
+            states.append(copied(trainer.model))
+
+    trainer.say = after_epoch
+    trainer.fit()
+    return trainer.model, states
+
+
+class Killed(BaseException):
+    """The process ends here, without any warning."""
+
+
+def kill_at(trainer: Trainer, method: str, epoch: int) -> None:
+    """Train, and stop as if killed where the trainer calls its `method` for the first time with `epoch` epochs done."""
+    original = getattr(trainer, method)
+
+    def kill_in_time(*arguments: Any) -> Any:
+        if trainer.progress.epoch == epoch:
+            raise Killed
+        return original(*arguments)
+
+    setattr(trainer, method, kill_in_time)
+    with pytest.raises(Killed):
+        trainer.fit()
+
+
+def interrupted(trainer: Trainer, epochs: int) -> None:
+    """Train, and stop as if killed when so many epochs are done and saved."""
+    kill_at(trainer, "train_epoch", epochs)
+
+
+def assert_resumes(flags: list[str], folder: Path, *more: object, after: int) -> Trainer:
+    """Check that a run that is killed after so many epochs ends to the bit as a whole run, and return the latter."""
+    whole = make_trainer(flags, folder / "whole", *more)
+    whole.fit()
+    interrupted(make_trainer(flags, folder / "part", *more), after)
+    torch.manual_seed(77)  # another process
+    resumed = make_trainer(flags, folder / "part", *more, "--resume")
+    resumed.fit()
+    assert changed(copied(whole.model), copied(resumed.model)) == set()
+    assert (folder / "whole" / "metrics.jsonl").read_bytes() == (folder / "part" / "metrics.jsonl").read_bytes()
+    return whole
+
+
+def set_dev_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    """Let the overall dev scores of a run be these; everything else of an evaluation is as it is."""
+    overall, given = trainer_module.overall, iter(scores)
+    monkeypatch.setattr(trainer_module, "overall", lambda *arguments: {**overall(*arguments), "score": next(given)})
+
+
+FILMS = Task(
+    name="films",
+    title="Film reviews",
+    kind="classes",
+    label_column="sentiment",
+    label_range=(0, 1),
+    text_columns=("sentence",),
+    files={"train": "films-train.csv", "dev": "films-dev.csv", "test": "films-test-student.csv"},
+    prediction_column="Predicted_Sentiment",
+    backbone="sentiment",
+    losses=("ce",),
+    lr_multiplier=2.0,
+    weight_decay=1e-3,
+    lr_floor=1 / 4,
+    aliases=("movies",),
+    by_default=False,
+)
+
+
+def write_films(folder: Path, stem: str) -> None:
+    """Write sentences with labels 0 and 1 to STEM-train.csv, STEM-dev.csv and STEM-test-student.csv."""
+    words = {0: "dreadful and dull", 1: "superb and charming"}
+    for split, rows in (("train", 10), ("dev", 6), ("test-student", 4)):
+        lines = ["\tid\tsentence\tsentiment" if split != "test-student" else "\tid\tsentence"]
+        for i in range(rows):
+            label = "" if split == "test-student" else f"\t{i % 2}"
+            lines.append(f"{i}\tfilm{i}\tThe film is {words[i % 2]} , number {i} .{label}")
+        (folder / f"{stem}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
