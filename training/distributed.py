@@ -25,6 +25,7 @@ from models.heads import BatchNorm
 from models.multitask_bert import MultitaskBERT
 from text.packing import to_device
 from training import signals
+from training.task_sampling import Step, TaskBatch
 from utils.console import processes
 from utils.device import Device
 from utils.errors import UserError
@@ -234,23 +235,30 @@ class DataParallelLoss:
         self.wrappers: dict[str, Any] = {}
 
     def rebuild(self) -> None:
-        """Wrap what trains now; needed at the start and whenever freezing has changed."""
-        reached = {name: self.model.task_parameters(name) for name in self.model.tasks}
-        if self.one_wrapper:
-            everything = list(dict.fromkeys(parameter for parameters in reached.values() for parameter in parameters))
-            self.wrappers = dict.fromkeys(reached, self.wrap(everything))
-        else:
-            self.wrappers = {name: self.wrap(parameters) for name, parameters in reached.items()}
+        """Wrap what trains now; needed at the start and whenever freezing has changed.
 
-    def wrap(self, parameters: Sequence[nn.Parameter]) -> DistributedDataParallel | Loss:
-        """Return the loss with its gradients averaged; the loss itself where nothing trains that it reaches."""
-        if not any(parameter.requires_grad for parameter in parameters):
-            return self.loss
+        A task that reaches nothing that trains has the loss itself, since its batches have no gradient.
+        """
+        reached = {name: self.model.task_parameters(name) for name in self.model.tasks}
+        trained = {name: group for name, group in reached.items() if any(p.requires_grad for p in group)}
+        self.wrappers = dict.fromkeys(reached, self.loss)
+        if self.one_wrapper and trained:
+            everything = dict.fromkeys(parameter for group in trained.values() for parameter in group)
+            self.wrappers |= dict.fromkeys(trained, self.wrap(list(everything)))
+        else:
+            self.wrappers |= {name: self.wrap(group) for name, group in trained.items()}
+
+    def wrap(self, parameters: Sequence[nn.Parameter]) -> DistributedDataParallel:
+        """Return the loss with the gradients of `parameters` averaged."""
         return DistributedDataParallel(
             LossModule(self.loss, parameters),
             gradient_as_bucket_view=True,
             find_unused_parameters=self.one_wrapper,  # a batch of one task does not reach those of the others
         )
+
+    def last_trained(self, step: Step) -> TaskBatch | None:
+        """Return the last batch of a step that has a gradient; None if no batch has one."""
+        return next((batch for batch in reversed(step.batches) if self.wrappers[batch.task] is not self.loss), None)
 
     def __call__(self, task: str, batch: Any, reduce: bool) -> tuple[Tensor, Tensor]:
         """Return the loss and the outputs of a batch; without `reduce`, gradients wait for those of later batches."""
@@ -283,6 +291,8 @@ def joined(options: ComputeOptions) -> Iterator[DistributedContext]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     yield DistributedContext(rank, size, local_rank, STEPS_BETWEEN_SYNCS if gpus else 1)
     dist.barrier()  # the main process may still have a file to write
+    # No DistributedDataParallel of the caller may be left: as the last owner of the processes' group, it would hold the
+    # GIL while it waits for a thread of the group that may wait for the GIL.
     dist.destroy_process_group()
 
 

@@ -128,9 +128,10 @@ class Trainer:
         optimizer = self.optimizers.for_step(step)
         results: list[BatchResult] = []
         gradients: list[Gradient] = []
+        last = step.batches[-1] if self.data_parallel is None else self.data_parallel.last_trained(step)
         for batch in step.batches:
             loaded = self.loader.next(batch, self.progress.batches + len(results))
-            loss, outputs = self.run_batch(loaded, len(step.batches), last=batch is step.batches[-1])
+            loss, outputs = self.run_batch(loaded, len(step.batches), last=batch is last)
             self.loader.prefetch()
             results.append(BatchResult(loss, outputs, loaded.labels))
             if self.config.train.pcgrad:
