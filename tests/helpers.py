@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from tasks import TASKS, Task
 from training import commands
 from training import trainer as trainer_module
 from training.distributed import SINGLE_PROCESS, DistributedContext
+from training.meters import StepResult
+from training.task_sampling import ROUTINES, Step
 from training.trainer import Trainer
 from utils.device import Device
 from utils.errors import UserError
@@ -73,6 +75,24 @@ def make_trainer(
     if double:
         inputs.model.double()
     return commands.make_trainer(config, inputs, context)
+
+
+def first_steps(trainer: Trainer, number: int, per_epoch: int | None = None) -> Iterator[tuple[Step, StepResult]]:
+    """Make the first steps of a run, at most `per_epoch` of each epoch, and yield them with their results."""
+    progress, options = trainer.progress, trainer.config.train
+    while True:
+        trainer.freeze(progress.epoch)
+        trainer.model.train()
+        steps = ROUTINES[options.routine](trainer.plan, progress.epoch)[:per_epoch]
+        trainer.loader.begin_epoch(steps, 0, progress.batches)
+        for step in steps:
+            trainer.optimizers.set_rates(trainer.optimizers.for_step(step), progress.epoch)
+            yield step, trainer.train_step(step, measure_norm=True)
+            progress.steps += 1
+            progress.batches += len(step.batches)
+            if progress.steps == number:
+                return
+        progress.epoch += 1
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

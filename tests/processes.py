@@ -4,16 +4,20 @@ A process is a fork: it shares what is imported here and takes milliseconds wher
 """
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  imported here once, and not in every fork
+import pytest
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
@@ -57,7 +61,7 @@ class Child:
         return self.code is None
 
     def wait(self, seconds: float = 60.0) -> int:
-        """The exit status, negative for the signal that killed it. It fails a test that hangs, after killing it."""
+        """Return the exit status, negative for the signal that killed it; fail if it hangs, after killing it."""
         end = time.monotonic() + seconds
         while self.running():
             if time.monotonic() > end:
@@ -78,18 +82,43 @@ def wait_until(condition: Callable[[], bool], child: Child, seconds: float = 60.
 
 
 def kill_myself(signum: signal.Signals = signal.SIGKILL) -> None:
-    """What a scheduler does, at a moment that the test chooses."""
+    """Do what a scheduler does, at a moment that the test chooses."""
     os.kill(os.getpid(), signum)
 
 
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """Mount a real file system of `size` bytes at `folder` for as long as the block lasts."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed writer may still hold its file
+
+
+def fill(folder: Path) -> None:
+    """Take all the space that is left."""
+    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    with suppress(OSError):
+        while True:
+            os.write(filler, b"\0" * 4096)
+    os.close(filler)
+
+
 def flipped(content: bytes, offset: int, bit: int) -> bytes:
+    """Return `content` with one bit changed."""
     out = bytearray(content)
     out[offset] ^= 1 << bit
     return bytes(out)
 
 
 def in_a_tensor(path: Path) -> int:
-    """The offset of a byte in the middle of the largest tensor of a checkpoint."""
+    """Return the offset of a byte in the middle of the largest tensor of a checkpoint."""
     with zipfile.ZipFile(path) as file:
         largest = max(file.infolist(), key=lambda info: info.file_size)
         data = file.read(largest)
@@ -97,7 +126,7 @@ def in_a_tensor(path: Path) -> int:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """The places at which two nested containers differ, tensors by their bits."""
+    """Return the places at which two nested containers differ, tensors by their bits."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
         return [] if same else [where]

@@ -2,14 +2,9 @@
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,138 +12,163 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from ranks import launch
-from torch import nn
+from helpers import configure, make_trainer, metrics, refusal
+from processes import differences
+from ranks import launch, torchrun
 
-from cli.parser import build_config, parse
+import multitask_classifier
+from cli.parser import build_config
 from evaluation.predict import predict
 from models.checkpoint import load
 from models.heads import BatchNorm
 from tasks import DEFAULT_TASKS, TASKS
 from training import distributed
-from training.distributed import ONE, buckets_of, shard
-from utils.errors import UserError
+from training.distributed import SINGLE_PROCESS, shard_places
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
 # 20 examples in batches of 9, 9 and 2: ragged shards, and in the last one some of three ranks have nothing.
 EXACT = ["--batch_size", 9, "--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--fine_tune_mode", "full-model"]
 # Adamax makes a step of the learning rate of any gradient, and coupled decay makes one of the rounding errors that are
-# the gradient of a bias before BatchNorm or softmax: from 1e-18 it grows a thousandfold a step.
+# the gradient of a bias before BatchNorm or softmax: from 1e-18 it grows a thousandfold a step. A step on two examples,
+# whose correlation is always 1 or -1, has such a gradient too.
 EXACT += [f"--{task}_weight_decay=0" for task in DEFAULT_TASKS]
+SMART = ["--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1]
+SMART += ["--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5]
+UNFREEZING = ["--fine_tune_mode", "iterative", "--epochs", 5, "--optim", "SGD"]
 CASES: dict[str, list[Any]] = {
     "sequential": ["--optim", "AdamW"],
     "interleave": ["--routine", "interleave", "--arch", "r4", "--optim", "AdamW", "--sst_weight_decay", 0.1],
-    "joint, PCGrad": ["--routine", "joint", "--pcgrad", "--clip", 0.5],
+    "baseline": ["--arch", "baseline", "--optim", "AdamW", "--average", "ema", "--ema_decay", 0.8],
+    "r1-baseline": ["--arch", "r1-baseline", "--routine", "annealed", "--optim", "RAdam", "--micro_batch_size", 2],
+    "joint, PCGrad": ["--routine", "joint", "--pcgrad", "--clip", 0.5, "--sts_loss", "mse"],
     "joint": ["--routine", "joint", "--arch", "v2", "--clip", 0.5],
+    "joint, micro-batches": [
+        "--routine",
+        "joint",
+        "--optim",
+        "SGD",
+        "--micro_batch_size",
+        3,
+        "--sts_embedding_loss",
+        "cosine",
+    ],
+    "unfreezing": [*UNFREEZING, "--average", "ema"],
+    "joint, unfreezing": [*UNFREEZING, "--routine", "joint", "--arch", "cosine"],
+    "joint, nothing to train last": ["--routine", "joint", "--fine_tune_mode", "last-layer", "--arch", "r4"],
     "embeddings": ["--arch", "duality", "--para_embedding_loss", "contrastive", "--sts_embedding_loss", "ranking"],
     "cosine, Bregman": ["--arch", "v1", "--para_embedding_loss", "cosine", "--sst_bregman", 1, "--sts_bregman", 1],
     "LoRA, PAL": ["--lora_mode", "all-lin", "--dora", "--pal", "low-rank", "--arch", "v2"],
-    "SMART": [
-        "--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1,
-        "--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5,
+    "adapters alone": [
+        "--optim",
+        "SGD",
+        "--lora_mode",
+        "attn-only",
+        "--pal",
+        "mixed",
+        "--pal_tasks",
+        "sst",
+        "--pooling",
+        "mean",
     ],
+    "SMART": SMART,
+    "SMART, micro-batches": [*SMART, "--routine", "joint", "--pcgrad", "--micro_batch_size", 3],
     "batches of one": ["--batch_size", 19, "--shared_batchnorm_stats", "--optim", "SGD"],
-}  # fmt: skip
+}
 
-ON_THREE = ("sequential", "interleave", "joint, PCGrad", "batches of one")  # the others would only take more time
-
-
-def as_text(flags: list[Any]) -> list[str]:
-    return [str(flag) for flag in flags]
+# The others would only take more time.
+ON_THREE = ("sequential", "interleave", "joint, PCGrad", "joint, micro-batches", "batches of one")
 
 
-# --------------------------------------------------------------------------------------------------- the same model
+# ------------------------------------------------------------------------------------------------------ the same model
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def exact_flags(tiny_flags: list[str]) -> list[str]:
+    return [*tiny_flags, *map(str, EXACT)]
+
+
+@pytest.fixture(scope="module")
+def one_process(exact_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The cases without torchrun, in float64."""
-    folder = tmp_path_factory.mktemp("one")
-    return ranks.train_cases([*tiny_flags, *as_text(EXACT)], CASES, folder, STEPS, True)
+    return ranks.train_cases(SINGLE_PROCESS, exact_flags, CASES, tmp_path_factory.mktemp("one"), STEPS)
 
 
 @pytest.fixture(scope="module")
-def by_ranks(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, ranks.Ended]:
-    """The cases on 2 and 3 ranks, in float64."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return {
-        size: launch(
-            size, folder / str(size), ranks.train_cases,
-            [*tiny_flags, *as_text(EXACT)], {name: CASES[name] for name in own}, folder / f"runs-{size}", STEPS, True,
-        )
-        for size, own in ((2, CASES), (3, ON_THREE))
-    }  # fmt: skip
+def by_ranks(exact_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    """The cases on 2 and 3 ranks, in float64: what each rank has."""
+    folder, found = tmp_path_factory.mktemp("ranks"), {}
+    for size, names in ((2, CASES), (3, ON_THREE)):
+        cases = {name: CASES[name] for name in names}
+        ended = launch(size, folder / str(size), ranks.train_cases, exact_flags, cases, folder / f"runs-{size}", STEPS)
+        found[size] = ended.results()
+    return found
 
 
 @pytest.mark.parametrize(("size", "case"), [*((2, case) for case in CASES), *((3, case) for case in ON_THREE)])
 def test_ranks_train_the_model_of_one_process(
-    one_process: dict[str, Any], by_ranks: dict[int, ranks.Ended], size: int, case: str
+    one_process: dict[str, Any], by_ranks: dict[int, list[Any]], size: int, case: str
 ) -> None:
-    """Parameters, statistics of BatchNorm, losses and gradient norms, after 20 steps."""
-    alone, found = one_process[case], by_ranks[size].result()[case]
-    assert list(found["weights"]) == list(alone["weights"])
-    assert alone["losses"].isfinite().all() and len(alone["losses"]) == STEPS
+    """Parameters, statistics of BatchNorm, averages, losses and gradient norms after 20 steps."""
+    alone, found = one_process[case], by_ranks[size][0][case]
+    assert alone["losses"].isfinite().all() and len(alone["losses"]) >= STEPS
     for name in ("losses", "norms"):
-        torch.testing.assert_close(found[name], alone[name], rtol=1e-6, atol=1e-6, equal_nan=True)
-    for name, own in alone["weights"].items():
-        torch.testing.assert_close(found["weights"][name], own, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(found[name], alone[name], rtol=1e-6, atol=1e-6)
+    for part in ("weights", "average"):
+        assert list(found[part]) == list(alone[part])
+        for name, tensor in alone[part].items():
+            torch.testing.assert_close(found[part][name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert all(differences(found, other[case]) == [] for other in by_ranks[size][1:])
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_all_ranks_have_the_same_model(by_ranks: dict[int, ranks.Ended], size: int) -> None:
-    """To the bit."""
-    first = by_ranks[size].result(0)
-    for rank in range(1, size):
-        other = by_ranks[size].result(rank)
-        for case in first:
-            assert torch.equal(first[case]["losses"], other[case]["losses"])
-            assert all(torch.equal(own, other[case]["weights"][name]) for name, own in first[case]["weights"].items())
+def test_gradient_surgery_gets_the_gradients_of_one_process(exact_flags: list[str], tmp_path: Path) -> None:
+    """Each task's, before any is projected; the next backward pass has not overwritten it."""
+    found = launch(2, tmp_path / "log", ranks.gradients_of_tasks, exact_flags, tmp_path / "two").result()
+    for gradient, alone in zip(
+        found, ranks.gradients_of_tasks(SINGLE_PROCESS, exact_flags, tmp_path / "one"), strict=True
+    ):
+        assert any(part is not None and part.any() for part in alone)
+        for part, wanted in zip(gradient, alone, strict=True):
+            torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`ranks.pieces` of one process and of each of three."""
-    ended = launch(3, tmp_path_factory.mktemp("pieces") / "3", ranks.pieces)
-    return ranks.pieces(), [ended.result(rank) for rank in range(3)]
+    return ranks.pieces(SINGLE_PROCESS), launch(3, tmp_path_factory.mktemp("pieces") / "3", ranks.pieces).results()
+
+
+def in_order(parts: list[torch.Tensor], indices: list[list[int]]) -> torch.Tensor:
+    """Return the rows of all shards in the batch's order."""
+    return torch.cat(parts)[np.argsort(np.concatenate(indices))]
 
 
 @pytest.mark.parametrize("texts", [1, 2])
 @pytest.mark.parametrize("count", [7, 2, 1])
 def test_gathered_rows_and_their_gradient(pieces: Any, count: int, texts: int) -> None:
-    alone, found = pieces
-    whole, gradient, _ = alone[f"gather {count} {texts}"]
-    parts = [own[f"gather {count} {texts}"] for own in found]
-    assert all(torch.equal(part[0], whole) for part in parts)
-    back = in_order([part[2] for part in parts])
-    by_text = [torch.cat(chunks)[back] for chunks in zip(*(part[1].chunk(texts) for part in parts), strict=True)]
-    assert torch.equal(torch.cat(by_text), gradient)
-
-
-def in_order(places: list[torch.Tensor]) -> torch.Tensor:
-    """Which of the rows of all shards, one shard after the other, is the batch's first, its second and so on."""
-    return torch.cat(places).argsort()
+    whole, gradient, _ = pieces[0][f"gather {count} {texts}"]
+    outputs, gradients, indices = zip(*(found[f"gather {count} {texts}"] for found in pieces[1]), strict=True)
+    assert all(torch.equal(output, whole) for output in outputs)
+    for text in range(texts):
+        assert torch.equal(in_order([parts[text] for parts in gradients], indices), gradient[text])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)])
+@pytest.mark.parametrize("shape", ranks.SHAPES)
 def test_synchronised_statistics_of_uneven_shards(pieces: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Outputs, all gradients and running statistics; a batch of one value has no variance on any number of ranks."""
-    alone, found = pieces[0], [own[f"norm {shape} {dtype}"] for own in pieces[1]]
-    y, grad, _, grad_weight, grad_bias, buffers = alone[f"norm {shape} {dtype}"]
+    y, grad, _, grad_weight, grad_bias, buffers = pieces[0][f"norm {shape} {dtype}"]
+    found = [part[f"norm {shape} {dtype}"] for part in pieces[1]]
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.0, "atol": 1e-9}
-    back = in_order([own[2] for own in found])
-    torch.testing.assert_close(torch.cat([own[0] for own in found])[back], y, **close)
-    torch.testing.assert_close(torch.cat([own[1] for own in found])[back], grad, **close)
-    torch.testing.assert_close(sum(own[3] for own in found), grad_weight, **close)
-    torch.testing.assert_close(sum(own[4] for own in found), grad_bias, **close)
-    for name, own in buffers.items():
-        torch.testing.assert_close(found[0][5][name], own, **close)
-        assert torch.equal(found[0][5][name], found[2][5][name])
-    changed = not torch.equal(
-        buffers["running_mean_sts"], dict(ranks.known_norm(dtype).named_buffers())["running_mean_sts"]
-    )
-    assert changed == (shape != (1, 3))
+    outputs, grads, indices, weights, biases, all_buffers = zip(*found, strict=True)
+    torch.testing.assert_close(in_order(outputs, indices), y, **close)
+    torch.testing.assert_close(in_order(grads, indices), grad, **close)
+    torch.testing.assert_close(sum(weights), grad_weight, **close)
+    torch.testing.assert_close(sum(biases), grad_bias, **close)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(all_buffers[0][name], buffer, **close)
+        assert torch.equal(all_buffers[0][name], all_buffers[2][name])
+    before = ranks.known_norm(dtype).get_buffer("running_mean_sts")
+    assert torch.equal(buffers["running_mean_sts"], before) == (shape == (1, 3))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 64])
@@ -156,7 +176,7 @@ def test_synchronised_statistics_of_uneven_shards(pieces: Any, shape: tuple[int,
 def test_shards_share_examples_and_tokens(count: int, size: int) -> None:
     """Each example once, in the batch's order, counts that differ by one at most, and sums by the longest example."""
     lengths = np.random.default_rng(count).integers(3, 60, count)
-    parts = [shard(lengths, rank, size) for rank in range(size)]
+    parts = [shard_places(lengths, rank, size) for rank in range(size)]
     assert sorted(np.concatenate(parts).tolist()) == list(range(count))
     assert all((np.diff(part) > 0).all() for part in parts)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -164,132 +184,24 @@ def test_shards_share_examples_and_tokens(count: int, size: int) -> None:
     assert max(tokens) - min(tokens) <= lengths.max(initial=0)
 
 
-def test_gradients_of_few_rows(tmp_path: Path) -> None:
-    """The sum over three ranks, to the bit the same on all; NaN goes to all of them."""
-    ended = launch(3, tmp_path / "rows", ranks.row_sums)
-    results = [ended.result(rank) for rank in range(3)]
-    for wanted, found in zip(results[0][::2], results[0][1::2], strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-15, equal_nan=True)
-    assert [bool(found.any()) for found in results[0][1::2]] == [True] * 5 + [False]
-    for other in results[1:]:
-        assert all(a.equal(b) or a.isnan().any() for a, b in zip(results[0][1::2], other[1::2], strict=True))
-    assert results[0][9][4].isnan().tolist() == results[2][9][4].isnan().tolist() == [False, False, True]
-
-
-def test_gradients_of_words_in_the_same_memory_are_summed(tmp_path: Path) -> None:
-    """No collective tells that it has written to a tensor: rows of other ranks must not stay for the next batch."""
-    ended = launch(2, tmp_path / "words", ranks.summed_words)
-    for rank in range(2):
-        found, wanted = ended.result(rank)[::2], ended.result(rank)[1::2]
-        assert len(found) == 16 and all(own.any() for own in wanted)
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
-def test_buckets_keep_the_order_and_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
-    parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 6, 1, 30, 1, 9, 1)]
-    found = buckets_of(parameters)
-    assert [[len(own) for own in bucket] for bucket in found] == [[4, 6], [1], [30], [1, 9], [1]]
-    assert buckets_of([]) == []
-
-
-def test_gradients_leave_while_backward_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the top down, as soon as it is known what is reached: in the second pass, also after unfreezing."""
-    left: list[int] = []
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 1)
-    monkeypatch.setattr(dist, "all_reduce", lambda flat, async_op: left.append(len(flat)) or SimpleNamespace(wait=int))
-    monkeypatch.setattr(dist, "broadcast", lambda *given: None)
-    low, middle, top = parameters = [nn.Parameter(torch.randn(size)) for size in (2, 3, 4)]
-    reducer = distributed.Reducer(parameters)
-
-    def passed(summed: bool = True, upwards: bool = False) -> tuple[list[int], list[int]]:
-        """The sizes of what has left when backward ends, and of what leaves after it."""
-        left.clear()
-        first, last = (top, low) if upwards else (low, top)
-        with reducer.summed("task") if summed else nullcontext():
-            (last * (middle * first.sum()).sum()).sum().backward()
-            during = left.copy()
-        for own in parameters:
-            own.grad = None
-        return during, sorted(left[len(during) :])
-
-    low.requires_grad_(False)
-    assert [passed(), passed()] == [([], [3, 4]), ([4, 3], [])]
-    low.requires_grad_(True)
-    assert [passed(), passed()] == [([4, 3], [2]), ([4, 3, 2], [])]
-    assert passed(upwards=True) == ([4, 3, 2], [])  # each waits for those before it
-    top.requires_grad_(False)
-    assert passed() == ([], [2, 3])
-    top.requires_grad_(True)
-    assert passed(summed=False) == ([], [])  # gradients that wait for those of another task
-    top.requires_grad_(False)
-    assert passed() == ([3, 2], [])
-
-
-def test_the_watch_has_ended_when_the_process_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that still waits for the store when Python ends makes it abort."""
-    monkeypatch.setattr(distributed, "POLL", 0.01)
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
-    watch = distributed.Watch(dist.HashStore())
-    watch.failed = lambda: bool(time.sleep(0.5))  # type: ignore[method-assign]
-    time.sleep(0.1)
-    watch.leave()
-    assert not watch.thread.is_alive()
-
-
-def test_the_failure_of_an_earlier_attempt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun --max_restarts keeps the store. Of those that fail in one attempt, one is the first."""
-    store = dist.HashStore()
-    for attempt in "01":
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        watch = distributed.Watch(store)
-        watch.over.set()  # else its thread would end this process
-        watch.thread.join()
-        assert not watch.failed()
-        assert [watch.first_to_fail() for _ in range(2)] == [True, False]
-        assert watch.failed()
-
-
-def test_a_first_process_that_is_gone_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Unless all is over, when it may be gone."""
-
-    def check(keys: list[str]) -> bool:
-        raise RuntimeError("Connection reset by peer\nat #0")
-
-    watch = distributed.Watch(dist.HashStore())
-    watch.over.set()
-    watch.thread.join()
-    monkeypatch.setattr(watch, "store", SimpleNamespace(check=check))
-    assert watch.failed() and capsys.readouterr().err == ""
-    watch.over.clear()
-    assert watch.failed()
-    assert capsys.readouterr().err == "the first process cannot be reached: Connection reset by peer\n"
-
-
 def test_processes_of_one_machine_share_its_cores(tmp_path: Path) -> None:
-    """Those that they may use, where --threads says nothing."""
-    ended = launch(2, tmp_path / "threads", ranks.threads)
-    assert [ended.result(rank) for rank in range(2)] == [{"bound to one": 1, "of nine": 4}] * 2
+    """Those that they may use, if --threads is not given."""
+    assert ranks.start(2, tmp_path / "threads", ranks.threads).results() == [{"bound to one": 1, "of nine": 4}] * 2
 
 
 def test_what_processes_agree_on(tmp_path: Path) -> None:
     """The first one fills the caches and gives the run its name; a signal that any of them has had is for all."""
-    ended = launch(3, tmp_path / "log", ranks.agreements, tmp_path)
-    for rank in range(3):
-        wanted = {"found": rank > 0, "largest": [2, 0, 5], "agreed": "the name that 0 has"}
-        assert ended.result(rank) == {**wanted, "sums": [[9.0] * 2, [6.0] * 3]}
+    for rank, found in enumerate(launch(3, tmp_path / "log", ranks.agreements, tmp_path).results()):
+        assert found == {"found": rank > 0, "largest": [2, 0, 5], "name": "the name that 0 has"}
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    distributed.take_gpu(0), distributed.take_gpu(1)
-    with pytest.raises(UserError, match="--use_gpu: process 3 of .* no GPU, there being 2; .* --nproc_per_node 2"):
-        distributed.take_gpu(2)
+    distributed.choose_gpu(0), distributed.choose_gpu(1)
+    message = refusal(distributed.choose_gpu, 2)
+    assert "--use_gpu: process 3 of this machine has no GPU" in message and "--nproc_per_node 2" in message
     assert taken == [0, 1]
 
 
@@ -298,13 +210,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_two_runs_on_two_ranks_are_the_same_to_the_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     """With dropout, which draws other numbers on each rank; metrics, best.pt and the weights at the end."""
-    ended = launch(2, tmp_path / "log", ranks.fit_twice, [*tiny_flags, "--seed", "7"], tmp_path)
-    assert ended.result(0) == 7 != ended.result(1)
-    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
-    for files in (("a.pt", "b.pt"), ("a/best.pt", "b/best.pt")):
-        first, second = (load(tmp_path / name)["weights"] for name in files)
-        assert all(torch.equal(own, second[name]) for name, own in first.items())
+    found = launch(2, tmp_path / "log", ranks.fit_twice, [*tiny_flags, "--seed", "7"], tmp_path).results()
+    assert found[0][0] == 7 != found[1][0]
+    assert differences(found[0][1], found[0][2]) == differences(found[0][1], found[1][2]) == []
+    assert differences(*(load(tmp_path / name / "best.pt")["weights"] for name in ("a", "b"))) == []
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert len(metrics(tmp_path / "a")) == 2
     states = load(tmp_path / "a" / "resume.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(states[0], states[1])
 
@@ -312,121 +223,91 @@ def test_two_runs_on_two_ranks_are_the_same_to_the_bit(tiny_flags: list[str], tm
 def test_every_example_is_seen_once(tiny_flags: list[str], tmp_path: Path) -> None:
     """In training each example of the epoch, in evaluation each of dev, and its outputs are those of one process."""
     flags = [*tiny_flags, "--epochs", "1", "--batch_size", "9"]
-    ended = launch(3, tmp_path / "log", ranks.fit_and_tell, flags, tmp_path / "run")
-    found = [ended.result(rank) for rank in range(3)]
+    found = launch(3, tmp_path / "log", ranks.fit_and_note, flags, tmp_path / "run").results()
     for task in DEFAULT_TASKS:
-        for split, size in (("train", 20), ("dev", 12)):
+        for split, size, times in (("train", 20, 1), ("dev", 12, 2)):  # the epoch and the outputs need dev
             seen = [found[rank][f"{task} {split}"] for rank in range(3)]
-            times = 1 if split == "train" else 2  # of dev once by the epoch and once for the outputs
             assert sorted(sum(seen, [])) == sorted([*range(size)] * times)
             assert all(seen)
-    trainer = ranks.make_trainer(ONE, flags, tmp_path / "alone")
+    trainer = make_trainer(flags, tmp_path / "alone")
     trainer.model.load_state_dict(found[0]["weights"])
-    for task, data in trainer.dev_data.items():
+    for task, data in trainer.loader.dev.items():
         alone = predict(trainer.model, data, trainer.device.device, 5)
         for rank in range(3):
             np.testing.assert_allclose(found[rank]["outputs"][task].numpy(), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_one_process_has_no_collectives(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of torch.distributed is called, and nothing hangs on the parameters."""
-    for name in ("all_reduce", "broadcast", "barrier", "init_process_group", "TCPStore"):
+    for name in ("all_reduce", "broadcast", "barrier", "init_process_group", "broadcast_object_list"):
         monkeypatch.setattr(dist, name, lambda *a, **k: pytest.fail("a collective"))
-    with distributed.joined(build_config({}, TASKS).compute) as world:
-        assert world is ONE
-        trainer = ranks.make_trainer(world, tiny_flags, tmp_path / "run", "--routine", "joint", "--pcgrad")
+    with distributed.joined(build_config({}, TASKS).compute) as context:
+        assert context is SINGLE_PROCESS
+        trainer = make_trainer(tiny_flags, tmp_path / "run", "--routine", "joint", "--pcgrad", context=context)
         trainer.fit()
-    assert all(not own._post_accumulate_grad_hooks for own in trainer.model.parameters())
-    assert all(own.shared is None for own in trainer.model.modules() if isinstance(own, BatchNorm))
+    assert trainer.data_parallel is None
+    assert all(module.sum_over_ranks is None for module in trainer.model.modules() if isinstance(module, BatchNorm))
     rows = torch.randn(3, 2)
-    assert ONE.gather(rows) is rows and ONE.seed(5) == 5
+    assert context.gather_rows(rows, None) is rows and context.rank_seed(5) == 5
 
 
-# ---------------------------------------------------------------------------------------------------------- failing
+# ------------------------------------------------------------------------------------------------------------- failing
 
 
-def failed(tiny_flags: list[str], folder: Path, how: str, size: int = 2) -> tuple[ranks.Ended, float]:
-    """A run of three epochs in the second of which the last rank fails, and the seconds that it took to end."""
-    started = time.monotonic()
-    flags = [*tiny_flags, "--epochs", "3"]
-    ended = launch(size, folder / "log", ranks.fit_and_fail, flags, folder / "run", how, size - 1, 1)
-    return ended, time.monotonic() - started
-
-
-def check_failure(ended: ranks.Ended, seconds: float, how: str) -> None:
-    """All have ended in time, the one that failed says why, once, and no other says anything."""
-    assert seconds < 60 and all(code not in (0, None) for code in ended.codes)
-    text = ended.text()
-    if how == "exception":
-        assert text.count("ZeroDivisionError: a wrong turn") == 1 and text.count("Traceback") == 1
-        assert "in fail" in text  # where it happened
-    if how == "mistake":
-        assert text.count("error: --data_dir: no such thing\n") == 1 and "Traceback" not in text
-        assert ended.codes[-1] == 2
-    if how == "SIGKILL":
-        assert ended.codes[-1] == -9 and text.count("Traceback") == 1
-    run = ended.folder.parent / "run"
-    assert load(run / "resume.pt")["epoch"] == 1 and load(run / "best.pt")["epoch"] == 1
-
-
-def test_an_exception_on_one_rank_ends_all_and_the_run_goes_on_from_there(
-    tiny_flags: list[str], tmp_path: Path
-) -> None:
-    """On as many ranks it ends with the bits of a run without the failure, on others it says what differs."""
-    ended, seconds = failed(tiny_flags, tmp_path, "exception")
-    check_failure(ended, seconds, "exception")
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    flags = [*tiny_flags, "--epochs", "3"]
-    jobs = {
-        "whole": (2, tmp_path / "whole"),
-        "same": (2, tmp_path / "run", "--resume"),
-        "other": (3, tmp_path / "other", "--resume"),
-    }
+def goes_on_to_the_same_end(flags: list[str], folder: Path) -> None:
+    """Check that the run in `folder` / run goes on to the bits of a run that nothing has stopped."""
+    jobs = {"whole": (folder / "whole",), "same": (folder / "run", "--resume")}
     with ThreadPoolExecutor() as pool:
         running = {
-            name: pool.submit(launch, size, tmp_path / f"log-{name}", ranks.fit, flags, *more)
-            for name, (size, *more) in jobs.items()
+            name: pool.submit(launch, 2, folder / f"log-{name}", ranks.fit, flags, *more) for name, more in jobs.items()
         }
-        found = {name: job.result() for name, job in running.items()}
-    whole, same, other = (found[name].result(1) for name in jobs)
-    assert all(torch.equal(own, same[name]) for name, own in whole.items())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert "2 processes began this run and 3 go on with it" in found["other"].text("out")
-    assert all(own.isfinite().all() for own in other.values())
-    assert len((tmp_path / "other" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert differences(running["whole"].result().result(1), running["same"].result().result(1)) == []
+    assert (folder / "run/metrics.jsonl").read_bytes() == (folder / "whole/metrics.jsonl").read_bytes()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["mistake", "SIGKILL"])
-def test_a_rank_that_ends_otherwise_ends_all(tiny_flags: list[str], tmp_path: Path, how: str) -> None:
-    check_failure(*failed(tiny_flags, tmp_path, how), how)
+@pytest.mark.parametrize(
+    "how", ["exception", "SIGTERM", *(pytest.param(n, marks=pytest.mark.long) for n in ("mistake", "SIGKILL"))]
+)
+def test_a_rank_that_fails_under_torchrun_ends_all(tiny_flags: list[str], tmp_path: Path, how: str) -> None:
+    """Within a minute, with its cause told once and a state to go on from."""
+    flags = [*tiny_flags, "--no_tensorboard", "--epochs", "3"]
+    started = time.monotonic()
+    done = torchrun(how, *flags, "--run_dir", tmp_path / "run", script=ranks.ROOT / "tests" / "ranks.py")
+    assert time.monotonic() - started < 60 and done.returncode != 0
+    told = done.stderr.split("=====")[0]  # torchrun's own summary follows
+    causes = {
+        "exception": "ZeroDivisionError: a wrong turn",
+        "mistake": "error: --data_dir: no such thing",
+        "SIGTERM": "SIGTERM: stopping after this step",
+        "SIGKILL": "(pid: ",
+    }
+    assert told.count(causes[how]) == 1, done.stderr
+    if how == "SIGTERM":
+        assert done.stdout.count("stopped by SIGTERM") == 1
+    state = load(tmp_path / "run" / "resume.pt")["progress"]
+    assert (state["epoch"], state["step"]) == ((1, 2) if how == "SIGTERM" else (1, 0))
+    assert load(tmp_path / "run" / "best.pt")["epoch"] == 1
+    goes_on_to_the_same_end(flags, tmp_path)
 
 
-@pytest.mark.long
-def test_a_signal_to_one_rank_saves_and_ends_all(tiny_flags: list[str], tmp_path: Path) -> None:
-    """After the step at hand; the run goes on to the bits that it would have had."""
-    ended, seconds = failed(tiny_flags, tmp_path, "SIGTERM")
-    assert seconds < 60 and ended.codes == [143, 143] and "Traceback" not in ended.text()
-    assert ended.text("out").count("stopped by SIGTERM") == 1
-    assert load(tmp_path / "run" / "resume.pt")["step"] == 11
+def test_another_number_of_ranks_says_what_differs(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = [*tiny_flags, "--epochs", "3"]
-    same = launch(2, tmp_path / "log-same", ranks.fit, flags, tmp_path / "run", "--resume").result(1)
-    whole = launch(2, tmp_path / "log-whole", ranks.fit, flags, tmp_path / "whole").result(1)
-    assert all(torch.equal(own, same[name]) for name, own in whole.items())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    ended = launch(2, tmp_path / "log", ranks.fit_and_fail, flags, tmp_path / "run", "SIGTERM")
+    assert ended.codes == [143, 143] and "Traceback" not in ended.text()
+    assert ended.text().count("stopped by SIGTERM") == 1
+    other = launch(3, tmp_path / "log-other", ranks.fit, flags, tmp_path / "run", "--resume")
+    assert all(tensor.isfinite().all() for tensor in other.result(1).values())
+    assert "2 processes began this run and 3 go on with it" in other.text(0)
+    assert len(metrics(tmp_path / "run")) == 3
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = [*tiny_flags, "--epochs", "2", "--eval_batch_size", "2"]
     ended = launch(2, tmp_path / "log", ranks.fit_and_stop_in_evaluation, flags, tmp_path / "run")
     assert ended.codes == [143, 143] and "Traceback" not in ended.text()
-    state = load(tmp_path / "run" / "resume.pt")
-    assert (state["epoch"], state["evaluating"]) == (2, True)
+    progress = load(tmp_path / "run" / "resume.pt")["progress"]
+    assert (progress["epoch"], progress["evaluating"]) == (2, True)
     assert load(tmp_path / "run" / "best.pt")["epoch"] == 1
-    same = launch(2, tmp_path / "log-same", ranks.fit, flags, tmp_path / "run", "--resume").result(1)
-    whole = launch(2, tmp_path / "log-whole", ranks.fit, flags, tmp_path / "whole").result(1)
-    assert all(torch.equal(own, same[name]) for name, own in whole.items())
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    goes_on_to_the_same_end(flags, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -437,7 +318,7 @@ def small_run(tiny_flags: list[str], run: Path) -> list[str]:
 
 
 def check_files(run: Path, text: str, data: Path) -> None:
-    """What two processes leave behind and print is what one does."""
+    """Check that two processes leave behind and print what one does."""
     assert sorted(name for name in os.listdir(run) if name != ".lock") == [
         "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
     ]  # fmt: skip
@@ -445,8 +326,7 @@ def check_files(run: Path, text: str, data: Path) -> None:
     timing = json.loads((run / "timing.jsonl").read_text().splitlines()[0])
     assert timing["device"].startswith("2 x cpu")
     dev = json.loads((run / "scores.json").read_text())["dev"]
-    assert dev == max((json.loads(line)["dev"] for line in (run / "metrics.jsonl").read_text().splitlines()),
-                      key=lambda own: own["score"])  # fmt: skip
+    assert dev == max((line["dev"] for line in metrics(run)), key=lambda scores: scores["score"])
     for task in DEFAULT_TASKS.values():
         ids = [line.split("\t")[1] for line in (data / task.files["dev"]).read_text().splitlines()[1:]]
         rows = (run / "predictions" / f"{task.name}-dev-output.csv").read_text().splitlines()[1:]
@@ -454,65 +334,42 @@ def check_files(run: Path, text: str, data: Path) -> None:
 
 
 def test_the_script_on_two_processes(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
-    flags = small_run(tiny_flags, tmp_path / "run")
-    ended = launch(2, tmp_path / "log", ranks.script, *flags)
+    words = small_run(tiny_flags, tmp_path / "run")
+    ended = ranks.start(2, tmp_path / "log", lambda: multitask_classifier.main(words))
     assert ended.codes == [0, 0], ended.text()
-    assert (tmp_path / "log" / "1.out").read_text() == (tmp_path / "log" / "1.err").read_text() == ""
-    check_files(tmp_path / "run", ended.text("out"), small_data)
+    assert ended.text(1) == ""
+    check_files(tmp_path / "run", ended.text(0), small_data)
 
 
 @pytest.mark.long
-def test_torchrun_and_its_ways_to_fail(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
-    """One line for each mistake, whichever rank finds it; and a checkpoint is evaluated on other numbers of ranks."""
-
-    def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        return subprocess.run([*command, str(ROOT / "multitask_classifier.py"), *words], capture_output=True, text=True)
-
+def test_the_script_under_torchrun(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
+    """A checkpoint is evaluated on another number of processes."""
     run = tmp_path / "run"
-    flags = small_run(tiny_flags, run)
-    done = torchrun(*flags)
+    done = torchrun(*small_run(tiny_flags, run))
     assert done.returncode == 0, done.stderr
     check_files(run, done.stdout, small_data)
-    assert torchrun("--evaluate", str(run / "best.pt"), *tiny_flags[2:4]).returncode == 0
+    assert torchrun("--evaluate", run / "best.pt", *tiny_flags[2:4]).returncode == 0
     again = json.loads((run / "best-evaluation" / "scores.json").read_text())["dev"]
     assert again == json.loads((run / "scores.json").read_text())["dev"]
-    for words, line in (
-        (flags, "error: --run_dir"),
-        ([*flags, "--overwrite", "--lr", "x"], "multitask_classifier.py: error: argument --lr"),
-        ([*flags, "--overwrite", "--sst_train", "nowhere.csv"], "error: --sst_train nowhere.csv"),
-        (["--evaluate", str(run / "best.pt"), "--predict", "-", "--task", "sst"], "error: --predict works in one"),
-        ([*flags, "--overwrite", "--cache_frozen"], "error: --cache_frozen"),
-    ):
-        done = torchrun(*words)
-        assert done.returncode != 0 and done.stderr.count(line) == 1, done.stderr
-        assert "UserError" not in done.stderr
 
 
-@pytest.mark.long
-def test_the_benchmark_of_scaling(tiny_bert: Path, sample: Path, tmp_path: Path) -> None:
-    """Every step of each number of processes; both share the same batches."""
-    flags = [
-        "--modes",
-        "scaling",
-        "--ranks",
-        "1,2",
-        "--tasks",
-        "sst",
-        "--steps",
-        "3",
-        "--warmup",
-        "1",
-        "--threads",
-        "1",
-    ]
-    flags += ["--pretrained", str(tiny_bert), "--data_dir", str(sample), "--out", str(tmp_path), "--batch_size", "16"]
-    done = subprocess.run([sys.executable, str(ROOT / "benchmark.py"), *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.json")
-    (record,) = json.loads(path.read_text())["results"]
-    assert {ranks: len(seconds) for ranks, seconds in record["seconds"].items()} == {"1": 3, "2": 3}
-    assert done.stdout.count("scaling sst, batch 16: ") == 2 and "efficiency 100%" in done.stdout
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--sst_train nowhere.csv", "error: --sst_train nowhere.csv"),
+        pytest.param("--lr x", "multitask_classifier.py: error: argument --lr", marks=pytest.mark.long),
+        pytest.param("--run_dir FINISHED", "error: --run_dir", marks=pytest.mark.long),
+        pytest.param("--cache_frozen", "error: --cache_frozen", marks=pytest.mark.long),
+    ],
+)
+def test_the_first_process_alone_tells_a_mistake(
+    tiny_flags: list[str], finished_runs: Path, tmp_path: Path, words: str, line: str
+) -> None:
+    more = words.replace("FINISHED", str(finished_runs / "sst")).split()
+    done = torchrun(*small_run(tiny_flags, tmp_path / "run"), *more)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count(line) == 1, done.stderr
+    assert "Traceback" not in done.stderr.split("=====")[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -522,11 +379,11 @@ def test_the_benchmark_of_scaling(tiny_bert: Path, sample: Path, tmp_path: Path)
 def test_the_rate_can_follow_the_batch(tiny_flags: list[str], tmp_path: Path, scaling: str, factor: float) -> None:
     """256 examples a step, four times R0's 64."""
     more = ["--batch_size", 256, "--lr_scaling", scaling, "--lr_schedule", "constant", "--routine", "joint"]
-    trainer = ranks.make_trainer(ONE, tiny_flags, tmp_path / "run", *more)
-    groups = {group["tasks"]: group["lr"] for group in trainer.optimizers["joint"].param_groups}
-    assert groups[("sst",)] == pytest.approx(1e-3 * 4 * factor)
-    assert trainer.set_rates("sst", 0.0) == pytest.approx(1e-3 * 4 * factor)
-    assert {group["tasks"]: group["lr"] for group in trainer.optimizers["joint"].param_groups} == groups
+    optimizers = make_trainer(tiny_flags, tmp_path / "run", *more).optimizers
+    rates = [{group["tasks"]: group["lr"] for group in optimizers.by_name["joint"].param_groups}]
+    assert optimizers.set_rates(optimizers.by_name["joint"], 0.0)["sst"] == pytest.approx(1e-3 * 4 * factor)
+    rates.append({group["tasks"]: group["lr"] for group in optimizers.by_name["joint"].param_groups})
+    assert rates[0] == rates[1] and rates[0][("sst",)] == pytest.approx(1e-3 * 4 * factor)
 
 
 @pytest.mark.parametrize("words", [["--evaluate", "a.pt", "--predict", "-", "--task", "sst"], ["--cache_frozen"]])
@@ -534,7 +391,7 @@ def test_what_needs_one_process_is_refused(monkeypatch: pytest.MonkeyPatch, word
     flag = next(word for word in words if word in ("--predict", "--cache_frozen"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    parse(words, TASKS, "test", "Test.")  # the variables alone do not make a torchrun
+    configure(*words)  # the variables alone do not make a torchrun
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"{flag} .*torchrun"):
-        parse(words, TASKS, "test", "Test.")
+    message = refusal(configure, *words)
+    assert flag in message and "torchrun" in message
