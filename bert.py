@@ -1,6 +1,6 @@
 """BERT over packed batches (Devlin et al. 2019), written from scratch.
 
-Every layer works on [T, H], the tokens of all sequences end to end; only `attention` knows where a sequence begins.
+Every layer works on [T, H], the tokens of all sequences end to end. Only `attention` knows where a sequence begins.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,81 +15,78 @@ from config import BertConfig
 from kernels import flash_attention as flash
 from kernels.dropout import Dropout
 from kernels.embedding import WordEmbedding
-from kernels.grouped_attention import _GroupedAttention
+from kernels.grouped_attention import grouped_attention
 from kernels.linear import linear
 from text.packing import Batch, EncodedBatch, PackedBatch, pack_padded, unpack
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, heads: int, dropout: float, first_only: bool
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, heads: int, dropout: float, cls_only: bool
 ) -> Tensor:
-    """Scaled dot-product attention inside each sequence of a packed batch (Vaswani et al. 2017, section 3.2.1).
+    """Compute scaled dot-product attention inside each sequence of a packed batch (Vaswani et al. 2017, section 3.2.1).
 
-    `query`, `key`, `value` and the result are [T, H]. With `first_only`, queries come from the first token of each
-    sequence: `query` and the result are [S, H] instead. `dropout` acts on the attention probabilities.
+    `query`, `key`, `value` and the result are [T, H]. With `cls_only`, only the first token of each sequence asks:
+    `query` and the result are [S, H] then. `dropout` acts on the attention probabilities.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # adapters may put out fp32
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # adapters may return fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if not flash.usable(query, key, value, heads):
-        return _GroupedAttention.apply(query, key, value, batch.grouping, heads, dropout, first_only)
+        return grouped_attention(query, key, value, batch.grouping, heads, dropout, cls_only)
     starts = batch.cu_seqlens
-    query_starts = torch.arange(len(starts), dtype=starts.dtype, device=starts.device) if first_only else starts
+    query_starts = torch.arange(len(starts), dtype=starts.dtype, device=starts.device) if cls_only else starts
     query, key, value = (x.unflatten(1, (heads, -1)) for x in (query, key, value))  # [.., H] -> [.., heads, width]
     return flash.attend(query, key, value, query_starts, starts, batch.max_seqlen, dropout).flatten(1)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is added to one layer from outside: `function(hidden, batch, first_only)` of the layer's input [T, H].
+    """What is added to one layer from outside: `function(hidden, batch, cls_only)` of the layer's input [T, H].
 
-    Its result, [T, H] or with `first_only` [S, H], joins the `residual` sum of the layer's `attention` or of its
-    `feed-forward`, before the LayerNorm.
+    Its result is [T, H], or [S, H] with `cls_only`. It is added before the LayerNorm of the layer's `attention` or of
+    its `feed-forward`, whichever `residual` names.
     """
 
     function: Callable[[Tensor, PackedBatch, bool], Tensor]
     residual: str
 
 
-def output_rows(hidden: Tensor, batch: PackedBatch, first_only: bool) -> Tensor:
-    """The rows of [T, H] that a layer has outputs for: all of them, or the first token of each sequence [S, H]."""
-    return hidden.index_select(0, batch.cu_seqlens[:-1]) if first_only else hidden
+def output_rows(hidden: Tensor, batch: PackedBatch, cls_only: bool) -> Tensor:
+    """Return the rows of [T, H] for which a layer computes outputs: all, or with `cls_only` the first tokens [S, H]."""
+    return hidden.index_select(0, batch.cu_seqlens[:-1]) if cls_only else hidden
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose frozen weights autocast casts once, and not in every pass.
+    """nn.Linear that keeps the half-precision copies of frozen weights, which autocast would make anew in every pass.
 
-    The copies are kept until the weights change, move, or train. A CUDA graph casts by itself: it would otherwise read
-    copies that later passes outside of it may have replaced.
+    The copies are kept until the weights change, move, or train. A CUDA graph casts by itself, since passes outside of
+    it could replace the copies that it reads.
     """
-
-    keeps_copies = True  # not so where the weights themselves are whole for the time of a pass only
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out)
-        self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # what they are made of, and the copies
+        self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # the copies after what they are made of
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """[..., in] to [..., out]; with `gelu`, the GELU of that."""
-        if self.cast_once(x.device.type):
+        """Map [..., in] to [..., out]; with `gelu`, return the GELU of that."""
+        if self.uses_copies(x.device.type):
             return linear(x, *self.copies(torch.get_autocast_dtype(x.device.type)), gelu)
         if self.cast is not None:
             self.cast = None
         return linear(x, self.weight, self.bias, gelu)
 
-    def cast_once(self, device: str) -> bool:
-        """Whether autocast would cast frozen weights here."""
+    def uses_copies(self, device: str) -> bool:
+        """Return whether autocast would cast frozen weights here."""
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
-        recorded = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        return self.keeps_copies and frozen and torch.is_autocast_enabled(device) and not recorded
+        captured = device == "cuda" and torch.cuda.is_current_stream_capturing()
+        return frozen and torch.is_autocast_enabled(device) and not captured
 
     def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Weight and bias as `dtype`."""
-        parts = self.weight, self.bias
-        made_of = dtype, *((own.data_ptr(), own._version) for own in parts)
+        """Return weight and bias as `dtype`."""
+        made_of = dtype, *((parameter.data_ptr(), parameter._version) for parameter in (self.weight, self.bias))
         if self.cast is None or self.cast[0] != made_of:
-            with torch.inference_mode(False), torch.no_grad():  # what evaluation has made, training may use
-                self.cast = made_of, parts[0].to(dtype), parts[1].to(dtype)
+            with torch.inference_mode(False), torch.no_grad():  # training may use copies that evaluation made
+                self.cast = made_of, self.weight.to(dtype), self.bias.to(dtype)
         return self.cast[1:]
 
 
@@ -104,13 +101,11 @@ class BertSelfAttention(nn.Module):
         self.key = Linear(config.hidden_size, config.hidden_size)
         self.value = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, first_only: bool = False) -> Tensor:
-        """[T, H] to [T, H], or to [S, H] for the first token of each sequence only."""
-        asking = output_rows(hidden, batch, first_only)
+    def forward(self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False) -> Tensor:
+        """Map [T, H] to [T, H], or with `cls_only` to [S, H]."""
+        query = self.query(output_rows(hidden, batch, cls_only))
         dropout = self.dropout if self.training else 0.0
-        return attention(
-            self.query(asking), self.key(hidden), self.value(hidden), batch, self.heads, dropout, first_only
-        )
+        return attention(query, self.key(hidden), self.value(hidden), batch, self.heads, dropout, cls_only)
 
 
 class BertLayer(nn.Module):
@@ -128,17 +123,17 @@ class BertLayer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden: Tensor, batch: PackedBatch, first_only: bool = False, adapter: Adapter | None = None
+        self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, adapter: Adapter | None = None
     ) -> Tensor:
-        """[T, H] to [T, H], or to [S, H] for the first token of each sequence only."""
+        """Map [T, H] to [T, H], or with `cls_only` to [S, H]."""
 
         def adapted(total: Tensor, residual: str) -> Tensor:
             if adapter is None or adapter.residual != residual:
                 return total
-            return total + adapter.function(hidden, batch, first_only)
+            return total + adapter.function(hidden, batch, cls_only)
 
-        context = self.self_attention(hidden, batch, first_only)
-        total = output_rows(hidden, batch, first_only) + self.dropout(self.attention_dense(context))
+        context = self.self_attention(hidden, batch, cls_only)
+        total = output_rows(hidden, batch, cls_only) + self.dropout(self.attention_dense(context))
         attended = self.attention_layer_norm(adapted(total, "attention"))
         expanded = self.interm_dense(attended, gelu=True)
         total = attended + self.dropout(self.out_dense(expanded))
@@ -146,7 +141,7 @@ class BertLayer(nn.Module):
 
 
 class BertModel(nn.Module):
-    """Embeddings, layers and the tanh pooler; parameter names are those of the course's handout."""
+    """Embeddings, layers and the tanh pooler. The names of the parameters are those of the course's handout."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -162,7 +157,7 @@ class BertModel(nn.Module):
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """Embedding output [T, H]."""
+        """Return the embedding output [T, H]."""
         summed = (
             self.word_embedding(batch.input_ids)
             + self.pos_embedding(batch.position_ids)
@@ -174,28 +169,28 @@ class BertModel(nn.Module):
         self,
         hidden: Tensor,
         batch: PackedBatch,
-        first_only: bool = False,
+        cls_only: bool = False,
         done: int = 0,
         adapters: Sequence[Adapter] = (),
     ) -> Tensor:
-        """Output of the lowest `done` layers [T, H] (0: embedding output) to the last hidden state [T, H].
+        """Map the output of the lowest `done` layers (0: of the embeddings) [T, H] to the last hidden state [T, H].
 
-        With `first_only`, [S, H]: the last layer does the work of the first tokens only, with the same numbers.
-        `adapters`, if any, has one for each layer.
+        With `cls_only` the result is [S, H]: the last layer computes only the first tokens, with the same numbers.
+        `adapters` is empty or has one for each layer.
         """
         slots: Sequence[Adapter | None] = adapters or [None] * len(self.bert_layers)
         *lower, last = list(zip(self.bert_layers, slots, strict=True))[done:]
         for layer, adapter in lower:
             hidden = layer(hidden, batch, adapter=adapter)
         layer, adapter = last
-        return layer(hidden, batch, first_only, adapter)
+        return layer(hidden, batch, cls_only, adapter)
 
     def pool(self, first: Tensor) -> Tensor:
-        """tanh pooler: [S, H] hidden states of the first tokens to [S, H]."""
+        """Map the hidden states of the first tokens [S, H] to [S, H] by the tanh pooler."""
         return torch.tanh(self.pooler_dense(first))
 
     def sentence_embedding(self, batch: Batch, pooling: str, adapters: Sequence[Adapter] = ()) -> Tensor:
-        """[S, H] in the caller's order: the pooled first token (`cls`) or the mean over real tokens (`mean`)."""
+        """Return embeddings [S, H] in the caller's order: pooled first tokens (`cls`) or means over tokens (`mean`)."""
         start = batch if isinstance(batch, EncodedBatch) else EncodedBatch(self.embed(batch), 0, batch)
         if start.packed is None:
             return start.hidden
@@ -207,24 +202,24 @@ class BertModel(nn.Module):
         return (sums / batch.lengths[:, None]).index_select(0, batch.restore)
 
     def frozen_layers(self) -> int:
-        """How many of the lowest layers neither train nor stand above anything that trains.
+        """Return how many of the lowest layers neither train nor stand above anything that trains.
 
-        The pooler counts with the last layer: all layers are frozen only where nothing at all trains.
+        The pooler counts with the last layer, so all layers are frozen only where nothing trains at all.
         """
         lowest = depth = len(self.bert_layers)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 part, number = name.split(".")[:2]
-                own = int(number) if part == "bert_layers" else depth - 1 if part == "pooler_dense" else 0
-                lowest = min(lowest, own)
+                layer = int(number) if part == "bert_layers" else depth - 1 if part == "pooler_dense" else 0
+                lowest = min(lowest, layer)
         return lowest
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Padded tensors [S, L] in and out, as the course's handout defines them.
+        """Map padded tensors [S, L], as the course's handout defines them, to padded outputs.
 
-        Returns last_hidden_state [S, L, H], zero at padding, and pooler_output [S, H].
+        Returns last_hidden_state [S, L, H], which is zero at padding, and pooler_output [S, H].
         """
         batch = pack_padded(input_ids, attention_mask, token_type_ids)
         hidden = self.encode(self.embed(batch), batch)

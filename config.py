@@ -487,6 +487,27 @@ class RunOptions:
 
 
 @dataclass
+class EnsembleOptions:
+    """Ensemble."""
+
+    average: str = option(
+        "probabilities",
+        "mean of probabilities (similarities are z-scored), or of raw outputs as in R0 (logits)",
+        choices=("probabilities", "logits"),
+    )
+    select: int | None = option(
+        None, "also choose members greedily, with so many votes at most, by one half of dev", metavar="VOTES", low=1
+    )
+    soup: str | None = option(
+        None,
+        "also average weights, into RUN_DIR/soup.pt: of all members, or greedily of those that help on half of dev",
+        choices=("uniform", "greedy"),
+    )
+    run_dir: str = option("runs/ensemble", "folder for scores.json and predictions/", metavar="DIR")
+    cache: str = option("runs/ensemble-cache", "folder that keeps the predictions of each member", metavar="DIR")
+
+
+@dataclass
 class TaskOptions:
     """The options of one task; the flags carry its name."""
 

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024): wrappers that train a low-rank update beside a frozen nn.Linear.
+"""LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024): layers that train a low-rank update beside a frozen nn.Linear.
 
-A wrapped layer keeps the names `weight` and `bias`, so that a backbone's own tensors are called the same with and
-without adapters; the trained tensors beside them are `lora_A`, `lora_B` and, in DoRA, `magnitude`.
+A wrapped layer keeps the names `weight` and `bias`, so a backbone's own tensors have the same names with and without
+adapters. The trained tensors beside them are `lora_A`, `lora_B` and, in DoRA, `magnitude`.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base_bert import misfits
+from base_bert import describe_mismatches
 from config import LoraOptions, upper_bound
 from kernels.dropout import Dropout
 from kernels.linear import linear
-from kernels.low_rank import _LowRankLinear, _own_precision, _updated
+from kernels.low_rank import low_rank_linear, updated_weight, without_autocast
 from utils.errors import UserError
 
-# The linears of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
+# The linear layers of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -39,27 +39,23 @@ MODES = {
     "all-lin-only": tuple(TARGETS),
 }
 DORA_NORMS = ("row", "column")
-CANCELLATION = 0.1  # share of its terms below which a squared norm has lost too many digits to their cancellation
+CANCELLATION = 0.1  # a squared norm below this share of its positive terms has lost too many digits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
 
 
-def _refuse(key: str, value: Any, remedy: str) -> UserError:
-    return UserError(f"--lora_dict: {key} is {value!r}; {remedy}")
-
-
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is wrapped and how (R0, section 4.4.5).
+    """Which layers are wrapped, and how (R0, section 4.4.5).
 
-    `mode`: `attn` wraps query, key and value, `all-lin` all linears of the layers; with `-only` everything else in the
-    backbone is frozen, without it the rest follows the unfreezing schedule. `targets`, if given, are wrapped in place
-    of the mode's own. The update is scaled by alpha/rank, with `rslora` by alpha/sqrt(rank) (Kalajdzievski 2023);
-    `alpha` None is alpha = rank. `dora_norm` `column` is R0's formula taken literally.
+    The mode `attn` wraps query, key and value; `all-lin` wraps all linear layers of the BERT layers. With `-only`,
+    everything else in the backbone is frozen; without it, the rest follows the unfreezing schedule. `targets` replace
+    the layers of the mode. The update is scaled by alpha/rank, or by alpha/sqrt(rank) with `rslora`
+    (Kalajdzievski 2023). `alpha` None means alpha = rank. `dora_norm` `column` is R0's formula taken literally.
 
-    Raises UserError for a value that cannot be.
+    Raises UserError for an impossible value.
     """
 
     mode: str = "attn-only"
@@ -73,26 +69,26 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
-            raise _refuse("mode", self.mode, f"choose one of {', '.join(MODES)}, or none")
-        rank, alpha, dropout = map(_most, ("lora_rank", "lora_alpha", "lora_dropout"))
+            raise _bad_option("mode", self.mode, f"choose one of {', '.join(MODES)}, or none")
+        rank, alpha, dropout = map(_upper_bound, ("lora_rank", "lora_alpha", "lora_dropout"))
         if not _is_number(self.rank, int) or not 1 <= self.rank <= rank:
-            raise _refuse("r", self.rank, f"give a whole number of at least 1 and at most {rank}")
+            raise _bad_option("r", self.rank, f"give a whole number of at least 1 and at most {rank}")
         if self.alpha is not None and not (_is_number(self.alpha, int, float) and 0 < self.alpha <= alpha):
             remedy = f"give a number above 0 and at most {alpha}, or leave it out for alpha = r"
-            raise _refuse("alpha", self.alpha, remedy)
+            raise _bad_option("alpha", self.alpha, remedy)
         if not _is_number(self.dropout, int, float) or not 0 <= self.dropout <= dropout:
-            raise _refuse("dropout", self.dropout, f"give a number from 0 to {dropout}")
+            raise _bad_option("dropout", self.dropout, f"give a number from 0 to {dropout}")
         if self.dora_norm not in DORA_NORMS:
-            raise _refuse("dora_norm", self.dora_norm, f"choose one of {', '.join(DORA_NORMS)}")
+            raise _bad_option("dora_norm", self.dora_norm, f"choose one of {', '.join(DORA_NORMS)}")
         if self.dora_norm != "row" and not self.dora:
-            raise _refuse("dora_norm", self.dora_norm, "it belongs to DoRA; add dora 1 or leave it out")
+            raise _bad_option("dora_norm", self.dora_norm, "it belongs to DoRA; add dora 1 or leave it out")
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown:
-            raise _refuse("targets", ",".join(map(str, unknown)), f"choose from {','.join(TARGETS)}")
+            raise _bad_option("targets", ",".join(map(str, unknown)), f"choose from {','.join(TARGETS)}")
 
     @classmethod
     def from_options(cls, options: LoraOptions) -> "LoRAConfig | None":
-        """What the flags ask for; None where they ask for no adapters."""
+        """Return what the flags ask for, or None where they ask for no adapters."""
         if options.lora_dict is not None:
             return cls.from_lora_dict(options.lora_dict)
         if options.lora_mode == "none":
@@ -109,7 +105,7 @@ class LoRAConfig:
         )
 
     def to_options(self) -> LoraOptions:
-        """The flags that ask for this."""
+        """Return the flags that ask for this configuration."""
         return LoraOptions(
             lora_mode=self.mode,
             lora_rank=self.rank,
@@ -123,10 +119,10 @@ class LoRAConfig:
 
     @classmethod
     def from_lora_dict(cls, text: str) -> "LoRAConfig | None":
-        """The options of R0's flag, as '{"mode": "attn-only", "r": 1, "dora": 1}'; None for the mode `none`.
+        """Read R0's flag, such as '{"mode": "attn-only", "r": 1, "dora": 1}'; return None for the mode `none`.
 
-        Keys are the fields of this class with `r` for the rank; switches take 0, 1, false and true.
-        Raises UserError for text that is no JSON object, for an unknown key and for a value that cannot be.
+        The keys are the fields of this class, with `r` for the rank. Switches take 0, 1, false and true. Raises
+        UserError for text that is no JSON object, for an unknown key and for an impossible value.
         """
         try:
             values = json.loads(text)
@@ -145,15 +141,15 @@ class LoRAConfig:
             return None
         for key in ("rslora", "dora"):
             if values.get(key, 0) not in (0, 1):
-                raise _refuse(key, values[key], "give 0 or 1")
+                raise _bad_option(key, values[key], "give 0 or 1")
             values[key] = bool(values.get(key, 0))
         if "targets" in values:
-            values["targets"] = _names(values["targets"])
+            values["targets"] = _parse_targets(values["targets"])
         return cls(**{names[key]: value for key, value in values.items()})
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of the wrapped linears."""
+        """Names of the wrapped linear layers."""
         return self.targets or MODES[self.mode]
 
     @property
@@ -164,24 +160,28 @@ class LoRAConfig:
 
     @property
     def freezes_rest(self) -> bool:
-        """Whether all of the backbone but the adapters is frozen."""
+        """Whether everything in the backbone except the adapters is frozen."""
         return self.mode.endswith("-only")
 
 
-def _most(name: str) -> Any:
-    """The upper bound of one of LoraOptions' numbers: a checkpoint keeps what a LoRAConfig asks for as those."""
+def _bad_option(key: str, value: Any, remedy: str) -> UserError:
+    return UserError(f"--lora_dict: {key} is {value!r}; {remedy}")
+
+
+def _upper_bound(name: str) -> Any:
+    """Return the upper bound of a number in LoraOptions, as which a checkpoint stores what a LoRAConfig asks for."""
     return upper_bound(float, LoraOptions.__dataclass_fields__[name].metadata)
 
 
-def _is_number(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def _is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """Target names from a JSON list or from a comma-separated text."""
+def _parse_targets(value: Any) -> tuple[str, ...]:
+    """Return the names of layers in a JSON list or in a comma-separated text."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise _refuse("targets", value, f"give a list of names from {','.join(TARGETS)}")
+        raise _bad_option("targets", value, f"give a list of names from {','.join(TARGETS)}")
     return tuple(name.strip() for name in names)
 
 
@@ -190,31 +190,32 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 class LoRALinear(nn.Module):
-    """W0 x + b + s B A dropout(x) with W0 [out, in] and b frozen, A [r, in] and B [out, r] trained (Hu et al. 2021).
+    """y = W0 x + b + s B A dropout(x), with W0 [out, in] and b frozen, A [r, in] and B [out, r] trained.
 
-    A is drawn from N(0, 1/r^2), as peft's `gaussian` does (the paper gives no width), and B is zero, so that the layer
-    starts as the one it wraps. The wrapped layer's parameters are taken over, not copied.
+    Source: Hu et al. 2021, section 4.1. A is drawn from N(0, 1/r^2), as peft's `gaussian` does (the paper gives no
+    width). B is zero at first, so the layer starts as the one it wraps. It takes that layer's parameters over and does
+    not copy them.
     """
 
     adapters: tuple[str, ...] = ("lora_A", "lora_B")
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+    def __init__(self, wrapped: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
-        self.kind = type(linear)  # of which `restore` makes one again
-        self.weight, self.bias = linear.weight, linear.bias
-        for parameter in linear.parameters():
-            parameter.requires_grad_(False)
-        out_features, in_features = linear.weight.shape
+        self.wrapped_class = type(wrapped)  # for `restore`
+        self.weight, self.bias = wrapped.weight.requires_grad_(False), wrapped.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        out_features, in_features = self.weight.shape
         self.scaling = config.scaling
         self.dropout = Dropout(config.dropout)
-        self.lora_A = nn.Parameter(linear.weight.new_empty(config.rank, in_features))
-        self.lora_B = nn.Parameter(linear.weight.new_zeros(out_features, config.rank))
+        self.lora_A = nn.Parameter(self.weight.new_empty(config.rank, in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(out_features, config.rank))
         nn.init.normal_(self.lora_A, std=1 / config.rank)
         self.register_buffer("merged_weight", None, persistent=False)
         self.merged_weight: Tensor | None
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """[..., in] to [..., out]; with `gelu`, the GELU of that."""
+        """Map [..., in] to [..., out]; with `gelu`, return the GELU of that."""
         if self.merged_weight is not None:
             return linear(x, self.merged_weight, self.bias, gelu)
         dropped = self.training and self.dropout.p
@@ -222,21 +223,21 @@ class LoRALinear(nn.Module):
         return F.gelu(y) if gelu else y
 
     def adapt(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W' x + bias with the adapted weight W'."""
-        return _LowRankLinear.apply(x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, None)
+        """Return (W0 + s B A) x + bias."""
+        return low_rank_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scaling)
 
     def adapt_dropped(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """W0 x + b + (W' - W0) dropped."""
+        """Return W0 x + b + s B A dropped."""
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
         return linear(x, self.weight, self.bias) + self.scaling * update
 
     def adapted_weight(self) -> Tensor:
-        """W' [out, in]."""
-        return _updated(self.weight, self.lora_A, self.lora_B, self.scaling)
+        """Return W' [out, in], the weight of a plain layer that computes the same."""
+        return updated_weight(self.weight, self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Use W' as it is now in place of W0 and the adapters; `weight` itself is never written to."""
+        """Compute with the present W' from now on, instead of W0 and the adapters. `weight` itself never changes."""
         self.merged_weight = self.adapted_weight()
 
     def unmerge(self) -> None:
@@ -245,20 +246,20 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """m V/norm(V) x + b with V = W0 + s B A, norms over `in`, and m [out, 1] trained, at first norm(W0).
+    """y = m V/norm(V) x + b, with V = W0 + s B A, norms over `in`, and m [out, 1] trained, which starts as norm(W0).
 
-    As the paper suggests (Liu et al. 2024, section 4.3), norm(V) follows A and B but is treated as a constant by the
-    gradient. The bias is not scaled. With dropout it is W0 x + b + (W' - W0) dropout(x). A row of zeros in
-    W0 stays one.
+    Source: Liu et al. 2024. As their section 4.3 suggests, norm(V) follows A and B, but the gradient treats it as a
+    constant. The factor m/norm(V) does not scale the bias. With dropout, y = W0 x + b + (W' - W0) dropout(x), where
+    W' = m V/norm(V). A row of zeros in W0 stays a row of zeros.
     """
 
     adapters = ("lora_A", "lora_B", "magnitude")
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        super().__init__(linear, config)
-        self.register_buffer("squared_norm", self._squared_norm(), persistent=False)  # [out], a constant as W0 is
+    def __init__(self, wrapped: nn.Linear, config: LoRAConfig) -> None:
+        super().__init__(wrapped, config)
+        self.register_buffer("squared_norm", self._squared_norm(), persistent=False)  # [out], constant as W0 is
         self.squared_norm: Tensor
-        self.magnitude = nn.Parameter(self.squared_norm.sqrt()[:, None].to(linear.weight.dtype))
+        self.magnitude = nn.Parameter(self.squared_norm.sqrt()[:, None].to(self.weight.dtype))
 
     def _squared_norm(self) -> Tensor:
         return _at_least_fp32(self.weight.detach()).square().sum(1)
@@ -269,12 +270,13 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """norm(V) [out] in at least fp32, from norm(W0)^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B> without making V.
+        """Return norm(V) [out] in at least fp32, without making V on a CPU.
 
-        Where an update nearly undoes its row the terms cancel; such rows are made after all. Looking for them
-        would make the host wait for a GPU, which makes all of V in less time.
+        norm(V)^2 = norm(W0)^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B>. The terms cancel where an update nearly undoes its
+        row, so those rows of V are made after all. On a GPU the search for such rows would make the host wait, and
+        making all of V takes less time.
         """
-        with _own_precision(self.weight.device):
+        with without_autocast(self.weight.device):
             w, a, b = (_at_least_fp32(t) for t in (self.weight, self.lora_A, self.lora_B))
             if w.device.type != "cpu":
                 return torch.addmm(w, b, a, alpha=self.scaling).norm(dim=1)
@@ -286,41 +288,41 @@ class DoRALinear(LoRALinear):
         return norm
 
     def factor(self) -> Tensor:
-        """m/norm(V) [out]."""
+        """Return m/norm(V) [out]."""
         return self.magnitude.squeeze(1) / _positive(self.norm())
 
     def adapt(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W' x + bias with the adapted weight W'."""
-        return _LowRankLinear.apply(x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, self.factor())
+        """Return W' x + bias."""
+        return low_rank_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scaling, self.factor())
 
     def adapt_dropped(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """W0 x + b + (W' - W0) dropped, as W0 (x - dropped) + b + W' dropped."""
+        """Return W0 x + b + (W' - W0) dropped, computed as W0 (x - dropped) + b + W' dropped."""
         return linear(x - dropped, self.weight, self.bias) + self.adapt(dropped, None)
 
     def adapted_weight(self) -> Tensor:
-        """W' [out, in]."""
+        """Return W' [out, in]."""
         return super().adapted_weight() * self.factor()[:, None].to(self.weight.dtype)
 
 
 class ColumnDoRALinear(DoRALinear):
-    """R0's DoRA formula taken literally (section 4.4.4): norms over `out`, m [1, in], the norm's gradient kept."""
+    """DoRA by R0's formula taken literally (R0, section 4.4.4): norms over `out`, m [1, in], a gradient of the norm."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        super().__init__(linear, config)
-        norm = _at_least_fp32(linear.weight.detach()).norm(dim=0, keepdim=True)
-        self.magnitude = nn.Parameter(norm.to(linear.weight.dtype))
+    def __init__(self, wrapped: nn.Linear, config: LoRAConfig) -> None:
+        super().__init__(wrapped, config)
+        norm = _at_least_fp32(self.weight.detach()).norm(dim=0, keepdim=True)
+        self.magnitude = nn.Parameter(norm.to(self.weight.dtype))
 
     def factor(self) -> Tensor:
-        """m/norm(V) [in]."""
+        """Return m/norm(V) [in]."""
         norm = _at_least_fp32(LoRALinear.adapted_weight(self)).norm(dim=0)
         return self.magnitude.squeeze(0) / _positive(norm)
 
     def adapt(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """W' x + bias with the adapted weight W'."""
+        """Return W' x + bias."""
         return LoRALinear.adapt(self, x * self.factor().to(x.dtype), bias)
 
     def adapted_weight(self) -> Tensor:
-        """W' [out, in]."""
+        """Return W' [out, in]."""
         return LoRALinear.adapted_weight(self) * self.factor().to(self.weight.dtype)
 
 
@@ -329,7 +331,7 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def _positive(norm: Tensor) -> Tensor:
-    """`norm` with its zeros raised to the smallest number, so that 0/0 is 0."""
+    """Replace zeros by the smallest positive number, so that 0/0 gives 0."""
     return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
@@ -338,57 +340,57 @@ def _positive(norm: Tensor) -> Tensor:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every wrapped layer of a model with its name."""
+    """Yield the name and the module of every wrapped layer."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield name, module
 
 
 def inject(backbone: nn.Module, config: LoRAConfig) -> None:
-    """Wrap the linears that `config` names, in place.
+    """Wrap the linear layers that `config` names, in place.
 
-    Load the backbone's weights first: DoRA's magnitudes start from them. Raises ValueError where there is nothing to
-    wrap, as in a backbone that has adapters already.
+    Load the backbone's weights first, since DoRA's magnitudes start from them. Raises ValueError where there is nothing
+    to wrap, for example in a backbone that has adapters already.
     """
-    kind: type[LoRALinear] = LoRALinear
+    layer_class: type[LoRALinear] = LoRALinear
     if config.dora:
-        kind = DoRALinear if config.dora_norm == "row" else ColumnDoRALinear
-    _replace(backbone, nn.Linear, config.linears, lambda linear: kind(linear, config))
+        layer_class = DoRALinear if config.dora_norm == "row" else ColumnDoRALinear
+    _replace(backbone, nn.Linear, config.linears, lambda layer: layer_class(layer, config))
 
 
 def restore(backbone: nn.Module) -> None:
-    """Undo `inject`: the plain linears again, with their own weights, and trainable."""
+    """Undo `inject`: put back the plain linear layers with their weights, trainable."""
 
     def unwrap(layer: LoRALinear) -> nn.Linear:
         out_features, in_features = layer.weight.shape
         with torch.device("meta"):
-            linear = layer.kind(in_features, out_features)
-        linear.weight, linear.bias = layer.weight, layer.bias
-        return linear.requires_grad_(True)
+            plain = layer.wrapped_class(in_features, out_features)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        return plain.requires_grad_(True)
 
     _replace(backbone, LoRALinear, tuple(TARGETS), unwrap)
 
 
-def _replace(backbone: nn.Module, kind: type, names: tuple[str, ...], make: Any) -> None:
-    """Put `make(module)` in the place of each module of this kind and with one of these names."""
+def _replace(backbone: nn.Module, layer_class: type, names: tuple[str, ...], make: Any) -> None:
+    """Replace every module of this class and with one of these names by `make(module)`."""
     found = [
         (parent, name, module)
         for parent in backbone.modules()
         for name, module in parent.named_children()
-        if name in names and isinstance(module, kind)
+        if name in names and isinstance(module, layer_class)
     ]
     if not found:
-        raise ValueError(f"the model has no {kind.__name__} named {' or '.join(names)}")
+        raise ValueError(f"the model has no {layer_class.__name__} named {' or '.join(names)}")
     for parent, name, module in found:
         setattr(parent, name, make(module))
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes with merged weights, as fast as without adapters.
+    """Let the model compute with merged weights inside, as fast as without adapters.
 
-    Meant for evaluation: the adapters get no gradients and must not change inside. Nothing in the model's state is
-    written to, so that a checkpoint or a hash made inside is the same as outside.
+    This is for evaluation: the adapters get no gradient inside and must not change. The state dict stays the same, so a
+    checkpoint or a hash made inside equals one made outside.
     """
     layers = [layer for _, layer in adapted_layers(model) if layer.merged_weight is None]
     try:
@@ -401,35 +403,35 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state of a plain backbone that computes the same: W' as `weight` and no adapters."""
+def merged_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a plain backbone that computes the same: W' as `weight`, and no adapters."""
     weights = {f"{name}.weight": layer.adapted_weight() for name, layer in adapted_layers(backbone)}
-    return {name: weights.get(name, tensor) for name, tensor in base_state(backbone).items()}
+    return {name: weights.get(name, tensor) for name, tensor in base_state_dict(backbone).items()}
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by their names in the model, without copying."""
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' tensors by their names in the model, without copying them."""
     return {
-        f"{name}.{own}": layer.get_parameter(own).detach()
+        f"{name}.{adapter}": layer.get_parameter(adapter).detach()
         for name, layer in adapted_layers(model)
-        for own in layer.adapters
+        for adapter in layer.adapters
     }
 
 
-def base_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a backbone but the adapters', without copying."""
-    adapters = adapter_state(backbone)
+def base_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors of a backbone except the adapters', without copying them."""
+    adapters = adapter_state_dict(backbone)
     return {name: tensor for name, tensor in backbone.state_dict().items() if name not in adapters}
 
 
 @torch.no_grad()
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "adapter weights") -> None:
-    """Copy what `adapter_state` returned into a model with the same adapters.
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: str = "adapter weights") -> None:
+    """Copy what `adapter_state_dict` returned into a model with the same adapters.
 
-    Raises UserError that lists the missing, left-over and misshapen tensors; the model is then as it was.
+    Raises UserError that lists the missing, left-over and misshapen tensors; the model is then unchanged.
     """
-    wanted = adapter_state(model)
-    if lists := misfits(state, {name: tensor.shape for name, tensor in wanted.items()}):
+    wanted = adapter_state_dict(model)
+    if lists := describe_mismatches(state, {name: tensor.shape for name, tensor in wanted.items()}):
         raise UserError(
             f"{source}: the tensors do not fit the model's adapters ({lists}); "
             "use the --lora_dict and the backbone that they were trained with"
@@ -439,45 +441,12 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
 
 
 def base_weights_sha256(backbone: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of `base_state`, in hexadecimal.
+    """Return the SHA-256 over names, types, shapes and values of `base_state_dict`, in hexadecimal.
 
-    It is the same before and after `inject`. An adapter checkpoint names its base by it.
+    It is the same before and after `inject`, so a checkpoint of adapters can name its base by it.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_state(backbone).items()):
+    for name, tensor in sorted(base_state_dict(backbone).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Freezing
-
-
-def frozen_by_policy(backbone: nn.Module, config: LoRAConfig) -> set[str]:
-    """Names of the parameters that never train: the wrapped layers' own; with `-only` all but the adapters."""
-    if config.freezes_rest:
-        adapters = adapter_state(backbone)
-        return {name for name, _ in backbone.named_parameters() if name not in adapters}
-    return {
-        f"{layer_name}.{name}"
-        for layer_name, layer in adapted_layers(backbone)
-        for name, _ in layer.named_parameters()
-        if name not in layer.adapters
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Exchange with peft
-
-# What a peft configuration may ask for and this module has not: each key with the values that ask for nothing.
-PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
-    "bias": ("none",),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-}

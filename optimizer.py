@@ -1,10 +1,10 @@
 """Optimizers written from their papers' formulas, and learning rates as a function of the position in training.
 
-Every optimizer contributes one method, `update`: its formula on lists of tensors, by torch's multi-tensor (foreach)
-operations. The base class decides what those lists hold. A foreach operation passes over all its memory once, and on
-a CPU that traffic is most of the time, so there the lists are pieces that stay in the cache from the first operation
-of the formula to the last. On a GPU the number of launches matters, and the lists are whole, as they are for a kernel
-that does the whole formula in one pass.
+Every optimizer has one method of its formula, `update`, which works on lists of tensors by torch's multi-tensor
+(foreach) operations. The base class decides what the lists hold. A foreach operation reads all its memory once, and on
+a CPU this takes most of the time. There the lists hold pieces that stay in the cache from the first operation of the
+formula to the last. On a GPU the number of launches matters, so the lists hold all tensors. They also do for a kernel
+that computes the whole formula in one pass.
 """
 
 import math
@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from utils.errors import UserError
 
-# 256 Ki float32 elements of a parameter, its gradient, two states and a temporary are 5 MiB of cache. Half of that
-# costs a tenth more time, an eighth half as much again, because threads start and meet once per operation; twice as
-# much makes some allocators hand the temporary back to the system and fault it in again.
+# 256 Ki float32 elements of a parameter, its gradient, two states and a temporary take 5 MiB of cache. Half of that
+# takes a tenth more time, and an eighth half as much again, because threads start and meet once for each operation.
+# With twice as much, some allocators return the temporary to the system and fault it in again.
 ELEMENTS_PER_THREAD = 256 * 1024
 
 Tensors = list[Tensor]
@@ -29,16 +29,11 @@ Group = dict[str, Any]
 Betas = tuple[float, float]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: some rows of one that is sharded (torch's DTensor), else all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def cache_sized(rows: Iterable[Row], size: float) -> Iterator[list[Tensors]]:
-    """Cuts rows into pieces of about `size` elements per column, and yields the columns of piece after piece.
+    """Cut rows into pieces of about `size` elements in each column, and yield the columns of each piece.
 
-    Small rows share a piece; large ones become 1-D views of at most `size` elements, or stay whole where they are
-    not contiguous.
+    Small rows share a piece. Large rows become 1-D views of at most `size` elements, or stay whole if they are not
+    contiguous.
     """
     piece: list[Row] = []
     filled = 0
@@ -58,12 +53,10 @@ def cache_sized(rows: Iterable[Row], size: float) -> Iterator[list[Tensors]]:
 
 
 class ForeachOptimizer(Optimizer):
-    """Base of the optimizers below: finds what to update, counts the steps and walks over the memory.
+    """Base of the optimizers below: it finds what to update, counts the steps and cuts the memory into pieces.
 
-    Of sharded parameters each process updates its own rows, for which alone it has states.
-
-    A parameter has no state until its first gradient, and its own step count from then on: one that was frozen
-    for a while begins at 1. Parameters without a gradient are left alone. Gradients are never changed.
+    A parameter has no state until its first gradient, and counts its steps from then on: one that was frozen for a
+    while begins at 1. Parameters without a gradient do not change. Gradients never change.
     """
 
     states: ClassVar[tuple[str, ...]]  # names of the states, in the order in which `update` takes them
@@ -81,9 +74,9 @@ class ForeachOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient; returns the loss of `closure` if one is given.
+        """Update every parameter that has a gradient, and return the loss of `closure` if one is given.
 
-        Raises UserError on a gradient of the wrong layout (dense for SparseAdam, sparse for the others).
+        Raises UserError for a gradient of the wrong layout (dense for SparseAdam, sparse for the others).
         """
         loss = None
         if closure is not None:
@@ -96,11 +89,11 @@ class ForeachOptimizer(Optimizer):
         return loss
 
     def has_kernel(self, group: Group, params: Tensors, grads: Tensors) -> bool:
-        """Whether `update` passes over the memory of these once."""
+        """Return whether `update` passes over the memory of these tensors once."""
         return False
 
     def _size(self, group: Group, rows: Sequence[Row]) -> float:
-        """Elements of each column that `update` takes at a time."""
+        """Return the number of elements of each column that `update` takes at a time."""
         params, grads = ([row[i] for row in rows] for i in (0, 1))
         on_cpu = params[0].device.type == "cpu" and self.layout == torch.strided
         if not on_cpu or self.has_kernel(group, params, grads):
@@ -108,7 +101,7 @@ class ForeachOptimizer(Optimizer):
         return ELEMENTS_PER_THREAD * torch.get_num_threads()
 
     def _advance(self, params: Tensors) -> dict[int, list[Row]]:
-        """Counts a step for each parameter that has a gradient; returns the rows by their step, which is 1 at first."""
+        """Count a step, from 1, for each parameter that has a gradient, and return the rows by their step."""
         rows: dict[int, list[Row]] = {}
         for param in params:
             if param.grad is None:
@@ -119,9 +112,9 @@ class ForeachOptimizer(Optimizer):
             if not state:
                 state["step"] = 0
                 for name in self.states:
-                    state[name] = torch.zeros_like(local(param))
+                    state[name] = torch.zeros_like(param)
             state["step"] += 1
-            row = (local(param), local(param.grad), *(state[name] for name in self.states))
+            row = (param, param.grad, *(state[name] for name in self.states))
             rows.setdefault(state["step"], []).append(row)
         return rows
 
@@ -130,7 +123,7 @@ class ForeachOptimizer(Optimizer):
 
 
 def decay_weights(group: Group, params: Tensors, grads: Tensors) -> Tensors:
-    """Weight decay before the update: decoupled shrinks the weights, coupled (L2) returns gradients with it added."""
+    """Apply weight decay before the update: decoupled shrinks the weights, coupled (L2) adds it to new gradients."""
     decay = group["weight_decay"]
     if decay == 0.0:
         return grads
@@ -141,7 +134,7 @@ def decay_weights(group: Group, params: Tensors, grads: Tensors) -> Tensors:
 
 
 def update_moments(betas: Betas, grads: Tensors, m: Tensors, v: Tensors) -> None:
-    """m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2."""
+    """Compute m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2."""
     beta1, beta2 = betas
     torch._foreach_lerp_(m, grads, 1.0 - beta1)
     torch._foreach_mul_(v, beta2)
@@ -149,17 +142,17 @@ def update_moments(betas: Betas, grads: Tensors, m: Tensors, v: Tensors) -> None
 
 
 def adam_step(params: Tensors, m: Tensors, v: Tensors, step_size: float, eps: float) -> None:
-    """th -= step_size m / (sqrt(v) + eps)."""
+    """Compute th -= step_size m / (sqrt(v) + eps)."""
     denominators = torch._foreach_sqrt(v)
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(params, m, denominators, -step_size)
 
 
-NO_CORRECTION = 1 << 30  # steps after which 1 - beta^t is 1 in any precision, unless beta is that too
+NO_CORRECTION = 1 << 30  # after so many steps 1 - beta^t is 1 in any precision
 
 
 def kernel_takes(params: Tensors, grads: Tensors) -> bool:
-    """Whether torch's kernels of Adam, which pass over memory once, take these tensors as they are."""
+    """Return whether torch's kernels of Adam, which pass over memory once, take these tensors as they are."""
     return all(
         p.device.type in ("cpu", "cuda")
         and p.dtype in (torch.float32, torch.float64)
@@ -180,7 +173,7 @@ def in_one_pass(
     v: Tensors,
     **options: float,
 ) -> None:
-    """One of torch's kernels of Adam with the options lr, weight_decay and eps; `step` counts from 1."""
+    """Run one of torch's kernels of Adam with the options lr, weight_decay and eps; `step` counts from 1."""
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
     kernel(
         params, grads, m, v, [], steps, beta1=betas[0], beta2=betas[1], amsgrad=False, maximize=False, **options
@@ -192,10 +185,9 @@ class AdamW(ForeachOptimizer):
 
     a_t = lr sqrt(1-b2^t)/(1-b1^t);  th -= a_t m/(sqrt(v) + eps);  then th -= lr weight_decay th.
 
-    Unlike torch.optim.AdamW, eps is added to the uncorrected sqrt(v) (the efficient version of Kingma and Ba 2015,
-    end of section 2), and the decay comes last, on the updated weight. `correct_bias=False` takes a_t = lr.
-
-    Where torch has a kernel that does its own rule in one pass over memory, that does ours too, under other constants.
+    Unlike torch.optim.AdamW, it adds eps to the uncorrected sqrt(v) (the efficient version of Kingma and Ba 2015, end
+    of section 2), and decays last, on the updated weight. `correct_bias=False` means a_t = lr. torch's kernel for its
+    AdamW, which passes over memory once, computes this rule too, given other constants.
     """
 
     states = ("exp_avg", "exp_avg_sq")
@@ -236,7 +228,7 @@ class AdamW(ForeachOptimizer):
 
 
 class DecayedAdam(ForeachOptimizer):
-    """The options that Adam, Adamax and RAdam share: weight decay is L2 (coupled), unless `decoupled`."""
+    """The options of Adam, Adamax and RAdam. Weight decay is L2 (coupled), unless `decoupled`."""
 
     def __init__(
         self,
@@ -271,7 +263,7 @@ class Adam(DecayedAdam):
         grads = decay_weights(group, params, grads)
         update_moments(group["betas"], grads, m, v)
         beta1, beta2 = group["betas"]
-        # Numerator and denominator times sqrt(1-b2^t): the same quotient, one pass over memory less.
+        # Numerator and denominator are multiplied by sqrt(1-b2^t), which saves one pass over memory.
         correction = math.sqrt(1.0 - beta2**step)
         step_size = group["lr"] * correction / (1.0 - beta1**step)
         adam_step(params, m, v, step_size, group["eps"] * correction)
@@ -295,7 +287,7 @@ class Adamax(DecayedAdam):
         torch._foreach_mul_(u, beta2)
         if decayed is grads:
             magnitudes = list(torch._foreach_abs(grads))
-        else:  # a temporary of ours
+        else:  # a temporary, not the gradients themselves
             torch._foreach_abs_(magnitudes := decayed)
         torch._foreach_add_(magnitudes, group["eps"])
         torch._foreach_maximum_(u, magnitudes)
@@ -305,8 +297,8 @@ class Adamax(DecayedAdam):
 class RAdam(DecayedAdam):
     """Rectified Adam (Liu et al. 2020, Algorithm 2), the numbers of torch.optim.RAdam.
 
-    r_inf = 2/(1-b2) - 1;  r_t = r_inf - 2 t b2^t/(1-b2^t). While r_t <= 5 the variance of v is untrustworthy and
-    th -= lr m/(1-b1^t). After that th -= lr rect sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where
+    r_inf = 2/(1-b2) - 1;  r_t = r_inf - 2 t b2^t/(1-b2^t). While r_t <= 5, the variance of v is too large to use, and
+    th -= lr m/(1-b1^t). After that, th -= lr rect sqrt(1-b2^t)/(1-b1^t) m/(sqrt(v) + eps), where
     rect = sqrt((r_t-4)(r_t-2) r_inf / ((r_inf-4)(r_inf-2) r_t)).
     """
 
@@ -349,8 +341,8 @@ class SGD(ForeachOptimizer):
 class SparseAdam(ForeachOptimizer):
     """Adam on the rows that a sparse gradient names, the numbers of torch.optim.SparseAdam.
 
-    Moments and weights of all other rows stay as they are, so there is no weight decay: it would touch every row.
-    `step` raises UserError on a dense gradient.
+    The moments and weights of all other rows do not change. There is no weight decay, since it would change every row.
+    `step` raises UserError for a dense gradient.
     """
 
     states = ("exp_avg", "exp_avg_sq")
@@ -363,8 +355,8 @@ class SparseAdam(ForeachOptimizer):
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
         for param, grad, param_m, param_v in zip(params, grads, m, v, strict=True):
-            grad = grad.coalesce()  # the formula is not linear in g: each row once, with its sum
-            at = tuple(grad.indices())  # one [N] per sparse dimension; the values are [N, H]
+            grad = grad.coalesce()  # each row once, with its sum, since the formula is not linear in g
+            at = tuple(grad.indices())  # one [N] for each sparse dimension; the values are [N, H]
             rows, m_rows, v_rows = [param[at]], [param_m[at]], [param_v[at]]
             update_moments(group["betas"], [grad.values()], m_rows, v_rows)
             adam_step(rows, m_rows, v_rows, step_size, group["eps"])
@@ -386,8 +378,8 @@ OPTIMIZERS: dict[str, type[Any]] = {
 }
 
 CYCLE_EPOCHS = 2  # of `triangular` and `cyclic`
-CYCLE_FALL = 8.0  # how many times smaller a `cyclic` rate is at the end of its cycle (R0, appendix E)
-TRIANGLE_PEAK = 2.0  # top of `triangular` as a multiple of its base: 1e-4 to 2e-4 (R0, appendix G)
+CYCLE_FALL = 8.0  # a `cyclic` rate falls by this factor in a cycle (R0, appendix E)
+TRIANGLE_PEAK = 2.0  # the top of `triangular` as a multiple of its base: 1e-4 to 2e-4 (R0, appendix G)
 
 
 @dataclass(frozen=True)
@@ -395,12 +387,12 @@ class Schedule:
     """A learning rate as a pure function of the position in training.
 
     constant    base
-    lambda      base gamma^epoch, one value per epoch
+    lambda      base gamma^epoch, one value for each epoch
     cosine      half a cosine from base to floor * base
-    linear      from 0 up to base over the first `warmup` of the epochs, then straight down to 0 at the end
-    triangular  from base up to 2 base in one epoch and back in the next (torch's CyclicLR)
-    cyclic      8 times down within each two epochs (R0, appendix E.2): geometric, because only then do the cycles join
-                without a kink when they accumulate; each starts again at base (`restart`), or where the last one ended
+    linear      from 0 up to base over the share `warmup` of the epochs, then straight down to 0 at the end
+    triangular  from base up to 2 base in one epoch, and back in the next (torch's CyclicLR)
+    cyclic      down by the factor 8 in every two epochs (R0, appendix E.2), and then up to base again (`restart`) or
+                further down; geometric, because only then accumulating cycles join without a kink
 
     Raises UserError for an unknown name or a value out of its bounds.
     """
@@ -408,9 +400,9 @@ class Schedule:
     name: str
     base: float  # learning rate times the task's multiplier
     epochs: int
-    gamma: float = 0.5  # lambda: factor per epoch
-    floor: float = 0.2  # cosine: last value as a fraction of base, so that multipliers act on it too
-    warmup: float = 0.0  # linear: fraction of all epochs, 0 to 1
+    gamma: float = 0.5  # lambda: the factor of an epoch
+    floor: float = 0.2  # cosine: the last value as a fraction of base, so that multipliers act on it too
+    warmup: float = 0.0  # linear: a fraction of all epochs, 0 to 1
     restart: bool = True  # cyclic
 
     def __post_init__(self) -> None:
@@ -422,7 +414,7 @@ class Schedule:
             raise UserError(f"learning rate schedule: warmup is {self.warmup}; it must be in [0, 1]")
 
     def at(self, position: float) -> float:
-        """The learning rate after `position` epochs (a fraction inside an epoch); past `epochs` the end value stays."""
+        """Return the learning rate after `position` epochs (may be a fraction). Past `epochs` the last value stays."""
         return self.base * SCHEDULES[self.name](self, min(position, self.epochs))
 
 
@@ -452,7 +444,7 @@ def _cyclic(schedule: Schedule, position: float) -> float:
     return CYCLE_FALL**-cycles
 
 
-# The factor on the base rate, by the schedule's name.
+# The factor on the base rate by the name of the schedule.
 SCHEDULES: dict[str, Callable[[Schedule, float], float]] = {
     "constant": lambda schedule, position: 1.0,
     "lambda": _lambda,

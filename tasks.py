@@ -1,7 +1,7 @@
-"""The task table: everything that the package knows about a task stands in one row.
+"""The task table: one row holds everything that the package knows about a task.
 
-A further task is one more row in `TASKS`. The command line (`--train_NAME`, `--NAME_lr_multiplier`, ...), the reading
-of the files, the head, the loss, the metrics, the routines and the prediction files all follow from it.
+Add a row to `TASKS` to add a task. The flags (`--train_NAME`, `--NAME_lr_multiplier`, ...), the reading of files, the
+head, the loss, the metrics, the routines and the prediction files follow from the row.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ class Task:
     """One row of the task table.
 
     `kind` decides how a label is read and scored: `classes` (an integer class, accuracy), `binary` (0 or 1, accuracy)
-    or `similarity` (a real number, Pearson correlation). `backbone` names the backbone that serves the task where an
-    architecture has one for sentiment and one for similarity. `lr_multiplier`, `weight_decay` and `lr_floor` (the end
-    of the cosine schedule as a fraction of its start) are the defaults of R0, appendix I and section M.4.
+    or `similarity` (a real number, Pearson correlation). `backbone` names the task's backbone in an architecture that
+    has one for sentiment and one for similarity. `lr_multiplier`, `weight_decay` and `lr_floor` (the end of the cosine
+    schedule as a fraction of its start) are the defaults of R0, appendix I and section M.4.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Task:
     lr_floor: float
     aliases: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
-    by_default: bool = True  # trained when no --train_NAME flag is given
+    by_default: bool = True  # trained if no --train_NAME flag is given
 
     @property
     def is_pair(self) -> bool:
@@ -45,17 +45,17 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Width of the head's output: one logit a class, or a single number."""
+        """Width of the head's output: one logit for each class, or a single number."""
         return int(self.label_range[1]) + 1 if self.kind == "classes" else 1
 
     @property
     def metrics(self) -> tuple[str, str]:
-        """The figures that the task is scored by."""
+        """Names of the two metrics of the task, the main one first."""
         return ("pearson", "spearman") if self.kind == "similarity" else ("accuracy", "f1")
 
     @property
     def metric(self) -> str:
-        """The one of them that the task is compared by."""
+        """Name of the main metric, which models are compared by."""
         return self.metrics[0]
 
 

@@ -127,7 +127,7 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
-        problems.append("--profile slows down the steps that --benchmark measures; give one of the two")
+        problems.append("--profile slows the steps that --benchmark measures; give one of the two")
     if run.benchmark is not None and config.train.cuda_graphs:
         problems.append("--cuda_graphs hides memory from the figures of --benchmark; give one of the two")
     if run.predict is not None and run.task is None:

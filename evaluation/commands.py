@@ -9,7 +9,7 @@ from config import Config, ModelOptions
 from datasets import Examples, tokenise
 from evaluation.metrics import decide, probabilities
 from evaluation.predict import predict
-from lora import merged_state
+from lora import merged_state_dict
 from models.checkpoint import load, load_model, trained_tasks
 from models.multitask_bert import MultitaskBERT
 from models.peft_exchange import export_peft
@@ -60,7 +60,7 @@ def export(config: Config) -> None:
     for name, backbone in model.backbones.items():
         if config.run.export is not None:
             folder = Path(config.run.export) / name
-            save_pretrained(folder, model.bert_config, merged_state(backbone), tokenizer)
+            save_pretrained(folder, model.bert_config, merged_state_dict(backbone), tokenizer)
             say(f"backbone {name} in {folder}")
         if config.run.export_peft is not None and model.lora is not None:
             folder = Path(config.run.export_peft) / name

@@ -1,4 +1,4 @@
-"""The rules of ensembles, apart from files and tables: votes, halves of dev, greedy choices, averages of weights."""
+"""The rules of ensembles: votes, halves of dev, greedy choices and averages of weights."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,49 +19,46 @@ from utils.errors import UserError
 
 Outputs = Mapping[tuple[str, str], np.ndarray]  # (split, task) -> values [N, classes] or [N]
 Rows = Mapping[str, np.ndarray]  # task -> indices of its dev examples
-Score = Callable[[Sequence[int]], float]  # of what the members make with these votes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Predictions
+Score = Callable[[Sequence[int]], float]  # votes of the members -> score of their combination
 
 
 def z_scores(values: np.ndarray) -> np.ndarray:
-    """Values [N] with mean 0 and deviation 1; all 0 where they are constant."""
+    """Return the values [N] with mean 0 and standard deviation 1, or zeros if they are constant."""
     exact = values.astype(np.float64)
     deviation = exact.std()
-    constant = deviation <= 1e-6 * np.abs(exact).max(initial=0.0)  # what rounding alone can make of equal numbers
+    constant = deviation <= 1e-6 * np.abs(exact).max(initial=0.0)  # a difference that rounding can make
     return np.zeros_like(exact) if constant else (exact - exact.mean()) / deviation
 
 
 def vote(task: Task, outputs: Sequence[np.ndarray], votes: Sequence[int], average: str) -> np.ndarray:
-    """The members' mean as probabilities [N(, classes)], or as similarities [N].
+    """Return the weighted mean of the members' outputs, as probabilities [N(, classes)] or similarities [N].
 
-    Members trained with the Pearson loss have no common scale, so similarities are z-scored first; `logits` averages
-    raw outputs instead (R0, appendix D). Decisions are made from the mean, never from rounded members.
+    Members trained with the Pearson loss have no common scale, so their similarities are z-scored first. With `average`
+    logits, raw outputs are averaged instead (R0, appendix D). Members are never rounded to labels.
     """
     if average == "logits":
         return probabilities(task, np.average(outputs, axis=0, weights=votes).astype(np.float32))
-    comparable = z_scores if task.kind == "similarity" else lambda own: probabilities(task, own)
-    return np.average([comparable(own) for own in outputs], axis=0, weights=votes)
+    if task.kind == "similarity":
+        return np.average([z_scores(values) for values in outputs], axis=0, weights=votes)
+    return np.average([probabilities(task, values) for values in outputs], axis=0, weights=votes)
 
 
 def vote_all(by_member: Sequence[Outputs], votes: Sequence[int], average: str) -> dict[tuple[str, str], np.ndarray]:
-    """`vote` for every split and task, among the members that have votes and know the task."""
-    voting = [(own, count) for own, count in zip(by_member, votes, strict=True) if count]
+    """Return `vote` for each split and task, among the members that have votes and know the task."""
+    voting = [(outputs, count) for outputs, count in zip(by_member, votes, strict=True) if count]
     out = {}
-    for key in ((split, name) for split in ("dev", "test") for name in TASKS):
-        having = [(own[key], count) for own, count in voting if key in own]
-        if having:
-            outputs, counts = zip(*having, strict=True)
-            out[key] = vote(TASKS[key[1]], outputs, counts, average)
+    for split, name in ((split, name) for split in ("dev", "test") for name in TASKS):
+        known = [(outputs[split, name], count) for outputs, count in voting if (split, name) in outputs]
+        if known:
+            values, counts = zip(*known, strict=True)
+            out[split, name] = vote(TASKS[name], values, counts, average)
     return out
 
 
 def halves(ids: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two halves of the examples with these `ids`, as indices; the first has one more where the number is odd.
+    """Return two halves of the examples with these `ids`, as rising indices; the first half may have one more.
 
-    The hash of its id and of `seed` puts an example into its half, wherever in the file it stands.
+    The hash of `seed` and the id decides the half of an example, so its place in the file does not matter.
     """
     order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(f"{seed} {ids[i]}".encode()).digest())
     middle = (len(ids) + 1) // 2
@@ -69,7 +66,7 @@ def halves(ids: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_dev(values: Outputs, dev: Mapping[str, Examples], rows: Rows | None = None) -> Scores:
-    """Scores of dev probabilities and similarities, over all examples or over these `rows` of each task."""
+    """Return the scores of dev probabilities and similarities, over all examples or over these `rows` of each task."""
     by_task = {}
     for name in (name for name in dev if ("dev", name) in values):
         labels = dev[name].labels
@@ -79,53 +76,45 @@ def score_dev(values: Outputs, dev: Mapping[str, Examples], rows: Rows | None = 
     return overall(TASKS, by_task)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Greedy choices
-
-
 def select_votes(members: int, limit: int, score: Score) -> list[int]:
-    """Votes of so many `members`, at most `limit` in all, chosen greedily with replacement for a high `score`.
+    """Return the votes of `members` members, at most `limit` in all, chosen greedily with replacement by `score`.
 
-    From none on, the member whose vote makes the best score gets it, the first of equals. Of all the ensembles on that
-    way the best is kept, the smallest of equals (Caruana et al. 2004, "Ensemble selection from libraries of models",
+    Each step gives a vote to the member with which the score is best, the first of equals. The result is the best
+    ensemble of all steps, the smallest of equals (Caruana et al. 2004, "Ensemble selection from libraries of models",
     section 2.1).
     """
     votes = [0] * members
     best, best_score = votes, -np.inf
     for _ in progress(range(limit), "--select", "vote"):
-        added = [[own + (i == chosen) for i, own in enumerate(votes)] for chosen in range(members)]
-        scores = [score(own) for own in added]
-        votes = added[int(np.argmax(scores))]
-        if max(scores) > best_score + 1e-9:  # more than rounding makes of two votes instead of one
+        candidates = [[count + (i == chosen) for i, count in enumerate(votes)] for chosen in range(members)]
+        scores = [score(candidate) for candidate in candidates]
+        votes = candidates[int(np.argmax(scores))]
+        if max(scores) > best_score + 1e-9:  # a larger difference than rounding makes
             best, best_score = votes, max(scores)
     return best
 
 
 def greedy_soup(votes: Sequence[int], alone: Sequence[float], score: Score) -> list[int]:
-    """The members' `votes`, with 0 for those that a greedy soup leaves out.
+    """Return the members' `votes`, with 0 for those that a greedy soup leaves out.
 
-    From the one with the best score `alone` on, in that order, each is added if `score` does not fall (Wortsman et al.
+    In the order of their scores `alone`, the best first, each member is added if `score` does not fall (Wortsman et al.
     2022, "Model soups", recipe 1).
     """
     best_first = sorted(range(len(votes)), key=lambda i: -alone[i])
     soup = [0] * len(votes)
     best = alone[best_first[0]]
     for i in best_first:
-        trial = [own + votes[i] * (i == j) for j, own in enumerate(soup)]
-        found = score(trial) if any(soup) else best  # a soup of one is its member
-        if found >= best:
-            soup, best = trial, found
+        candidate = [count + votes[i] * (i == j) for j, count in enumerate(soup)]
+        candidate_score = score(candidate) if any(soup) else best  # a soup of one member is that member
+        if candidate_score >= best:
+            soup, best = candidate, candidate_score
     return soup
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
 def average_weights(members: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
-    """The mean of the members' weights by their votes, made in float64; whole numbers are the first member's.
+    """Return the mean of the members' weights by their votes, computed in float64; integers are the first member's.
 
-    Members are taken one after the other. The running statistics of batch normalisation are averaged like the rest,
+    Members are read one after the other. The running statistics of batch normalisation are averaged like the rest,
     which is approximate: those of the averaged network would have to be measured on training data.
     """
     sums: dict[str, Tensor] = {}
@@ -139,16 +128,15 @@ def average_weights(members: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict
             elif tensor.is_floating_point():
                 sums[name].add_(tensor, alpha=votes)
         total += votes
-    return {name: (own / total).to(dtypes[name]) if own.is_floating_point() else own for name, own in sums.items()}
+    return {name: (sum_ / total).to(dtypes[name]) if sum_.is_floating_point() else sum_ for name, sum_ in sums.items()}
 
 
 def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
-    """See that the weights of these checkpoints can be averaged.
+    """Raise UserError if the weights of these checkpoints cannot be averaged.
 
-    Raises UserError for adapters, and for another arch, shape, cleaning, tokenizer, start weights or tasks than the
-    first has.
+    They cannot if they have adapters, or differ in arch, shape, cleaning, tokenizer, start weights or tasks.
     """
-    alike = {}
+    facts = {}
     for path, content in contents.items():
         config = saved_config(content, path)
         if LoRAConfig.from_options(config.lora) is not None:
@@ -157,9 +145,9 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
                 "products; leave --soup out, predictions can be averaged"
             )
         texts = {"extra_clean": config.data.extra_clean}
-        alike[path] = _meaning_of_weights(content, vars(config.model) | vars(config.pal) | texts)
-    first, wanted = next(iter(alike.items()))
-    for path, found in alike.items():
+        facts[path] = _facts_of_weights(content, vars(config.model) | vars(config.pal) | texts)
+    first, wanted = next(iter(facts.items()))
+    for path, found in facts.items():
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
         if differing:
             shown = ", ".join(f"{name} {found.get(name)} instead of {wanted.get(name)}" for name in differing[:3])
@@ -169,9 +157,9 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
             )
 
 
-def _meaning_of_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree before weights can be averaged, under the names that a message calls it by."""
-    free = ("arch", "hidden_dropout_prob", "output_dropout_prob", "backbone_dropout_prob")  # arch names the others
+def _facts_of_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be equal before weights can be averaged, by the name that a message uses."""
+    free = ("arch", "hidden_dropout_prob", "output_dropout_prob", "backbone_dropout_prob")  # arch stands for others
     return {
         **{f"--{name}": value for name, value in options.items() if name not in free},
         **{name: value for name, value in content["bert_config"].items() if "dropout" not in name},

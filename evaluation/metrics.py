@@ -1,4 +1,4 @@
-"""Scores of predictions."""
+"""Turn raw outputs into probabilities, labels, scores and a table of scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ Scores = dict[str, Any]
 
 
 def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """Raw outputs as probabilities [N, classes] (classes) or [N] (binary); similarities stay as they are."""
+    """Return raw outputs as probabilities [N, classes] or [N] (binary); similarities [N] stay as they are."""
     if task.kind == "classes":
         return torch.from_numpy(outputs).softmax(dim=1).numpy()
     if task.kind == "binary":
@@ -23,7 +23,7 @@ def probabilities(task: Task, outputs: np.ndarray) -> np.ndarray:
 
 
 def decide(task: Task, values: np.ndarray) -> np.ndarray:
-    """Labels from probabilities (or similarities): the likeliest class, 1 from one half on, or the value itself."""
+    """Return labels [N] from probabilities: the likeliest class, or 1 from one half on; similarities stay."""
     if task.kind == "classes":
         return values.argmax(axis=1)
     if task.kind == "binary":
@@ -32,7 +32,7 @@ def decide(task: Task, values: np.ndarray) -> np.ndarray:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation in float64; 0 where one side is constant, since nothing was predicted."""
+    """Return the Pearson correlation in float64, or 0 if one side is constant, since nothing was predicted."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     a, b = a - a.mean(), b - b.mean()
     norm = math.sqrt((a @ a) * (b @ b))
@@ -40,7 +40,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def confusion(task: Task, decided: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How often each true label (rows) was decided as each label (columns): counts [K, K]."""
+    """Return how often each true label (row) was decided as each label (column): counts [K, K]."""
     count = int(task.label_range[1]) + 1
     return np.bincount(labels.astype(np.int64) * count + decided.astype(np.int64), minlength=count**2).reshape(
         count, -1
@@ -48,7 +48,7 @@ def confusion(task: Task, decided: np.ndarray, labels: np.ndarray) -> np.ndarray
 
 
 def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line through y over x, in float64; the mean where x is constant."""
+    """Return slope and intercept, in float64, of the least-squares line through y over x; slope 0 if x is constant."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     spread = x - x.mean()
     slope = float(spread @ (y - y.mean()) / (spread @ spread)) if spread.any() else 0.0
@@ -56,9 +56,9 @@ def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Scores:
-    """Metrics of one task from probabilities or similarities [N(, classes)] and labels [N], which must be there.
+    """Return the metrics of one task from probabilities or similarities [N(, classes)] and labels [N].
 
-    classes and binary: accuracy and f1 (macro for classes); similarity: pearson and spearman.
+    Classes and binary labels have accuracy and f1 (macro for classes); similarities have pearson and spearman.
     """
     assert labels is not None, f"{task.name}: cannot be scored without labels"
     decided = decide(task, values)
@@ -77,14 +77,15 @@ def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Sco
 
 
 def primary(task: Task, scores: Scores) -> float:
-    """The one figure a task is compared by: accuracy, or Pearson correlation."""
+    """Return the main metric of a task: accuracy, or Pearson correlation."""
     return float(scores[task.metric])
 
 
 def overall(tasks: Mapping[str, Task], by_task: Mapping[str, Scores]) -> Scores:
-    """The tasks' scores with `score`, the mean of accuracies and (1+r)/2, and `score_raw_r`, which averages r itself.
+    """Return the scores of the tasks with `score`, the mean of accuracies and (1+r)/2, and `score_raw_r` with r.
 
-    The first is the course leaderboard's and chooses the best checkpoint; R2 (tables 6 to 8) and R3 print the second.
+    `score` is that of the course's leaderboard and chooses the best checkpoint. R2 (tables 6 to 8) and R3 print
+    `score_raw_r`.
     """
     raw = [primary(tasks[name], scores) for name, scores in by_task.items()]
     normalised = [

@@ -1,4 +1,4 @@
-"""Predict, score and write predictions: the same code for training, evaluation and ensembles."""
+"""Predict with a model, in training, evaluation and ensembles."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def halving(run: Callable[[np.ndarray], T], rows: np.ndarray) -> list[T]:
-    """What `run(rows)` returns; of halves, one after the other, where it does not fit into memory."""
+    """Return [run(rows)], or the results of smaller parts of `rows`, in order, if memory is short."""
     try:
         return [run(rows)]
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error) or len(rows) == 1:
             raise
-    middle = len(rows) // 2  # out here, where the error no longer holds the tensors of the failed pass
+    middle = len(rows) // 2  # outside `except`, since the error holds the tensors of the failed pass
     return halving(run, rows[:middle]) + halving(run, rows[middle:])
 
 
@@ -35,10 +35,10 @@ def predict(
     amp: torch.dtype | None = None,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The model's raw outputs for every example of `data`, or for these `rows` [N], in that order.
+    """Return the raw outputs of the model for all examples of `data`, or for these `rows` [N], in that order.
 
-    [N, classes] or [N], float32. Batches are made of examples of similar length; the model is in evaluation mode, its
-    adapters merged, and left as it was. Raises UserError where an output is not finite.
+    They are [N, classes] or [N], float32. A batch has examples of similar length. The model predicts in evaluation mode
+    with merged adapters, and is left as it was. Raises UserError if an output is not finite.
     """
     training = model.training
     model.eval()
@@ -50,7 +50,7 @@ def predict(
     autocast = torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None)
     with merged(model), torch.inference_mode(), autocast:
         for block in progress(blocks, f"{task.name} {data.examples.split}", "batch", leave=False):
-            outputs += halving(lambda own: model(task.name, data.batch(own).to(device)).float(), block)
+            outputs += halving(lambda part: model(task.name, data.batch(part).to(device)).float(), block)
     model.train(training)
     joined = torch.cat(outputs).cpu().numpy()
     if not np.isfinite(joined).all():

@@ -1,4 +1,4 @@
-"""Prediction files in the course's format."""
+"""Write prediction files in the course's format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,12 +26,12 @@ def refuse_training_run(folder: Path) -> None:
 
 
 def prediction_file(folder: Path, task: str, split: str) -> Path:
-    """Where a run in `folder` has its predictions of a split of a task."""
+    """Return the file for the predictions of a split of a task by a run in `folder`."""
     return folder / "predictions" / f"{task}-{split}-output.csv"
 
 
 def remove_predictions(folder: Path) -> None:
-    """Remove a run's predictions from `folder`, and nothing else. Raises UserError where they cannot be."""
+    """Remove the predictions of a run from `folder`, and nothing else. Raises UserError if that fails."""
     try:
         for task in TASKS:
             for split in ("dev", "test"):
@@ -46,24 +46,25 @@ def score_and_write(
     splits: Mapping[str, Mapping[str, Examples]],
     folder: Path,
 ) -> Scores:
-    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task); returns the dev scores.
+    """Write predictions/TASK-SPLIT-output.csv into `folder` for all `values` (split, task), and return the dev scores.
 
-    Predictions of an earlier run in the same folder are removed, lest they be taken for this one's.
+    Older predictions in the folder are removed, so that nobody takes them for these. Raises UserError if a file cannot
+    be written.
     """
     remove_predictions(folder)
     scores: dict[str, Scores] = {}
-    for (split, name), own in values.items():
+    for (split, name), task_values in values.items():
         examples = splits[split][name]
-        write_predictions(prediction_file(folder, name, split), tasks[name], examples.ids, own)
+        write_predictions(prediction_file(folder, name, split), tasks[name], examples.ids, task_values)
         if split == "dev":
-            scores[name] = score_task(tasks[name], own, examples.labels)
+            scores[name] = score_task(tasks[name], task_values, examples.labels)
     return overall(tasks, scores)
 
 
 def write_predictions(path: Path, task: Task, ids: list[str], values: np.ndarray) -> None:
-    """Write labels for `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`.
+    """Write the labels of `ids` in the course's format: a header `id \\t NAME \\n`, then rows `id , label \\n`.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     rows = [f"{example} , {label} \n" for example, label in zip(ids, decide(task, values).tolist(), strict=True)]
     write_text(path, f"id \t {task.prediction_column} \n" + "".join(rows))

@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014) with a faster source of random bits on CPUs."""
+"""Dropout (Srivastava et al. 2014) with faster random bits on CPUs. The plain form is nn.Dropout."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
-    """A uint8 mask that is 0 with probability `dropout`, to 1/65536, and 1 elsewhere.
+    """Return a uint8 mask that is 0 with probability `dropout`, rounded to 1/65536, and 1 elsewhere.
 
-    A CPU draws Bernoulli numbers one by one; four of these come from each 64-bit word, five times faster. It also
-    multiplies by uint8 several times faster than by bool.
+    torch draws Bernoulli numbers on a CPU one by one. Here each 64-bit word gives four of them, which is five times
+    faster. A CPU also multiplies by uint8 several times faster than by bool.
     """
     if device.type != "cpu":
         return (torch.rand(shape, device=device) >= dropout).view(torch.uint8)
@@ -20,12 +20,12 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor
 
 
 def drop(x: Tensor, keep: Tensor, dropout: float) -> Tensor:
-    """`x` where a keep_mask of this `dropout` is 1, scaled to the same expectation, and 0 elsewhere."""
+    """Return `x` / (1 - dropout) where `keep`, a `keep_mask` of this `dropout`, is 1, and 0 elsewhere."""
     return (x * keep).mul_(1 / (1 - dropout))
 
 
 class _Dropout(torch.autograd.Function):
-    """Dropout from a keep_mask."""
+    """Dropout by a `keep_mask`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
@@ -41,10 +41,10 @@ class _Dropout(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, four times as fast on a CPU."""
+    """nn.Dropout, but four times as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` in evaluation; in training each element is 0 with probability p, else x / (1-p)."""
+        """Return `x` in evaluation. In training, zero elements with probability p and scale the rest by 1/(1-p)."""
         if not self.training or self.p == 0.0:
             return x
         return _Dropout.apply(x, self.p) if x.device.type == "cpu" else super().forward(x)

@@ -1,4 +1,4 @@
-"""The embedding of words, whose gradient touches few rows."""
+"""The word embedding, whose gradient has few rows that are not zero. The plain form is nn.Embedding."""
 
 from typing import Any
 
@@ -23,26 +23,26 @@ class _Lookup(torch.autograd.Function):
 
 
 class WordEmbedding(nn.Embedding):
-    """nn.Embedding whose gradient, on a CPU, takes the memory of the one before it.
+    """nn.Embedding whose gradient reuses, on a CPU, the memory of the previous gradient.
 
-    torch clears new memory of [V, H] for the few rows that a batch reaches, which for a small BERT takes a tenth of a
-    training step. Here only the rows that the batch before reached are cleared, or all if that gradient was changed;
-    and memory that anything else still refers to is left alone.
+    torch clears new memory [V, H] for the few rows that a batch reaches, which for a small BERT takes a tenth of a
+    training step. This class clears only the rows that the previous batch reached, or all rows if something changed
+    that gradient since. It allocates new memory if anything else still refers to the old one.
     """
 
-    memory: Tensor | None = None  # zero but for the rows `reached`, as long as its version is `version`
+    memory: Tensor | None = None  # the last gradient: zero except for the rows `reached` while `version` is its version
     reached: Tensor
     version: int
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Word numbers [...] to [..., H]."""
+        """Map word ids [...] to [..., H]."""
         if ids.device.type != "cpu" or not (self.weight.requires_grad and torch.is_grad_enabled()):
             return super().forward(ids)
         out: Tensor = _Lookup.apply(self.weight, ids, self)
         return out
 
     def gradient(self, ids: Tensor, grad: Tensor) -> Tensor:
-        """That of the weight [V, H] from that of the rows `ids` [T], which is [T, H]."""
+        """Return the gradient of the weight [V, H] from the gradient [T, H] of the rows `ids` [T]."""
         memory = self.memory
         if memory is None or memory.dtype != grad.dtype or _is_shared(memory):
             memory = self.memory = grad.new_zeros(self.num_embeddings, self.embedding_dim)
@@ -53,11 +53,11 @@ class WordEmbedding(nn.Embedding):
         memory.index_add_(0, ids, grad)
         if self.padding_idx is not None:
             memory[self.padding_idx] = 0.0
-        self.reached, self.version = ids.clone(), memory._version  # a recorded pass writes its next batch over `ids`
+        self.reached, self.version = ids.clone(), memory._version  # a CUDA graph overwrites `ids`
         return memory.detach()
 
 
 def _is_shared(tensor: Tensor) -> bool:
-    """Whether another tensor has the memory of this one; so it is taken to be where torch does not tell."""
+    """Return whether another tensor shares the memory of this one; assume so where torch cannot tell."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the handle asked for here
+    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the handle made here

@@ -1,4 +1,4 @@
-"""Attention of packed sequences in groups of similar length, with a backward pass of its own."""
+"""Attention inside packed sequences, computed in groups of similar length with a handwritten backward pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,34 @@ from kernels.dropout import drop, keep_mask
 from text.packing import Grouping
 
 
-class _GroupedAttention(torch.autograd.Function):
-    """Attention inside each group's rectangle, forward and backward written out.
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(width)) v for one sequence; all tensors are [L, heads, width].
 
-    Autograd would get the same numbers from sliced views, but would assemble their gradients by one allocation and
-    one addition of the whole buffer for every group, which on a CPU costs as much as the multiplications.
-    Groups are gathered one by one, so that a group is still in the processor's cache when it is multiplied.
-    Padded rows repeat a real row, so that all numbers are finite; masked keys and dropped outputs keep them out.
+    This is the formula (Vaswani et al. 2017, section 3.2.1) with which the kernels are compared.
+    """
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [heads, L, width]
+    return ((q @ k.transpose(1, 2) * query.shape[2] ** -0.5).softmax(dim=2) @ v).transpose(0, 1)
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, grouping: Grouping, heads: int, dropout: float, cls_only: bool
+) -> Tensor:
+    """Return `plain_attention` inside each sequence of a packed batch, with `dropout` on the probabilities.
+
+    `key` and `value` are [T, H]. `query` and the result are [T, H], or [S, H] with `cls_only`: one row for the first
+    token of each sequence.
+    """
+    out: Tensor = _GroupedAttention.apply(query, key, value, grouping, heads, dropout, cls_only)
+    return out
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """Attention in the rectangle of each group, forward and backward written out.
+
+    Autograd would compute the same numbers from sliced views. But it would allocate and add the whole buffer of each
+    gradient once for every group, which on a CPU costs as much as the multiplications. Groups are gathered one by one,
+    so that a group is still in the processor's cache when it is multiplied. Padded rows repeat a real row, so all
+    numbers are finite. Masked keys and dropped outputs keep the padding out of the result.
     """
 
     @staticmethod
@@ -29,90 +50,91 @@ class _GroupedAttention(torch.autograd.Function):
         grouping: Grouping,
         heads: int,
         dropout: float,
-        first_only: bool,
+        cls_only: bool,
     ) -> Tensor:
-        parts = _parts(grouping, heads, first_only)
+        groups = _split_heads(grouping, heads, cls_only)
         width = query.shape[1] // heads
         query, key, value = (x.reshape(-1, width) for x in (query, key, value))  # [.., H] -> [.. * heads, width]
         out = torch.empty_like(query)
         probabilities, keeps = [], []
-        for part in parts:
-            q, k, v = part.queries(query), part.keys(key), part.keys(value)  # [n * heads, L, width]
-            scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))  # scaled before, lest fp16 overflows
-            if part.mask is not None:
-                scores.unflatten(0, (-1, heads)).add_(part.mask)
+        for group in groups:
+            q, k, v = group.gather_queries(query), group.gather(key), group.gather(value)  # [n * heads, L, width]
+            scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))  # scaled first, so that fp16 does not overflow
+            if group.mask is not None:
+                scores.unflatten(0, (-1, heads)).add_(group.mask)
             weights = scores.softmax(dim=-1).to(v.dtype)
             probabilities.append(weights)
             if dropout:
                 keeps.append(keep_mask(weights.shape, dropout, weights.device))
                 weights = drop(weights, keeps[-1], dropout)
-            part.put_queries(torch.bmm(weights, v), out)
+            group.scatter_queries(torch.bmm(weights, v), out)
         ctx.save_for_backward(query, key, value, *probabilities, *keeps)
-        ctx.settings = parts, heads, dropout
+        ctx.settings = groups, heads, dropout
         return out.view(-1, heads * width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts, heads, dropout = ctx.settings
+        groups, heads, dropout = ctx.settings
         query, key, value, *saved = ctx.saved_tensors
         width = query.shape[1]
         grad = grad.reshape(-1, width)
         grad_query, grad_key, grad_value = grads = [torch.empty_like(x) for x in (query, key, value)]
-        for i, part in enumerate(parts):
-            q, k, v, g = part.queries(query), part.keys(key), part.keys(value), part.queries(grad)
-            if part.mask is not None and not part.first_only:
-                g.unflatten(0, (-1, heads)).mul_(part.mask.exp().transpose(2, 3))  # nothing is asked of padding
+        for i, group in enumerate(groups):
+            q, k, v = group.gather_queries(query), group.gather(key), group.gather(value)
+            g = group.gather_queries(grad)
+            if group.mask is not None and not group.cls_only:
+                g.unflatten(0, (-1, heads)).mul_(group.mask.exp().transpose(2, 3))  # zero at padding
             weights = dropped = saved[i]
             grad_weights = torch.bmm(g, v.transpose(1, 2))
             if dropout:
-                keep = saved[len(parts) + i]
+                keep = saved[len(groups) + i]
                 dropped = drop(weights, keep, dropout)
                 grad_weights.mul_(keep).mul_(1 / (1 - dropout))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(width**-0.5)
-            part.put_queries(torch.bmm(grad_scores, k), grad_query)
-            part.put_keys(torch.bmm(grad_scores.transpose(1, 2), q), grad_key)
-            part.put_keys(torch.bmm(dropped.transpose(1, 2), g), grad_value)
+            group.scatter_queries(torch.bmm(grad_scores, k), grad_query)
+            group.scatter(torch.bmm(grad_scores.transpose(1, 2), q), grad_key)
+            group.scatter(torch.bmm(dropped.transpose(1, 2), g), grad_value)
         return *(x.view(-1, heads * width) for x in grads), None, None, None, None
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One group of a packed batch, each row of which is cut into rows of one head."""
+class _HeadGroup:
+    """One group of a packed batch, with every row cut into one row for each head."""
 
-    sequences: int  # n * heads, a sequence for each head
-    rows: Tensor  # [n * heads * L] that fill the group's rectangle
-    places: Tensor  # [t * heads] of its own rows in that rectangle
+    sequences: int  # n * heads: a sequence for each head
+    filling: Tensor  # [n * heads * L] rows that fill the group's rectangle
+    places: Tensor  # [t * heads] places in the rectangle of the group's rows
     mask: Tensor | None  # [n, 1, 1, L], as in Group
-    own: slice  # its own rows
-    asking: slice  # those of the queries: the same, or with `first_only` one for each sequence and head
-    first_only: bool
+    rows: slice  # the group's rows
+    query_rows: slice  # the rows of its queries: the same, or with `cls_only` one for each sequence and head
+    cls_only: bool
 
-    def keys(self, x: Tensor) -> Tensor:
-        """The rectangle [n * heads, L, width] of rows [T * heads, width]."""
-        return x.index_select(0, self.rows).view(self.sequences, -1, x.shape[1])
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the rectangle [n * heads, L, width] of rows [T * heads, width]."""
+        return x.index_select(0, self.filling).view(self.sequences, -1, x.shape[1])
 
-    def queries(self, x: Tensor) -> Tensor:
-        """The same of the queries' rows, or with `first_only` [n * heads, 1, width]."""
-        return x[self.asking, None] if self.first_only else self.keys(x)
+    def gather_queries(self, x: Tensor) -> Tensor:
+        """Return the rectangle of the queries' rows; with `cls_only`, it is [n * heads, 1, width]."""
+        return x[self.query_rows, None] if self.cls_only else self.gather(x)
 
-    def put_keys(self, rectangle: Tensor, x: Tensor) -> None:
-        """Write what is no padding back into rows."""
-        torch.index_select(rectangle.view(-1, x.shape[1]), 0, self.places, out=x[self.own])
+    def scatter(self, rectangle: Tensor, x: Tensor) -> None:
+        """Write a rectangle without its padding into the group's rows of `x`."""
+        torch.index_select(rectangle.view(-1, x.shape[1]), 0, self.places, out=x[self.rows])
 
-    def put_queries(self, rectangle: Tensor, x: Tensor) -> None:
-        """The same for queries."""
-        if self.first_only:
-            x[self.asking] = rectangle[:, 0]
+    def scatter_queries(self, rectangle: Tensor, x: Tensor) -> None:
+        """Write the rectangle of queries into their rows of `x`."""
+        if self.cls_only:
+            x[self.query_rows] = rectangle[:, 0]
         else:
-            self.put_keys(rectangle, x)
+            self.scatter(rectangle, x)
 
 
-def _parts(grouping: Grouping, heads: int, first_only: bool) -> list[_Part]:
-    parts, sequence = [], 0
-    for group, (rows, places) in zip(grouping.groups, grouping.split(heads), strict=True):
-        own = slice(group.own.start * heads, group.own.stop * heads)
-        asking = slice(sequence * heads, (sequence + group.sequences) * heads) if first_only else own
-        parts.append(_Part(group.sequences * heads, rows, places, group.key_mask, own, asking, first_only))
+def _split_heads(grouping: Grouping, heads: int, cls_only: bool) -> list[_HeadGroup]:
+    groups, sequence = [], 0
+    for group, (filling, places) in zip(grouping.groups, grouping.split(heads), strict=True):
+        rows = slice(group.rows.start * heads, group.rows.stop * heads)
+        query_rows = slice(sequence * heads, (sequence + group.sequences) * heads) if cls_only else rows
+        groups.append(_HeadGroup(group.sequences * heads, filling, places, group.key_mask, rows, query_rows, cls_only))
         sequence += group.sequences
-    return parts
+    return groups

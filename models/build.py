@@ -9,7 +9,7 @@ import torch
 from base_bert import load_weights, read_config, resolve_pretrained
 from config import BertConfig, Config
 from lora import LoRAConfig
-from models.checkpoint import hand_over
+from models.checkpoint import init_from_checkpoint
 from models.multitask_bert import MultitaskBERT
 from models.peft_exchange import import_peft
 from tasks import Task
@@ -37,7 +37,7 @@ def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], Non
     tokenizer = load_tokenizer(folder, config.data.max_length)
     add_parts(config, model, folder, say)
     if config.train.init_from is not None:
-        hand_over(model, tokenizer, Path(config.train.init_from), say)
+        init_from_checkpoint(model, tokenizer, Path(config.train.init_from), say)
     check_vocabulary(config, tokenizer, bert_config)
     return model, tokenizer
 

@@ -13,7 +13,7 @@ import torch
 
 from base_bert import is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config
-from lora import LoRAConfig, inject, merged_state
+from lora import LoRAConfig, inject, merged_state_dict
 from models.multitask_bert import MultitaskBERT
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -21,19 +21,22 @@ from utils.errors import UserError, first_line
 from utils.files import write_atomically
 from utils.untrusted import refuse_inflating, shown
 
+StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
+MAX_LISTED = 6  # problems in an error message
 
 
 def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
-    """Save tensors and plain containers atomically; with `keep`, the old file lives on under that name."""
+    """Save tensors and plain containers atomically. With `keep`, the old file is renamed to that first."""
     write_atomically(path, lambda temporary: torch.save(dict(content), temporary), keep)
 
 
 def verify(path: Path) -> None:
-    """Raise BadZipFile where a checkpoint's bytes are not those that were written, by the CRC-32 beside each tensor.
+    """Raise BadZipFile if a checkpoint's bytes have changed since it was written, by the CRC-32 beside each tensor.
 
-    torch.load looks at none of them: a flipped bit in a tensor makes another weight of it. Of an entry's attributes,
-    which are 0, one makes a folder of a tensor, whose numbers torch then leaves as memory was.
+    torch.load does not check them, so a flipped bit in a tensor would become another weight. A flipped bit in the
+    attributes of an entry, which are all 0, would make it a folder, whose numbers torch would take from uninitialised
+    memory.
     """
     with zipfile.ZipFile(path) as file:
         odd = next((entry.filename for entry in file.infolist() if entry.external_attr), None)
@@ -42,7 +45,7 @@ def verify(path: Path) -> None:
 
 
 def is_whole_file(path: Path) -> bool:
-    """Whether a checkpoint's bytes are those that were written."""
+    """Return whether a checkpoint's bytes are those that were written."""
     try:
         verify(path)
     except (OSError, zipfile.BadZipFile):
@@ -51,9 +54,9 @@ def is_whole_file(path: Path) -> bool:
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """What `save` wrote; with `mmap`, tensors stay in the file until they are used, and are taken as they are.
+    """Return what `save` wrote. With `mmap`, tensors are not verified and stay in the file until they are used.
 
-    Raises UserError for a file that is missing, damaged, or not one of ours.
+    Raises UserError if the file is missing, damaged, or no checkpoint of this program.
     """
     try:
         refuse_inflating(path)
@@ -79,7 +82,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, with + appended where it was changed; None outside a checkout."""
+    """Return the commit of this source tree, with a + if the tree was changed; None outside a checkout."""
     here = Path(__file__).parent
     try:
         out = subprocess.run(
@@ -96,20 +99,16 @@ def model_checkpoint(
     tokenizer: Tokenizer,
     config: Config,
     scores: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The content of a checkpoint: all that evaluation needs, the tokenizer included.
+    """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
-    `weights` are those of the whole model, which by default are its own.
-
-    With adapters, pretrained weights that never train and the tokenizer are left out, since loading needs the folder
-    of the base weights anyway; `base_sha256` and `tokenizer_sha256` say which they are.
+    A model with adapters leaves out the tokenizer and the pretrained weights that never train, since loading needs the
+    folder of the base weights anyway. `base_sha256` and `tokenizer_sha256` identify them.
     """
-    left_out = model.never_trained(config.train.fine_tune_mode)
-    weights = model.state_dict() if weights is None else weights
+    frozen = model.frozen_parameter_names(config.train.fine_tune_mode)
     return {
         "format": FORMAT,
-        "weights": {name: own.detach().cpu() for name, own in weights.items() if name not in left_out},
+        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in frozen},
         "base_sha256": model.base_sha256,
         "config": config.to_dict(),
         "bert_config": model.bert_config.to_dict(),
@@ -123,195 +122,210 @@ def model_checkpoint(
     }
 
 
-def refuse_misfits(own: Mapping[str, torch.Tensor], weights: Any, source: Path, left_out: Set[str]) -> None:
-    """See that a checkpoint's weights are those of a model whose state is `own`; those `left_out` may be missing.
+def check_state_dict(wanted: StateDict, found: Any, source: Path, may_lack: Set[str]) -> None:
+    """Raise UserError if `found` does not fit a model with the state dict `wanted`, except that it may lack some names.
 
-    Raises UserError that lists missing, extra and misshapen tensors.
+    The message lists missing, unknown and misshapen tensors.
     """
-    if not isinstance(weights, Mapping):
+    if not isinstance(found, Mapping):
         raise UserError(f"{source}: its weights are no mapping from names to tensors; save it anew")
-    odd = [name for name, tensor in weights.items() if not isinstance(name, str) or not is_whole(tensor)]
+    odd = [name for name, tensor in found.items() if not isinstance(name, str) or not is_whole(tensor)]
     if odd:
         raise UserError(f"{source}: {reprlib.repr(odd[0])} is not a plain tensor with all its numbers; save it anew")
-    problems = [f"missing {name}" for name in own if name not in weights and name not in left_out]
-    problems += [f"unknown {shown(name)}" for name in weights if name not in own]
+    problems = [f"missing {name}" for name in wanted if name not in found and name not in may_lack]
+    problems += [f"unknown {shown(name)}" for name in found if name not in wanted]
     problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
     ]
     if problems:
-        listed = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        listed = "; ".join(problems[:MAX_LISTED]) + more
         raise UserError(f"{source}: the weights do not fit the model, another arch perhaps: {listed}")
 
 
-def refuse_other_base(model: MultitaskBERT, saved: str, pretrained: str, source: Path) -> None:
-    """Raise UserError where the base weights of a checkpoint, whose SHA-256 is `saved`, are not the model's."""
-    if model.base_sha256 != saved:
+def check_base_weights(model: MultitaskBERT, sha256: str, pretrained: str, source: Path) -> None:
+    """Raise UserError if the model's base weights are not those with this SHA-256, on which a checkpoint relies."""
+    if model.base_sha256 != sha256:
         raise UserError(
             f"{source}: its adapters were trained on other base weights than {pretrained} has here "
-            f"(SHA-256 {saved:.12}, not {model.base_sha256:.12}); put the original ones there"
+            f"(SHA-256 {sha256:.12}, not {model.base_sha256:.12}); put the original ones there"
         )
 
 
-def load_weights_into(
-    model: MultitaskBERT, weights: Mapping[str, torch.Tensor], source: Path, left_out: Set[str]
-) -> None:
-    """Copy a checkpoint's weights into a model of the same arch; those `left_out` of it may be missing.
+def load_model_state_dict(model: MultitaskBERT, state_dict: StateDict, source: Path, may_lack: Set[str]) -> None:
+    """Copy a checkpoint's weights into a model of the same arch. They may lack the names in `may_lack`.
 
-    Raises UserError that lists missing, extra and misshapen tensors; the model is then left as it was.
+    Raises UserError that lists missing, unknown and misshapen tensors; the model is then unchanged.
     """
-    own = model.state_dict()
-    refuse_misfits(own, weights, source, left_out)
-    model.load_state_dict({**own, **weights})
-
-
-def foreign(path: Path, error: Exception) -> UserError:
-    """The error for a checkpoint whose parts are not what this program writes."""
-    return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
+    present = model.state_dict()
+    check_state_dict(present, state_dict, source, may_lack)
+    model.load_state_dict({**present, **state_dict})
 
 
 def saved_config(content: Mapping[str, Any], path: Path) -> Config:
-    """The options in a checkpoint's content. Raises UserError where this program does not know them."""
+    """Return the options in a checkpoint's content. Raises UserError if this program does not know them."""
     try:
         return Config.from_dict(content["config"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise foreign(path, error) from error
+        raise _not_understood(path, error) from error
 
 
-def hand_over(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
-    """--init_from: give `model` the weights of a checkpoint, adapters merged; `say` hears what stays as it was.
+def init_from_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
+    """Load the weights of a checkpoint, adapters merged, into `model` for --init_from. `say` prints what stays new.
 
-    Only heads of masked words, PALs, and what serves no task that the checkpoint knows, may be missing from it;
-    nothing of the model's own tasks may be left over. Of a checkpoint of --mlm, whose heads were never trained, they
-    are not taken. Raises UserError, and leaves the model as it was, where anything else is missing or of another shape,
-    or the tokenizer is another one.
+    The checkpoint may lack heads of masked words, PALs, and what serves only tasks that it does not know. It may hold
+    no tensor of the model's tasks that the model lacks. A checkpoint of --mlm never trained its heads, so they are not
+    taken. Raises UserError, and leaves the model unchanged, if anything else is missing or of another shape, or if the
+    tokenizer is another one.
     """
-    source, its_tokenizer, its_config = load_model(path)
-    if its_tokenizer.sha256 != tokenizer.sha256:
+    source, source_tokenizer, source_config = load_model(path)
+    if source_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"--init_from {path}: was trained with another tokenizer than --pretrained has; name its own")
-    untrained = ("heads.", "pair_layer.") if its_config.train.mlm else ()
-    weights = {key: own for key, own in source.state_dict().items() if not key.startswith(untrained)}
-    for name, backbone in source.backbones.items():
-        weights |= {f"backbones.{name}.{key}": own for key, own in merged_state(backbone).items()}
-    new = [name for name in model.tasks if name not in source.tasks]
-    found = {*source.backbones, *(model.backbone_of[name] for name in model.tasks if name not in new)}
-    backbones = [name for name in model.backbones if name not in found]
+    untrained = ("heads.", "pair_layer.") if source_config.train.mlm else ()
+    state_dict = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(untrained)}
+    for backbone, module in source.backbones.items():
+        state_dict |= {f"backbones.{backbone}.{name}": tensor for name, tensor in merged_state_dict(module).items()}
+    new_tasks = [task for task in model.tasks if task not in source.tasks]
+    known = {*source.backbones, *(model.backbone_of[task] for task in model.tasks if task not in new_tasks)}
+    new_backbones = [name for name in model.backbones if name not in known]
     new_pair_layer = model.pair_layer is not None and not any(task.is_pair for task in source.tasks.values())
-    parts = ["mlm.", *untrained, *(f"heads.{name}." for name in new), *(f"backbones.{name}." for name in backbones)]
-    parts += [f"pals.{name}." for name in model.pals if name not in source.pals]
-    parts += ["pair_layer."] if new_pair_layer else []
-    # Of batch normalisation in a layer that tasks share, which keeps them for each.
-    statistics = tuple(f"_{moment}_{name}" for moment in ("mean", "var") for name in new)
-    own = model.state_dict()
-    fresh = {key for key in own if key.startswith(tuple(parts)) or key.endswith(statistics)}
-    known = tuple(f"{part}.{name}." for part in ("heads", "pals") for name in model.tasks)
-    taken = {key: tensor for key, tensor in weights.items() if key in own or key.startswith(known)}
-    load_weights_into(model, taken, Path(f"--init_from {path}"), fresh)
-    if new:
-        kept = f", and backbone {' and '.join(backbones)} as --pretrained has it" if backbones else ""
+    new = ["mlm.", *untrained, *(f"heads.{task}." for task in new_tasks)]
+    new += [f"backbones.{name}." for name in new_backbones]
+    new += [f"pals.{task}." for task in model.pals if task not in source.pals]
+    new += ["pair_layer."] if new_pair_layer else []
+    # The batch normalisation of the shared pair layer has statistics for each task.
+    statistics = tuple(f"_{moment}_{task}" for moment in ("mean", "var") for task in new_tasks)
+    wanted = model.state_dict()
+    may_lack = {name for name in wanted if name.startswith(tuple(new)) or name.endswith(statistics)}
+    of_tasks = tuple(f"{part}.{task}." for part in ("heads", "pals") for task in model.tasks)
+    taken = {name: tensor for name, tensor in state_dict.items() if name in wanted or name.startswith(of_tasks)}
+    load_model_state_dict(model, taken, Path(f"--init_from {path}"), may_lack)
+    if new_tasks:
+        kept = f", and backbone {' and '.join(new_backbones)} as --pretrained has it" if new_backbones else ""
         say(
-            f"--init_from {path}: knows nothing of {', '.join(new)}, "
+            f"--init_from {path}: knows nothing of {', '.join(new_tasks)}, "
             f"whose heads {'and pair layer ' if new_pair_layer else ''}are new{kept}"
         )
 
 
-def tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
-    """The tasks that a checkpoint knows. Raises UserError where the task table has none of that name.
+def trained_tasks(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
+    """Return the tasks whose heads a checkpoint has trained. Raises UserError if it is of --mlm, which trains none."""
+    tasks = _tasks_of(content, path)
+    if saved_config(content, path).train.mlm:
+        raise UserError(f"{path}: was made by --mlm, which trains no heads; train some with --init_from")
+    return tasks
 
-    So too for what is no model but the state of a run.
+
+def load_model(
+    path: Path, content: Mapping[str, Any] | None = None, base: str | None = None
+) -> tuple[MultitaskBERT, Tokenizer, Config]:
+    """Return the model, tokenizer and configuration of a checkpoint. `content` is what `load` returned, if at hand.
+
+    `base` names the base weights of its adapters, if they have moved. Raises UserError if the file is damaged or its
+    parts do not fit together.
+    """
+    content = content or load(path)
+    tasks, config = _tasks_of(content, path), saved_config(content, path)
+    shape, lora, frozen = _check_content(content, config, tasks, path)
+    if lora is not None:
+        model, tokenizer = _model_on_base(content, config, tasks, shape, lora, base, path)
+    else:
+        model = MultitaskBERT(config.model, shape, tasks)
+        tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
+        if base is not None:
+            raise UserError(f"--pretrained {base}: {path} has no adapters, and holds all of its weights; drop it")
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} words, its weights only {shape.vocab_size}")
+    _add_parts(model, config)
+    load_model_state_dict(model, content["weights"], path, frozen)
+    return model, tokenizer, config
+
+
+def _tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
+    """Return the tasks that a checkpoint knows.
+
+    Raises UserError if the task table lacks one of them, or if the content is the state of a run and not a model.
     """
     if "optimizers" in content:
         raise UserError(f"{path}: is a state for --resume; name the best.pt beside it")
     try:
         tasks = {name: TASKS[name] for name in content["tasks"]}
     except (KeyError, TypeError) as error:
-        raise foreign(path, error) from error
+        raise _not_understood(path, error) from error
     if not tasks:
         raise UserError(f"{path}: knows no task; name a best.pt of a run")
     return tasks
 
 
-def trained_tasks(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
-    """The tasks whose heads a checkpoint has trained. Raises UserError for one of --mlm, which has none."""
-    tasks = tasks_of(content, path)
-    if saved_config(content, path).train.mlm:
-        raise UserError(f"{path}: was made by --mlm, which trains no heads; train some with --init_from")
-    return tasks
+def _not_understood(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
 
 
-def sketch(config: Config, shape: BertConfig, tasks: Mapping[str, Task], lora: LoRAConfig | None) -> MultitaskBERT:
-    """The model of these options without memory for its numbers, to compare shapes with before any is taken."""
-    with torch.device("meta"):
-        model = MultitaskBERT(config.model, shape, tasks)
-        if lora is not None:
-            model.lora = lora
-            for backbone in model.backbones.values():
-                inject(backbone, lora)
-        model.add_pals(config.pal)
-        if config.train.mlm:
-            model.add_mlm_heads()
-    return model
+def _check_content(
+    content: Mapping[str, Any], config: Config, tasks: Mapping[str, Task], path: Path
+) -> tuple[BertConfig, LoRAConfig | None, set[str]]:
+    """Return the backbones' shape, the adapters and the names of the tensors that a checkpoint leaves out.
 
-
-def base_folder(base: str, path: Path) -> Path:
-    """The folder of the base weights of a checkpoint with adapters. Raises UserError where there is none."""
+    Its weights are compared with a model on the device meta, so a file that claims a huge model takes no memory.
+    Raises UserError if anything does not fit.
+    """
     try:
-        return resolve_pretrained(base)
+        shape = BertConfig.from_dict(content["bert_config"], str(path))
+        lora = LoRAConfig.from_options(config.lora)
+        if not isinstance(content["base_sha256"], str):
+            raise TypeError("base_sha256")
+        weights, _ = content["weights"], content["tokenizer_sha256"]
+        with torch.device("meta"):
+            model = MultitaskBERT(config.model, shape, tasks)
+            if lora is not None:
+                model.lora = lora
+                for backbone in model.backbones.values():
+                    inject(backbone, lora)
+            _add_parts(model, config)
+        frozen = model.frozen_parameter_names(config.train.fine_tune_mode)
+    except UserError:
+        raise
+    except Exception as error:  # options that no command line allows may fail anywhere
+        raise _not_understood(path, error) from error
+    check_state_dict(model.state_dict(), weights, path, frozen)
+    return shape, lora, frozen
+
+
+def _add_parts(model: MultitaskBERT, config: Config) -> None:
+    model.add_pals(config.pal)
+    if config.train.mlm:
+        model.add_mlm_heads()
+
+
+def _model_on_base(
+    content: Mapping[str, Any],
+    config: Config,
+    tasks: Mapping[str, Task],
+    shape: BertConfig,
+    lora: LoRAConfig,
+    base: str | None,
+    path: Path,
+) -> tuple[MultitaskBERT, Tokenizer]:
+    """Return the model of a checkpoint with adapters, with its base weights loaded, and the tokenizer beside them.
+
+    Raises UserError if the base weights or the tokenizer are missing or not those of the checkpoint.
+    """
+    base = base or config.model.pretrained
+    try:
+        folder = resolve_pretrained(base)
     except UserError as error:
         raise UserError(
             f"{path}: its adapters need the base weights that they were trained on; put them, or a link to them, "
             f"there again (--evaluate takes another place too, by --pretrained): {error}"
         ) from error
-
-
-def load_model(
-    path: Path, content: Mapping[str, Any] | None = None, base: str | None = None
-) -> tuple[MultitaskBERT, Tokenizer, Config]:
-    """The model, tokenizer and configuration of a checkpoint file (already read as `content`, if given).
-
-    `base` is where the base weights of its adapters are, if no longer where they were. Raises UserError where the file
-    is damaged or its parts do not fit together.
-    """
-    content = content or load(path)
-    tasks, config = tasks_of(content, path), saved_config(content, path)
-    try:
-        shape = BertConfig.from_dict(content["bert_config"], str(path))
-        weights, base_sha256, tokenizer_sha256 = (
-            content[key] for key in ("weights", "base_sha256", "tokenizer_sha256")
-        )
-        if not isinstance(base_sha256, str):
-            raise TypeError("base_sha256")
-        lora = LoRAConfig.from_options(config.lora)
-        planned = sketch(config, shape, tasks, lora)
-        left_out = planned.never_trained(config.train.fine_tune_mode)
-    except UserError:
-        raise
-    except Exception as error:  # options that no command line can have asked for may fail anywhere
-        raise foreign(path, error) from error
-    refuse_misfits(planned.state_dict(), weights, path, left_out)
-    if lora is None:
-        model = MultitaskBERT(config.model, shape, tasks)
-        tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
-        if base is not None:
-            raise UserError(f"--pretrained {base}: {path} has no adapters, and holds all of its weights; drop it")
-    else:
-        base = base or config.model.pretrained
-        folder = base_folder(base, path)
-        pretrained = load_weights(folder, shape)  # first: `shape` may ask for a model of any size
-        model = MultitaskBERT(config.model, shape, tasks)
-        model.load_backbones(pretrained)
-        model.add_adapters(lora)
-        refuse_other_base(model, base_sha256, base, path)
-        tokenizer = load_tokenizer(folder, config.data.max_length)
-        if tokenizer.sha256 != tokenizer_sha256:
-            raise UserError(
-                f"{path}: was trained with another tokenizer than {base} has here; put the original one there"
-            )
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} words, its weights only {shape.vocab_size}")
-    model.add_pals(config.pal)
-    if config.train.mlm:
-        model.add_mlm_heads()
-    load_weights_into(model, weights, path, left_out)
-    return model, tokenizer, config
+    pretrained = load_weights(folder, shape)  # before the model, since `shape` may ask for a model of any size
+    model = MultitaskBERT(config.model, shape, tasks)
+    model.load_backbones(pretrained)
+    model.add_adapters(lora)
+    check_base_weights(model, content["base_sha256"], base, path)
+    tokenizer = load_tokenizer(folder, config.data.max_length)
+    if tokenizer.sha256 != content["tokenizer_sha256"]:
+        raise UserError(f"{path}: was trained with another tokenizer than {base} has here; put the original one there")
+    return model, tokenizer

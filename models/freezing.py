@@ -1,14 +1,16 @@
 """Freezing: which parameters of a backbone train, by the unfreezing schedule and by the policy of its adapters.
 
-The number `trainable_layers` counts from the output. 0 means that only the heads train. N means the top N layers and the
-pooler. One more than the backbone has layers means everything, since the embeddings count as the lowest layer.
+The number `trainable_layers` counts from the output. 0 means that only the heads train. N means the top N layers and
+the pooler. One more than the backbone has layers means everything, since the embeddings count as the lowest layer.
 """
 
 import math
 import re
 
+from torch import nn
+
 from bert import BertModel
-from lora import LoRAConfig, adapter_state, frozen_by_policy
+from lora import LoRAConfig, adapted_layers, adapter_state_dict
 from utils.errors import UserError
 
 
@@ -55,9 +57,25 @@ def set_trainable(
         backbone.bert_layers[depth - trainable_layers :].requires_grad_(True)
     if adapters is None:
         return
-    frozen, adapter_names = frozen_by_policy(backbone, adapters), adapter_state(backbone).keys()
+    frozen, adapter_names = frozen_by_adapters(backbone, adapters), adapter_state_dict(backbone).keys()
     for name, parameter in backbone.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
         elif adapters_always and name in adapter_names:
             parameter.requires_grad_(True)
+
+
+def frozen_by_adapters(backbone: nn.Module, adapters: LoRAConfig) -> set[str]:
+    """Return the names of the parameters that adapters never let train.
+
+    These are the weight and bias of each wrapped layer and, in the modes `-only`, everything except the adapters.
+    """
+    if adapters.freezes_rest:
+        adapter_names = adapter_state_dict(backbone).keys()
+        return {name for name, _ in backbone.named_parameters() if name not in adapter_names}
+    return {
+        f"{layer_name}.{name}"
+        for layer_name, layer in adapted_layers(backbone)
+        for name, _ in layer.named_parameters()
+        if name not in layer.adapters
+    }

@@ -1,4 +1,4 @@
-"""Heads: from sentence embeddings to the outputs of a task."""
+"""Heads: modules that map sentence embeddings to the outputs of a task."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ class BatchNorm(nn.Module):
 
 
 class PairLayer(nn.Module):
-    """The similarity feature layer that pair tasks share (R0, appendix I): Linear-[BN]-ReLU-Linear-[BN]."""
+    """The feature layer that pair tasks share (R0, appendix I): Linear-[BN]-ReLU-Linear-[BN]."""
 
     def __init__(self, width_in: int, width_out: int, batchnorm: bool, stats: Sequence[str]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class PairLayer(nn.Module):
         self.out_norm = BatchNorm(width_out, stats) if batchnorm else None
 
     def forward(self, features: Tensor, task: str) -> Tensor:
-        """[B, width_in] to [B, width_out]."""
+        """Map [B, width_in] to [B, width_out]."""
         stats = task if task in self.stats else self.stats[0]
         hidden = self.dense(features)
         hidden = F.relu(hidden if self.norm is None else self.norm(hidden, stats))
@@ -91,23 +91,23 @@ class PairLayer(nn.Module):
 
 
 class Convolution(nn.Conv1d):
-    """nn.Conv1d of one channel as products with sliding windows, which on a CPU take a tenth of the time."""
+    """nn.Conv1d of one channel, computed as products with sliding windows in a tenth of the time on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 1, L] to [N, C, L - width + 1]."""
+        """Map [N, 1, L] to [N, C, L - width + 1]."""
         assert self.bias is not None
         width = self.weight.shape[2]
         length = x.shape[2] - width + 1
         windows = torch.cat([x[:, :, at : at + length] for at in range(width)], 1)  # [N, width, length]
-        # One product for each example: torch would make one of all by copying everything into another order.
+        # One product for each example. For a single product torch would copy everything into another order.
         weight = self.weight.squeeze(1).expand(len(x), -1, -1)  # [N, C, width]
         return torch.baddbmm(self.bias[:, None], weight, windows)
 
 
 class CosineHead(nn.Module):
-    """Similarity as the scaled cosine of two embeddings, after an optional linear layer and activation (R3, R4).
+    """Similarity as the cosine of two embeddings, after an optional linear layer and activation (R3, R4).
 
-    A cosine of 1 is the `highest` label.
+    A cosine of 1 gives the label `highest`.
     """
 
     def __init__(self, width: int, options: ModelOptions, highest: float) -> None:
@@ -118,16 +118,17 @@ class CosineHead(nn.Module):
             self.projection.extend([Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Two [B, H] to [B, 1], between -highest and highest."""
+        """Map two embeddings [B, H] to [B, 1], between -highest and highest."""
         return self.highest * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
 
 
 def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """A head from features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
+    """Return a head that maps features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
 
-    linear: Linear. nonlinear: Linear(H/2)-[BN]-act-Linear. conv: Conv1d(1, 4, 3)-[BN]-Flatten, then --head_layers x
-    (Linear(H/2)-[BN]-act), Linear. mlp: --head_layers x (Linear(H)-act-Dropout), Linear. Dropout stands before each;
-    that before the last layer of an mlp can be another one (R4, section 4.2). --head_width stands for H or H/2.
+    linear: Linear. nonlinear: Linear(H/2)-[BN]-act-Linear. conv: Conv1d(1, 4, 3)-[BN]-Flatten, then --head_layers
+    times (Linear(H/2)-[BN]-act), then Linear. mlp: --head_layers times (Linear(H)-act-Dropout), then Linear. Every head
+    begins with dropout. The dropout before the last layer of an mlp can differ (R4, section 4.2). --head_width replaces
+    H and H/2.
     """
     layers: list[nn.Module] = [Dropout(options.hidden_dropout_prob)]
     activation = ACTIVATIONS[str(options.head_activation)]
@@ -153,8 +154,8 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
 
 
 def pair_features(u: Tensor, v: Tensor, names: Sequence[str]) -> Tensor:
-    """The named features of two embeddings [B, H], side by side: u, v, abs(u-v), u*v, cos [B, 1], v-u."""
-    made = {
+    """Return the named features of two embeddings [B, H] side by side: u, v, abs(u-v), u*v, cos [B, 1], v-u."""
+    features = {
         "u": lambda: u,
         "v": lambda: v,
         "abs": lambda: (u - v).abs(),
@@ -162,7 +163,7 @@ def pair_features(u: Tensor, v: Tensor, names: Sequence[str]) -> Tensor:
         "cos": lambda: F.cosine_similarity(u, v)[:, None],
         "diff": lambda: v - u,
     }
-    return torch.cat([made[name]() for name in names], dim=1)
+    return torch.cat([features[name]() for name in names], dim=1)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}

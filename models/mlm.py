@@ -1,4 +1,4 @@
-"""Masked language modelling (Devlin et al. 2019, section 3.1): which words are masked, and the head that tells them."""
+"""Masked language modelling (Devlin et al. 2019, section 3.1): which words are masked, and the head that predicts."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,12 @@ from kernels.linear import linear
 from text.packing import PackedBatch
 from text.tokenizer import Tokenizer
 
-CHOSEN = 0.15  # share of the words that are to be predicted
-MASKED, REPLACED = 0.8, 0.1  # of those: what becomes [MASK], and what becomes a random word; the others stay
+CHOSEN = 0.15  # share of the words to predict
+MASKED, REPLACED = 0.8, 0.1  # shares of these that become [MASK] and a random word; the others stay
 
 
 class MaskedWordHead(nn.Module):
-    """Linear-GELU-LayerNorm, then the word embeddings as decoder, which has a bias of its own."""
+    """Linear-GELU-LayerNorm, then the word embeddings as decoder, with a separate bias."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -31,22 +31,22 @@ class MaskedWordHead(nn.Module):
         self.apply(partial(init_weights, std=config.initializer_range))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Last hidden states [M, H] and the backbone's word embeddings [V, H] to logits [M, V]."""
+        """Map last hidden states [M, H] and the backbone's word embeddings [V, H] to logits [M, V]."""
         return linear(self.layer_norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
 
 
 class Masking:
-    """Chooses words of a batch anew each time that it comes (dynamic masking: Liu et al. 2019, section 4.1)."""
+    """Chooses other words each time that a batch comes (dynamic masking: Liu et al. 2019, section 4.1)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.mask_id = tokenizer.mask_id
         self.special_ids = np.array(tokenizer.special_ids)
-        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special_ids)  # what can replace a word
+        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special_ids)  # that can replace a word
 
     def __call__(self, batch: PackedBatch, generator: np.random.Generator) -> tuple[PackedBatch, Tensor, Tensor]:
-        """`batch`, which is on the CPU, with words masked, their rows [M] in it, and the words themselves [M].
+        """Return a batch on the CPU with words masked, their rows [M] in it, and the ids [M] of these words.
 
-        Each token but the special ones is chosen by itself, so that M varies; it can be 0.
+        Each token except the special ones is chosen independently, so M varies and can be 0.
         """
         ids = batch.input_ids.numpy()  # [T]
         chosen = generator.random(len(ids)) < CHOSEN

@@ -1,4 +1,4 @@
-"""MultitaskBERT: backbones, pair features, heads and freezing, assembled from `ModelOptions` and the task table."""
+"""MultitaskBERT: the backbones, the shared pair layer and the heads of all tasks, built from options and task table."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,15 +10,14 @@ from bert import Adapter, BertModel
 from config import BertConfig, ModelOptions, PalOptions, TrainOptions
 from lora import (
     LoRAConfig,
-    adapter_state,
-    base_state,
+    adapter_state_dict,
+    base_state_dict,
     base_weights_sha256,
-    frozen_by_policy,
     inject,
-    load_adapter_state,
+    load_adapter_state_dict,
     restore,
 )
-from models.freezing import parse_command, scheduled_layers, set_trainable
+from models.freezing import frozen_by_adapters, parse_command, scheduled_layers, set_trainable
 from models.heads import CosineHead, PairLayer, build_head, pair_features
 from models.mlm import MaskedWordHead
 from models.pals import TaskAdapter
@@ -28,9 +27,9 @@ from utils.errors import UserError
 
 
 class MultitaskBERT(nn.Module):
-    """Backbones, the shared pair layer and one head per task of `tasks`.
+    """Backbones of the shape `bert_config`, a pair layer that pair tasks share, and one head for each task.
 
-    All backbones have the shape of `bert_config`. Only the heads and backbones that `tasks` need are built.
+    Only the backbones and heads that `tasks` need are built.
     """
 
     def __init__(self, options: ModelOptions, bert_config: BertConfig, tasks: Mapping[str, Task]) -> None:
@@ -61,8 +60,8 @@ class MultitaskBERT(nn.Module):
             else:
                 width = feature_width if task.is_pair else hidden
                 self.heads[name] = build_head(options, width, hidden, task.num_outputs)
-        self.pals = nn.ModuleDict()
-        self.mlm = nn.ModuleDict()
+        self.pals = nn.ModuleDict()  # by task
+        self.mlm = nn.ModuleDict()  # by backbone
 
     def _backbone_name(self, task: Task) -> str:
         return {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}[
@@ -73,25 +72,25 @@ class MultitaskBERT(nn.Module):
         return task.is_pair and task.kind == "similarity" and self.options.sts_head == "cosine"
 
     def backbone(self, task: str) -> BertModel:
-        """The backbone that serves a task."""
+        """Return the backbone that serves a task."""
         module = self.backbones[self.backbone_of[task]]
         assert isinstance(module, BertModel)
         return module
 
     def is_siamese(self, task: str) -> bool:
-        """Whether a batch of B examples of this task holds 2B sequences, all first texts before all second ones."""
+        """Return whether a batch of B examples holds 2B sequences, with all first texts before all second texts."""
         return self.tasks[task].is_pair and self.options.pair_encoding == "siamese"
 
     def forward(self, task: str, batch: Batch) -> Tensor:
-        """Outputs of `task`: logits [B, classes], or [B] for one logit or one similarity."""
+        """Return the outputs of `task`: logits [B, classes], or [B] for one logit or one similarity."""
         return self.outputs(task, self.embed(task, batch))
 
     def embed(self, task: str, batch: Batch) -> Tensor:
-        """Sentence embeddings of a batch: [B, H], or [2B, H] for siamese pairs, first texts before second."""
+        """Return sentence embeddings [B, H], or [2B, H] for siamese pairs, with the first texts before the second."""
         return self.backbone(task).sentence_embedding(batch, str(self.options.pooling), self.adapters(task))
 
     def adapters(self, task: str) -> list[Adapter]:
-        """What the task adds to each layer of its backbone; empty where it adds nothing."""
+        """Return what the task adds to each layer of its backbone, or an empty list if it adds nothing."""
         if task not in self.pals:
             return []
         module = self.pals[task]
@@ -99,12 +98,12 @@ class MultitaskBERT(nn.Module):
         return module.slots()
 
     def outputs(self, task: str, embedding: Tensor) -> Tensor:
-        """What `forward` returns, in fp32, from the sentence embeddings."""
+        """Return what `forward` returns, in fp32, from the sentence embeddings."""
         out = self.classify(task, embedding).float()
         return out if self.tasks[task].kind == "classes" else out.squeeze(1)
 
     def classify(self, task: str, embedding: Tensor) -> Tensor:
-        """Sentence embeddings ([B, H], or [2B, H] for siamese pairs) to outputs [B, outputs]."""
+        """Map sentence embeddings ([B, H], or [2B, H] for siamese pairs) to outputs [B, outputs]."""
         if not self.tasks[task].is_pair:
             return self.heads[task](embedding)
         if self.is_siamese(task):
@@ -117,18 +116,18 @@ class MultitaskBERT(nn.Module):
         return self.heads[task](embedding)
 
     def predict_sentiment(self, input_ids: Tensor | PackedBatch, attention_mask: Tensor | None = None) -> Tensor:
-        """SST logits [B, 5] from padded tensors [B, L] or from a packed batch."""
+        """Return SST logits [B, 5] from padded tensors [B, L] or from a packed batch."""
         if isinstance(input_ids, PackedBatch):
             return self("sst", input_ids)
         assert attention_mask is not None
         return self("sst", pack_padded(input_ids, attention_mask))
 
     def predict_paraphrase(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
-        """Quora logits [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2), or a packed batch."""
+        """Return Quora logits [B] from a packed batch, or from ids_1, mask_1, ids_2 and mask_2, each [B, L]."""
         return self._predict_pair("para", first, *rest)
 
     def predict_similarity(self, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
-        """STS similarities [B]: (input_ids_1, attention_mask_1, input_ids_2, attention_mask_2), or a packed batch."""
+        """Return STS similarities [B] from a packed batch, or from ids_1, mask_1, ids_2 and mask_2, each [B, L]."""
         return self._predict_pair("sts", first, *rest)
 
     def _predict_pair(self, task: str, first: Tensor | PackedBatch, *rest: Tensor) -> Tensor:
@@ -147,21 +146,21 @@ class MultitaskBERT(nn.Module):
         return self.mlm[self.backbone_of[task]](hidden, self.backbone(task).word_embedding.weight)
 
     def add_adapters(self, config: LoRAConfig) -> None:
-        """Wrap linears of every backbone, whose pretrained weights must be there already; heads are never wrapped."""
+        """Wrap linear layers of every backbone. Load the pretrained weights before. Heads are never wrapped."""
         self.lora = config
         self.base_sha256 = base_weights_sha256(next(iter(self.backbones.values())))
         for backbone in self.backbones.values():
             inject(backbone, config)
 
     def start_from_adapters(self, config: LoRAConfig, state: Mapping[str, Tensor], source: str) -> None:
-        """Give every backbone these adapters of a backbone; `source` is where they are from.
+        """Give every backbone these adapters of one backbone. `source` names their file in messages.
 
-        Raises UserError where they do not fit; the model is then as it was.
+        Raises UserError if they do not fit; the model is then unchanged.
         """
         self.add_adapters(config)
         try:
             for backbone in self.backbones.values():
-                load_adapter_state(backbone, state, source)
+                load_adapter_state_dict(backbone, state, source)
         except UserError:
             for backbone in self.backbones.values():
                 restore(backbone)
@@ -169,13 +168,13 @@ class MultitaskBERT(nn.Module):
             raise
 
     def add_pals(self, options: PalOptions) -> None:
-        """Give tasks, all or those of `options.pal_tasks`, layers of their own beside the backbone that serves them."""
+        """Give all tasks, or those in `options.pal_tasks`, projected attention layers beside their backbones."""
         if options.pal != "none":
             for name in options.pal_tasks or self.tasks:
                 self.pals[name] = TaskAdapter(options, self.bert_config)
 
     def add_mlm_heads(self) -> None:
-        """Give every backbone a head that predicts masked words; those of the tasks no longer train."""
+        """Give every backbone a head that predicts masked words, and freeze the heads of the tasks."""
         for name in self.backbones:
             self.mlm[name] = MaskedWordHead(self.bert_config)
         for module in (self.heads, self.pair_layer):
@@ -183,12 +182,12 @@ class MultitaskBERT(nn.Module):
                 module.requires_grad_(False)
 
     def load_backbones(self, weights: Mapping[str, Tensor]) -> None:
-        """Give every backbone these pretrained weights."""
+        """Load these pretrained weights into every backbone."""
         for backbone in self.backbones.values():
             backbone.load_state_dict(weights)
 
     def load_mlm_heads(self, folder: Path) -> bool:
-        """Give every head of masked words the pretrained weights in `folder`; False where it has none."""
+        """Load the pretrained weights in `folder` into the heads of masked words; return False if it has none."""
         weights = load_mlm_head(folder, self.bert_config)
         if weights is None:
             return False
@@ -196,17 +195,18 @@ class MultitaskBERT(nn.Module):
             head.load_state_dict(weights)
         return True
 
-    def never_trained(self, fine_tune_mode: str) -> set[str]:
-        """Names of the tensors that adapters leave as the pretrained weights had them, in the whole run."""
-        if self.lora is None:
-            return set()
-        return {
-            f"backbones.{name}.{tensor}"
-            for name, backbone in self.backbones.items()
-            for tensor in (
-                base_state(backbone) if fine_tune_mode == "last-layer" else frozen_by_policy(backbone, self.lora)
-            )
-        }
+    def frozen_parameter_names(self, fine_tune_mode: str) -> set[str]:
+        """Return the names of the backbones' tensors that adapters keep as pretrained during the whole run.
+
+        Checkpoints leave them out. Without adapters there are none.
+        """
+        names: set[str] = set()
+        if self.lora is not None:
+            for name, backbone in self.backbones.items():
+                last_layer = fine_tune_mode == "last-layer"
+                frozen = base_state_dict(backbone) if last_layer else frozen_by_adapters(backbone, self.lora)
+                names |= {f"backbones.{name}.{parameter}" for parameter in frozen}
+        return names
 
     def manage_freezing(self, structure: str, adapters_always: bool = False) -> None:
         """Freeze or unfreeze the backbones by a command of R0, appendix B: `freezeall`, `unfreezeall`, `unfreezetopN`.
@@ -235,32 +235,32 @@ class MultitaskBERT(nn.Module):
         return layers
 
     def trained(self, options: TrainOptions) -> dict[str, nn.Parameter]:
-        """The parameters that train at some time of a run, by name; the model is left as the last epoch freezes it.
+        """Return the parameters that train at some time of a run, by name, and freeze the model as in the last epoch.
 
-        No epoch freezes again what an earlier one trained, so the last one decides.
+        No epoch freezes what an earlier one trained, so the last one decides.
         """
         self.freeze_for_epoch(options, options.epochs - 1)
-        return {name: own for name, own in self.named_parameters() if own.requires_grad}
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def parts(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
-        """The model's parts with their parameters, for tables: backbones, their adapters, PALs, pair layer, heads."""
+        """Yield the title and the parameters of each part: backbones, their adapters, PALs, pair layer, heads."""
         for name, backbone in self.backbones.items():
-            adapters = adapter_state(backbone)
+            adapters = adapter_state_dict(backbone)
             named = dict(backbone.named_parameters())
-            yield f"backbone {name}", [own for key, own in named.items() if key not in adapters]
+            yield f"backbone {name}", [parameter for key, parameter in named.items() if key not in adapters]
             if adapters:
                 yield f"adapters {name}", [named[key] for key in adapters]
         for name, pal in self.pals.items():
             yield f"pal {name}", list(pal.parameters())
-        for name, words in self.mlm.items():
-            yield f"masked words {name}", list(words.parameters())
+        for name, head in self.mlm.items():
+            yield f"masked words {name}", list(head.parameters())
         if self.pair_layer is not None:
             yield "pair layer", list(self.pair_layer.parameters())
         for name, head in self.heads.items():
             yield f"head {name}", list(head.parameters())
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
-        """Return every parameter that a batch of `task` reaches; --mlm reaches heads of masked words, not the task's."""
+        """Return every parameter that a batch of `task` reaches; with --mlm, the heads of masked words."""
         reached: list[nn.Module] = [self.backbone(task)]
         reached.append(self.mlm[self.backbone_of[task]] if self.mlm else self.heads[task])
         if task in self.pals:

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: export and import."""
+"""Adapters in the format of the library peft: export and import."""
 
 import json
 import re
@@ -11,25 +11,34 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from base_bert import reason
-from lora import MODES, PEFT_PLAIN, TARGETS, LoRAConfig, adapter_state
-from utils.errors import UserError
+from lora import MODES, TARGETS, LoRAConfig, adapter_state_dict
+from utils.errors import UserError, describe_error
 from utils.files import write_atomically, write_text
 from utils.untrusted import read_json, shown
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 PEFT_PREFIX = "base_model.model."
-# What peft saves beside the adapters of a sentence, token or question model, whatever its user asked for. Heads here
-# are others, and new.
+# The heads that peft saves beside the adapters of a sentence, token or question model, asked or not. We train our own.
 PEFT_HEADS = ("classifier", "score", "qa_outputs")
+# What a peft configuration may ask for and we do not have: each key with the values that ask for nothing.
+PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+}
 
 
 def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name: str) -> None:
-    """Write the adapters as peft.PeftModel.from_pretrained(BertModel, folder) reads them.
+    """Write the adapters such that peft.PeftModel.from_pretrained(BertModel, folder) reads them.
 
-    `base_name` is the hub name or folder of the base weights. Only adapters are written: where more of the backbone
-    was trained, export the merged backbone instead. Raises UserError for --dora_norm column, which peft has not.
+    `base_name` is the hub name or folder of the base weights. Only adapters are written: if more of the backbone was
+    trained, export the merged backbone instead. Raises UserError for --dora_norm column, which peft does not have.
     """
     if config.dora_norm == "column":
         raise UserError(f"{folder}: peft has no DoRA with dora_norm column; export the merged backbone instead")
@@ -46,41 +55,41 @@ def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {_peft_name(name): _peft_shape(name, tensor) for name, tensor in adapter_state(backbone).items()}
+    tensors = {_peft_name(name): _peft_shape(name, tensor) for name, tensor in adapter_state_dict(backbone).items()}
     write_text(folder / PEFT_FILES[0], json.dumps(values, indent=2) + "\n")
     write_atomically(folder / PEFT_FILES[1], partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"}))
 
 
 def _peft_name(name: str) -> str:
-    """E.g. bert_layers.0.out_dense.lora_A to base_model.model.encoder.layer.0.output.dense.lora_A.weight.
+    """Return peft's name for a name of `adapter_state_dict`.
 
-    For a name of `adapter_state` of one backbone.
+    For example, bert_layers.0.out_dense.lora_A is base_model.model.encoder.layer.0.output.dense.lora_A.weight.
     """
-    _, number, *_, target, own = name.split(".")
-    return f"{PEFT_PREFIX}encoder.layer.{number}.{TARGETS[target]}.{PEFT_NAMES[own]}"
+    _, number, *_, target, adapter = name.split(".")
+    return f"{PEFT_PREFIX}encoder.layer.{number}.{TARGETS[target]}.{PEFT_NAMES[adapter]}"
 
 
 def _peft_shape(name: str, tensor: Tensor) -> Tensor:
-    """peft keeps magnitudes as [out], this module as [out, 1]."""
+    """Return a magnitude, which is [out, 1] here, as [out], which peft expects; other tensors keep their shape."""
     return (tensor.squeeze(1) if name.endswith("magnitude") else tensor).cpu().contiguous()
 
 
 def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """Options and tensors of a peft LoRA of a BERT, in our names, for `inject` and `load_adapter_state`.
+    """Return options and tensors, in our names, of a BERT's LoRA in peft's format.
 
-    As in peft the rest of the backbone is frozen (`-only`); a head beside the adapters is left out. Raises UserError
-    where a file cannot be read, where the adapter is of another kind than LoRA, rsLoRA or DoRA, or where it touches
-    more than the six linears of each layer.
+    They are for `inject` and `load_adapter_state_dict`. The rest of the backbone is frozen, as in peft (`-only`), and a
+    head beside the adapters is ignored. Raises UserError where a file cannot be read, where the adapter is not LoRA,
+    rsLoRA or DoRA, or where it touches more than the six linear layers of each BERT layer.
     """
     path = folder / PEFT_FILES[0]
     try:
         values = read_json(path)
         rank, alpha = values["r"], values["lora_alpha"]
-        values["modules_to_save"] = [own for own in values.get("modules_to_save") or () if own not in PEFT_HEADS]
+        values["modules_to_save"] = [name for name in values.get("modules_to_save") or () if name not in PEFT_HEADS]
         saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
-    except Exception as error:  # the parsers raise many kinds for a bad file, and all of them mean just that
+    except Exception as error:  # the parsers raise many types of errors for a bad file
         raise UserError(
-            f"{folder}: cannot be read as a peft adapter ({reason(error)}); "
+            f"{folder}: cannot be read as a peft adapter ({describe_error(error)}); "
             f"name a folder with {' and '.join(PEFT_FILES)}"
         ) from error
     for key, plain in PEFT_PLAIN.items():
@@ -108,7 +117,10 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
 
 
 def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
-    """peft's tensors, but heads, in our names and shapes. Raises UserError for one of no adapter, or another rank."""
+    """Return peft's tensors, without heads, in our names and shapes.
+
+    Raises UserError for a tensor that belongs to no adapter or has another rank.
+    """
     tensors: dict[str, Tensor] = {}
     heads = tuple(f"{PEFT_PREFIX}{head}." for head in PEFT_HEADS)
     for name, tensor in saved.items():
@@ -128,13 +140,13 @@ def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[s
 
 
 def _our_name(name: str) -> str | None:
-    """The inverse of `_peft_name`, also for a BERT inside a task model; None for any other tensor."""
+    """Invert `_peft_name`, also for a BERT inside a task model; return None for any other tensor."""
     paths, names = "|".join(map(re.escape, TARGETS.values())), "|".join(map(re.escape, PEFT_NAMES.values()))
     prefix = re.escape(PEFT_PREFIX)
     match = re.fullmatch(rf"{prefix}(?:bert\.)?encoder\.layer\.(\d+)\.({paths})\.({names})", name)
     if match is None:
         return None
     target = next(ours for ours, theirs in TARGETS.items() if theirs == match[2])
-    own = next(ours for ours, theirs in PEFT_NAMES.items() if theirs == match[3])
+    adapter = next(ours for ours, theirs in PEFT_NAMES.items() if theirs == match[3])
     inner = "self_attention." if target in MODES["attn"] else ""
-    return f"bert_layers.{match[1]}.{inner}{target}.{own}"
+    return f"bert_layers.{match[1]}.{inner}{target}.{adapter}"

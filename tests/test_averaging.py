@@ -215,7 +215,7 @@ def test_only_what_trains_is_averaged(
     assert all(any(part in name for part in trained) for name in backbones)
     assert all(any(part in name for name in backbones) for part in trained)
     assert averaged >= {name for name in start if not name.startswith("backbones.")}
-    assert not averaged & trainer.model.never_trained(trainer.config.train.fine_tune_mode)
+    assert not averaged & trainer.model.frozen_parameter_names(trainer.config.train.fine_tune_mode)
     trainer.fit()
     assert changed(start, copied(trainer.model)) <= averaged
 
@@ -453,7 +453,7 @@ def test_a_run_saves_the_average_of_torch(
     saved = content["weights"]
     differ = {name for name in saved if not torch.equal(saved[name], wanted[name])}
     assert differ == {name for name in saved if "running_" in name}
-    assert set(wanted) - set(saved) == trainer.model.never_trained(trainer.config.train.fine_tune_mode)
+    assert set(wanted) - set(saved) == trainer.model.frozen_parameter_names(trainer.config.train.fine_tune_mode)
 
 
 def test_a_step_is_in_the_averages_at_once(tiny_flags: list[str], tmp_path: Path) -> None:

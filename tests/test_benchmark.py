@@ -116,7 +116,7 @@ def test_training_is_the_same_without_dropout(still_bert: Path, small_data: Path
         assert all((a != b).any() for a, b in zip(old, side.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("fewest", [1, products.FEWEST])
+@pytest.mark.parametrize("fewest", [1, products.MIN_MULTIPLICATIONS])
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_fifty_steps_have_the_losses_of_padded_training(
     still_bert: Path, small_data: Path, task: str, fewest: int, monkeypatch: pytest.MonkeyPatch
@@ -125,7 +125,7 @@ def test_fifty_steps_have_the_losses_of_padded_training(
 
     Once with oneDNN for all products, where there is one, and once with torch's for all of these small ones.
     """
-    monkeypatch.setattr(products, "FEWEST", fewest)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", fewest)
     work = make_workload(options(still_bert, small_data, steps=49), task, print)
     own_options = replace(work.config.tasks[task], lr_multiplier=1.0)
     train = replace(work.config.train, optim="SGD", lr=FIFTY_STEPS_LR)

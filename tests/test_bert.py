@@ -221,7 +221,7 @@ def test_gradient_reaches_the_embedding_output(doubles: Models) -> None:
     ids, mask, types = make_inputs(seed=6)
     batch = pack_padded(ids, mask, types)
     embedded = ours.embed(batch).detach().requires_grad_()
-    pooled = ours.pool(ours.encode(embedded, batch, first_only=True))[batch.restore]
+    pooled = ours.pool(ours.encode(embedded, batch, cls_only=True))[batch.restore]
     (grad,) = torch.autograd.grad((pooled * weights_like(pooled)).sum(), embedded)
 
     encoder: Any = theirs.encoder
@@ -296,14 +296,14 @@ def test_siamese_batch_is_both_texts_one_after_the_other(models: Models) -> None
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [8], [6, 6, 6], [1, 1], [1, 30]])
-def test_first_only_equals_the_first_tokens_of_all(doubles: Models, lengths: list[int]) -> None:
+def test_cls_only_equals_the_first_tokens_of_all(doubles: Models, lengths: list[int]) -> None:
     ours, _ = doubles
     batch = pack_padded(*make_inputs(lengths))
     outputs, gradients = [], []
-    for first_only in (True, False):
+    for cls_only in (True, False):
         ours.zero_grad()
-        hidden = ours.encode(ours.embed(batch), batch, first_only)
-        first = hidden if first_only else hidden[batch.cu_seqlens[:-1]]
+        hidden = ours.encode(ours.embed(batch), batch, cls_only)
+        first = hidden if cls_only else hidden[batch.cu_seqlens[:-1]]
         (first * weights_like(first)).sum().backward()
         outputs.append(first.detach())
         gradients.append([p.grad for p in ours.parameters() if p.grad is not None])
@@ -329,8 +329,8 @@ def naive_attention(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatc
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_attention_and_its_gradients_match_the_formula(first_only: bool) -> None:
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_attention_and_its_gradients_match_the_formula(cls_only: bool) -> None:
     ids, mask, types = make_inputs()
     batch = pack_padded(ids, mask, types)
     torch.manual_seed(0)
@@ -338,8 +338,8 @@ def test_attention_and_its_gradients_match_the_formula(first_only: bool) -> None
     query, key, value = inputs
     starts = batch.cu_seqlens[:-1].long()
     wanted = naive_attention(query, key, value, batch, 3)
-    wanted = wanted[starts] if first_only else wanted
-    found = attention(query[starts] if first_only else query, key, value, batch, 3, 0.0, first_only)
+    wanted = wanted[starts] if cls_only else wanted
+    found = attention(query[starts] if cls_only else query, key, value, batch, 3, 0.0, cls_only)
     assert difference(found, wanted) <= 1e-13
     weights = weights_like(wanted)
     for one, other in zip(
@@ -441,10 +441,10 @@ def test_attention_dropout_acts_on_probabilities() -> None:
     lengths = [1] * 500
     batch = pack_padded(*make_inputs(lengths))
     hidden = torch.randn(len(lengths), 32)
-    for first_only in (False, True):
+    for cls_only in (False, True):
         with torch.no_grad():
-            clean = layer.eval()(hidden, batch, first_only).view(-1, heads, 8)
-            dropped = layer.train()(hidden, batch, first_only).view(-1, heads, 8)
+            clean = layer.eval()(hidden, batch, cls_only).view(-1, heads, 8)
+            dropped = layer.train()(hidden, batch, cls_only).view(-1, heads, 8)
         kept = (dropped != 0).all(dim=2)
         assert torch.equal(kept, (dropped != 0).any(dim=2))
         assert difference(dropped, clean * kept[:, :, None] / (1 - p)) <= 1e-6
@@ -470,8 +470,8 @@ def test_hidden_dropout_acts_on_both_branches_of_a_layer(silenced: str) -> None:
         assert torch.equal(layer(hidden, batch), layer(hidden, batch))
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_attention_dropout_keeps_the_expectation(first_only: bool) -> None:
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_attention_dropout_keeps_the_expectation(cls_only: bool) -> None:
     p, draws = 0.3, 600
     layer = BertSelfAttention(dropout_model(0.0, p).config)
     randomise(layer, 2)
@@ -479,27 +479,27 @@ def test_attention_dropout_keeps_the_expectation(first_only: bool) -> None:
     torch.manual_seed(4)
     hidden = torch.randn(batch.num_tokens, 32)
     with torch.no_grad():
-        clean = layer.eval()(hidden, batch, first_only)
+        clean = layer.eval()(hidden, batch, cls_only)
         layer.train()
-        samples = torch.stack([layer(hidden, batch, first_only) for _ in range(draws)])
+        samples = torch.stack([layer(hidden, batch, cls_only) for _ in range(draws)])
     error = (samples.mean(0) - clean) / (samples.std(0) / draws**0.5)
     assert samples.std(0).min() > 0
     assert error.abs().max() < 6
     assert 0.9 < error.std() < 1.1
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_under_autocast_attention_takes_mixed_types(first_only: bool) -> None:
+@pytest.mark.parametrize("cls_only", [False, True])
+def test_under_autocast_attention_takes_mixed_types(cls_only: bool) -> None:
     """Adapters may put out fp32 beside the half precision of other layers."""
     batch = pack_padded(*make_inputs())
     torch.manual_seed(5)
-    rows = batch.num_sequences if first_only else batch.num_tokens
+    rows = batch.num_sequences if cls_only else batch.num_tokens
     query, key, value = leaves = [torch.randn(n, 32, requires_grad=True) for n in (rows, *[batch.num_tokens] * 2)]
     weights = torch.randn(rows, 32)
-    expected = attention(query, key, value, batch, 4, 0.0, first_only)
+    expected = attention(query, key, value, batch, 4, 0.0, cls_only)
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), leaves)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention(query, key.bfloat16(), value, batch, 4, 0.0, first_only)
+        found = attention(query, key.bfloat16(), value, batch, 4, 0.0, cls_only)
     assert found.dtype == torch.bfloat16
     for own, other in zip([found, *torch.autograd.grad((found * weights).sum(), leaves)], wanted, strict=True):
         assert difference(own.float(), other) < 0.05 * max(1.0, float(other.abs().max()))

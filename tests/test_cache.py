@@ -16,6 +16,7 @@ import datasets
 import multitask_classifier
 from datasets import BadRows, Examples, TaskData, read_examples
 from tasks import PARA, SST, STS, Task
+from text import rows as text_rows
 from text import token_cache as cache
 from text.cleaning import Cleaner
 from text.token_cache import CODE, Arrays, cache_key, cached, pack_texts, unpack_texts
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows from small files is kept too."""
-    monkeypatch.setattr(datasets, "LARGE_FILE", 1)
+    monkeypatch.setattr(text_rows, "LARGE_FILE", 1)
     monkeypatch.setattr(datasets, "MANY_TEXTS", 1)
 
 
@@ -163,9 +164,9 @@ def test_rows_are_the_same_with_their_reports(
     path.write_text("\n".join("\t".join(row) for row in [header, *rows]), encoding="utf-8")
     fresh, reports = read(path, task, split)
     assert len(fresh) == (2 if split == "train" else 3) and len(reports) == 4 - len(fresh) and not folder.exists()
-    monkeypatch.setattr(datasets, "LARGE_FILE", 1)
+    monkeypatch.setattr(text_rows, "LARGE_FILE", 1)
     assert columns(read(path, task, split)[0]) == columns(fresh)
-    monkeypatch.setattr(datasets._Rows, "parse", fail)
+    monkeypatch.setattr(text_rows.Rows, "parse", fail)
     kept, again = read(path, task, split)
     assert columns(kept) == columns(fresh) and again == reports
     moved = path.rename(tmp_path / "moved.csv")
@@ -293,12 +294,12 @@ def test_runs_are_the_same_with_and_without(
 
     without = run("without")
     assert "quora-train.csv:22: is_duplicate is missing" in without[2] and not folder.exists()
-    for name in ("LARGE_FILE", "MANY_TEXTS"):
-        monkeypatch.setattr(datasets, name, 1)
+    monkeypatch.setattr(text_rows, "LARGE_FILE", 1)
+    monkeypatch.setattr(datasets, "MANY_TEXTS", 1)
     assert run("first") == without
     assert len(os.listdir(folder)) == 2 * 9
     monkeypatch.setattr(Tokenizer, "encode", fail)
-    monkeypatch.setattr(datasets._Rows, "parse", fail)
+    monkeypatch.setattr(text_rows.Rows, "parse", fail)
     assert run("kept") == without
 
 

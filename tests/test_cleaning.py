@@ -306,7 +306,8 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def clean_elsewhere(home: Path, nltk_data: str = "") -> subprocess.CompletedProcess[str]:
     """Clean a sentence with another home and without a network."""
-    code = "from text import cleaning; from utils.console import run_script; run_script(lambda words: print(cleaning.Cleaner().clean(words[0])))"
+    imports = "from text.cleaning import Cleaner; from utils.console import run_script; "
+    code = imports + "run_script(lambda words: print(Cleaner().clean(words[0])))"
     environment = {"HOME": str(home), "NLTK_DATA": nltk_data, "https_proxy": DEAD, "http_proxy": DEAD}
     return python(code, "The wolves", **environment)
 

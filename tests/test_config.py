@@ -17,7 +17,8 @@ import pytest
 
 import ensemble
 from cli.parser import build_parser, expand_arguments, parse
-from config import ARCHS, GROUPS, ComputeOptions, Config, FileOptions, TaskOptions
+from config import ARCHS, GROUPS, ComputeOptions, Config, EnsembleOptions, FileOptions, TaskOptions
+from evaluation import combine
 from tasks import SST, TASKS, Task
 from utils.errors import UserError
 
@@ -304,8 +305,7 @@ def test_the_listings_are_complete() -> None:
 def test_ensemble_commands_of_r0(name: str, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parser is that of the script's main; only what comes after it is replaced."""
     taken: list[list[str]] = []
-    monkeypatch.setattr(ensemble, "find_members", lambda names: taken.append(list(names)) or [])
-    monkeypatch.setattr(ensemble, "ensemble", lambda *arguments: None)
+    monkeypatch.setattr(combine, "run_ensemble", lambda names, *options: taken.append(list(names)))
     command, members = ENSEMBLES[name]
     ensemble.main([*shlex.split(command), "--data_dir", str(small_data)])
     assert taken == [[word for word in command.split() if word.endswith(".pt")]]
@@ -456,7 +456,7 @@ def test_without_flags_the_dataclasses_defaults_hold() -> None:
 
 
 def test_flags_of_an_ensemble_are_a_part_of_the_same_ones() -> None:
-    groups = {"data": FileOptions, "compute": ComputeOptions, "ensemble": ensemble.EnsembleOptions}
+    groups = {"data": FileOptions, "compute": ComputeOptions, "ensemble": EnsembleOptions}
     parser = build_parser("ensemble.py", "Test.", TASKS, groups, ("dev", "test"))
     found = {action.dest for action in actions(parser)}
     wanted = {f"{name}.{field.name}" for name, group in groups.items() for field in fields(group)}
@@ -481,7 +481,8 @@ def test_no_option_appears_or_vanishes_unseen() -> None:
 
 def ended(work: str, stdout: Any) -> tuple[int, str]:
     """Exit code and standard error of a script whose main is `work`."""
-    code = f"import sys; from utils.console import run_script, say; from utils.errors import UserError; run_script(lambda words: ({work}))"
+    imports = "import sys; from utils.console import run_script, say; from utils.errors import UserError; "
+    code = imports + f"run_script(lambda words: ({work}))"
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # what waits to be written is half of the matter
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment

@@ -23,7 +23,7 @@ from datasets import BadRows, Examples, TaskData, find_file, load_split, load_sp
 from tasks import PARA, SST, STS, TASKS, Task
 from text.packing import unpack
 from text.tokenizer import load_tokenizer
-from utils.download import fetch, git_blob_id
+from utils.download import COURSE_FILES, fetch, git_blob_id
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -474,7 +474,7 @@ def test_a_file_in_the_way_is_left_alone(served: tuple[Path, str], tmp_path: Pat
 def test_the_script_fetches_every_file_of_the_tasks(
     served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {name for task in TASKS.values() for name in task.files.values()} <= set(datasets.COURSE_FILES)
+    assert {name for task in TASKS.values() for name in task.files.values()} <= set(COURSE_FILES)
     monkeypatch.setattr(datasets, "COURSE_URL", served[1])
     with pytest.raises(UserError, match="^ids-cfimdb-dev.csv: cannot be fetched"):
         datasets.main(["--out", str(tmp_path / "data")])

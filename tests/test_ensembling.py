@@ -17,7 +17,6 @@ from test_scripts import _output, member_outputs, read_json, refusal
 
 import ensemble
 import multitask_classifier
-from ensemble import Member, cache_file
 from evaluation.ensembling import (
     average_weights,
     check_alike,
@@ -28,6 +27,7 @@ from evaluation.ensembling import (
     vote,
     z_scores,
 )
+from evaluation.members import Member, cache_file
 from evaluation.metrics import correlation
 from models.checkpoint import load, load_model, save
 from tasks import DEFAULT_TASKS, STS

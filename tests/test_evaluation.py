@@ -350,7 +350,7 @@ def test_one_member_decides_as_it_does_alone() -> None:
 
 
 def test_missing_members_are_named(tmp_path: Path) -> None:
-    from ensemble import find_members
+    from evaluation.members import find_members
     from models.checkpoint import FORMAT, save
 
     save(tmp_path / "a.pt", {"format": FORMAT, "tasks": ["sts"], "config": {"tasks": {}}})

@@ -16,7 +16,7 @@ from torch import Tensor
 from bert import attention
 from kernels import flash_attention as flash
 from tasks import DEFAULT_TASKS
-from text.packing import PackedBatch, with_tail
+from text.packing import PackedBatch, pad_to_bucket
 
 
 def parts_of(starts_q: Tensor, starts: Tensor, *rows: Tensor) -> Iterator[list[Tensor]]:
@@ -93,23 +93,23 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, f
         yield calls
 
 
-def both(batch: PackedBatch, first_only: bool, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+def both(batch: PackedBatch, cls_only: bool, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """Output and gradients of `attention`, by the operator and by padded groups."""
     out = []
     for use in (True, False):
         monkeypatch.setattr(flash, "usable", lambda *_, use=use: use)
         generator = torch.Generator().manual_seed(3)
         query, key, value = torch.randn(3, batch.num_tokens, 16, dtype=torch.float64, generator=generator)
-        if first_only:
+        if cls_only:
             query = query[: batch.num_sequences]
         leaves = [own.clone().requires_grad_() for own in (query, key, value)]
-        result = attention(*leaves, batch, 2, 0.0, first_only)
+        result = attention(*leaves, batch, 2, 0.0, cls_only)
         weights = torch.randn(result.shape, dtype=torch.float64, generator=generator)
         out.append([result, *torch.autograd.grad((result * weights).sum(), leaves)])
     return out
 
 
-@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("cls_only", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("lengths", [[5, 1, 7, 3, 3], [1, 1, 1], [9]])
 def test_the_same_numbers_as_padded_groups(
@@ -117,14 +117,14 @@ def test_the_same_numbers_as_padded_groups(
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     tail: bool,
-    first_only: bool,
+    cls_only: bool,
 ) -> None:
     batch = packed(ragged_ids(lengths, np.random.default_rng(0)))
-    batch = with_tail(batch) if tail else batch
-    for found, wanted in zip(*both(batch, first_only, monkeypatch), strict=True):
+    batch = pad_to_bucket(batch) if tail else batch
+    for found, wanted in zip(*both(batch, cls_only, monkeypatch), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     assert len(operator) == 1
-    assert operator[0][0] == (1 if first_only or batch.num_tokens == batch.num_sequences else batch.max_seqlen)
+    assert operator[0][0] == (1 if cls_only or batch.num_tokens == batch.num_sequences else batch.max_seqlen)
 
 
 def test_a_whole_model_by_the_operator(
@@ -155,7 +155,7 @@ def test_the_call_is_one_that_torch_knows() -> None:
 
 
 def test_the_trial_accepts_what_is_right(operator: list[tuple[int, int, float]]) -> None:
-    flash.trial(torch.device("cpu"), torch.float32, 16)
+    flash.check_kernel(torch.device("cpu"), torch.float32, 16)
     assert [dropout for *_, dropout in operator] == [0.0, 0.5, 0.5]
 
 
@@ -172,7 +172,7 @@ def test_the_trial_refuses_what_is_wrong(
     right = by_formula
     monkeypatch.setitem(globals(), "by_formula", lambda *args: broken(right, *args[:-1], dropout=args[-1]))
     with pytest.raises(RuntimeError, match=reason):
-        flash.trial(torch.device("cpu"), torch.float32, 16)
+        flash.check_kernel(torch.device("cpu"), torch.float32, 16)
 
 
 def test_the_trial_refuses_other_masks_backwards(
@@ -181,7 +181,7 @@ def test_the_trial_refuses_other_masks_backwards(
     right = gradients
     monkeypatch.setitem(globals(), "gradients", lambda *args: right(*args[:-1], 0.0))
     with pytest.raises(RuntimeError, match="its gradients are not those of its dropout"):
-        flash.trial(torch.device("cpu"), torch.float32, 16)
+        flash.check_kernel(torch.device("cpu"), torch.float32, 16)
 
 
 def test_an_evaluation_may_be_the_first_to_try(
@@ -210,7 +210,7 @@ def test_where_it_does_not_work_that_is_said_once(
     def fails(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(flash, "trial", fails)
+    monkeypatch.setattr(flash, "check_kernel", fails)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "state")
     states: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(state))

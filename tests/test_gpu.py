@@ -13,15 +13,15 @@ from test_packing import packed, ragged_ids
 from test_training import changed, copied, interrupted, make_trainer, metrics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.health import Scaler
 
 import multitask_classifier
 from bert import attention
 from kernels import flash_attention as flash
 from optimizer import OPTIMIZERS
 from tasks import DEFAULT_TASKS
-from text.packing import with_tail
+from text.packing import pad_to_bucket
 from training.cuda_graphs import GraphedPasses, Recorder
-from training.health import Scaler
 from training.losses import LOSSES
 from training.meters import StepGauge
 from training.task_sampling import Step, interleave, task_batches
@@ -199,22 +199,22 @@ def test_flash_attention_works_here() -> None:
             assert flash.works(GPU, dtype, width)
 
 
-@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("cls_only", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 def test_flash_attention_gives_the_numbers_of_padded_groups(
-    first_only: bool, tail: bool, monkeypatch: pytest.MonkeyPatch
+    cls_only: bool, tail: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     batch = packed(ragged_ids(rng.integers(1, 90, 64).tolist(), rng))
-    batch = (with_tail(batch) if tail else batch).to(GPU)
+    batch = (pad_to_bucket(batch) if tail else batch).to(GPU)
     drawn = torch.randn(3, batch.num_tokens, 768, device=GPU, dtype=torch.bfloat16)
     found = []
     for use in (True, False):
         if not use:
             monkeypatch.setattr(flash, "usable", lambda *_: False)
         query, key, value = (own.clone().requires_grad_() for own in drawn)
-        asked = query.index_select(0, batch.cu_seqlens[:-1]) if first_only else query
-        out = attention(asked, key, value, batch, 12, 0.0, first_only)
+        asked = query.index_select(0, batch.cu_seqlens[:-1]) if cls_only else query
+        out = attention(asked, key, value, batch, 12, 0.0, cls_only)
         out.float().square().sum().backward()
         found.append([out.detach(), query.grad, key.grad, value.grad])
     for own, wanted in zip(*found, strict=True):  # single numbers differ by several roundings of bf16

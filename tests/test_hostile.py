@@ -26,6 +26,7 @@ import ensemble
 import multitask_classifier
 from base_bert import load_weights, read_config
 from config import BertConfig, Config
+from evaluation.members import find_members, read_outputs
 from models.checkpoint import load, load_model, save
 from models.multitask_bert import MultitaskBERT
 from models.peft_exchange import import_peft
@@ -154,7 +155,7 @@ def test_no_file_runs_code(trained: Trainer, tmp_path: Path, tiny_bert: Path, sm
             yield lambda: load(path)
             yield lambda: load(path, mmap=True)
             yield lambda: load_model(path)
-            yield lambda: ensemble.find_members([str(path)])
+            yield lambda: find_members([str(path)])
             write(bert / "pytorch_model.bin")
             yield lambda: load_weights(bert, config)
             for name in ("tokenizer.json", "vocab.txt"):
@@ -176,9 +177,9 @@ def test_no_file_runs_code(trained: Trainer, tmp_path: Path, tiny_bert: Path, sm
             assert not trap.exists(), name
         outputs = tmp_path / "outputs.npz"
         in_npz(payload, outputs)
-        assert ensemble.read_outputs(outputs) is None
+        assert read_outputs(outputs) is None
         outputs.write_bytes(in_npy(payload))
-        assert ensemble.read_outputs(outputs) is None
+        assert read_outputs(outputs) is None
         count += 2
         assert not trap.exists(), name
         try:  # the trap works where pickles are trusted, so it is the loaders that kept it shut
@@ -560,9 +561,9 @@ def test_arrays_that_inflate_are_made_again(tmp_path: Path, monkeypatch: pytest.
     assert cached("tokens", "k" * 64, lambda: arrays) is arrays
     outputs = tmp_path / "outputs.npz"
     np.savez_compressed(outputs, **{"dev/sst": np.zeros((1 << 20, 5))})
-    assert ensemble.read_outputs(outputs) is None
+    assert read_outputs(outputs) is None
     np.savez(outputs, **{"dev/sst": np.zeros((3, 5))})
-    assert ensemble.read_outputs(outputs) is not None
+    assert read_outputs(outputs) is not None
 
 
 @pytest.mark.parametrize("how", ["one row less", "another width", "text", "no number", "another task", "a scalar"])
@@ -727,7 +728,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     adapters: Path, tiny_flags: list[str], tmp_path: Path, change: str
 ) -> None:
     """--init_from with a checkpoint of adapters, one thing wrong in each."""
-    from models.checkpoint import hand_over
+    from models.checkpoint import init_from_checkpoint
 
     content, path = load(adapters / "run" / "best.pt"), tmp_path / "start.pt"
     weights = content["weights"]
@@ -753,7 +754,7 @@ def test_a_start_that_does_not_fit_changes_nothing(
     save(path, content)
     trainer = make_trainer(tiny_flags, tmp_path / "run")
     before = copied(trainer.model)
-    refused(lambda: hand_over(trainer.model, trainer.tokenizer, path, print), "start.pt", words[change])
+    refused(lambda: init_from_checkpoint(trainer.model, trainer.tokenizer, path, print), "start.pt", words[change])
     after = copied(trainer.model)
     assert list(after) == list(before) and all(torch.equal(after[key], own) for key, own in before.items())
     flags = [*tiny_flags, "--init_from", str(path), "--run_dir", str(tmp_path / "again")]

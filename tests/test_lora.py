@@ -18,7 +18,7 @@ from bert import BertModel
 from config import BertConfig, check_values
 from kernels import linear as products
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
-from models.freezing import set_trainable
+from models.freezing import frozen_by_adapters, set_trainable
 from models.peft_exchange import export_peft, import_peft
 from utils.errors import UserError
 
@@ -171,7 +171,7 @@ def test_a_bert_equals_pefts_after_export(name: str, dtype: torch.dtype, tmp_pat
     last = oracle.last_hidden_state * mask[:, :, None]  # ours is zero at padding
     close(ours["last_hidden_state"], last, TOLERANCE[dtype])
     close(ours["pooler_output"], oracle.pooler_output, TOLERANCE[dtype])
-    names = list(lora.adapter_state(model))
+    names = list(lora.adapter_state_dict(model))
     assert len(names) == 2 * 6 * (3 if "dora" in KINDS[name] else 2)
     mine = gradients(ours["last_hidden_state"], model.word_embedding.weight, *map(model.get_parameter, names))
     parameters = [peft_parameter(theirs, own) for own in names]
@@ -203,7 +203,7 @@ def test_pefts_adapter_is_imported(name: str, targets: list[str], tmp_path: Path
     assert (config.rank, config.alpha, config.dropout) == (3, 5, 0.25)
     assert (config.dora, config.rslora) == ("dora" in options, "rslora" in options)
     lora.inject(model, config)
-    lora.load_adapter_state(model, tensors)
+    lora.load_adapter_state_dict(model, tensors)
     ids, mask = tokens()
     with torch.no_grad():
         ours, oracle = model.eval()(ids, mask), theirs(ids, mask)
@@ -227,7 +227,7 @@ def test_of_pefts_classifier_only_the_adapters_are_imported(kind: peft.TaskType,
     config, tensors = import_peft(tmp_path / "adapter")
     assert len(tensors) == 2 * 2 * 2
     lora.inject(model, config)
-    lora.load_adapter_state(model, tensors)
+    lora.load_adapter_state_dict(model, tensors)
     ids, mask = tokens()
     with torch.no_grad():
         ours, oracle = model.eval()(ids, mask), base.bert(ids, mask)
@@ -243,7 +243,7 @@ def test_export_and_import_are_inverse(mode: str, tmp_path: Path) -> None:
     back, tensors = import_peft(tmp_path)
     assert back.linears == config.linears and back.scaling == config.scaling and back.dora
     assert back.mode == mode.removesuffix("-only") + "-only"
-    expected = lora.adapter_state(model)
+    expected = lora.adapter_state_dict(model)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
@@ -487,7 +487,7 @@ def test_merged_weights_compute_the_same(options: dict[str, Any]) -> None:
             inside = model(ids, mask)["last_hidden_state"]
         close(inside, plain, 1e-6)
         exported = BertModel(model.config).eval()
-        exported.load_state_dict(lora.merged_state(model))
+        exported.load_state_dict(lora.merged_state_dict(model))
         assert torch.equal(exported(ids, mask)["last_hidden_state"], inside)
         assert torch.equal(model(ids, mask)["last_hidden_state"], plain)
 
@@ -544,7 +544,7 @@ def test_parameter_counts_at_bert_base(options: dict[str, Any], expected: int) -
     base = sum(p.numel() for p in model.parameters())
     lora.inject(model, LoRAConfig(**options))
     assert base == 109_482_240
-    assert sum(tensor.numel() for tensor in lora.adapter_state(model).values()) == expected
+    assert sum(tensor.numel() for tensor in lora.adapter_state_dict(model).values()) == expected
     assert sum(p.numel() for p in model.parameters()) == base + expected
 
 
@@ -634,7 +634,7 @@ def test_frozen_by_policy(mode: str) -> None:
     model, config = small_bert(), LoRAConfig(mode)
     plain = {name for name, _ in model.named_parameters()}
     lora.inject(model, config)
-    frozen = lora.frozen_by_policy(model, config)
+    frozen = frozen_by_adapters(model, config)
     if mode.endswith("-only"):
         assert frozen == plain
     else:
@@ -648,18 +648,18 @@ def test_frozen_by_policy(mode: str) -> None:
 
 def test_adapters_go_from_one_model_to_another() -> None:
     source = adapted_bert(dora=True)
-    state = {name: tensor.clone() for name, tensor in lora.adapter_state(source).items()}
+    state = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(source).items()}
     assert all(is_adapter(name) for name in state)
     target = small_bert().eval()
     lora.inject(target, LoRAConfig("all-lin", rank=3, dora=True))
-    lora.load_adapter_state(target, state)
+    lora.load_adapter_state_dict(target, state)
     ids, mask = tokens()
     assert torch.equal(target(ids, mask)["pooler_output"], source(ids, mask)["pooler_output"])
 
 
 def test_adapters_that_do_not_fit_are_listed_and_nothing_changes() -> None:
     model = adapted_bert()
-    before = {name: tensor.clone() for name, tensor in lora.adapter_state(model).items()}
+    before = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()}
     state = {name: tensor + 1 for name, tensor in before.items()}
     first, second, *_ = state
     state["other.lora_A"] = state.pop(first)
@@ -669,8 +669,8 @@ def test_adapters_that_do_not_fit_are_listed_and_nothing_changes() -> None:
         match=rf"^a\.pt: .*\(1 missing: {first}; 1 left over: other\.lora_A; "
         rf"1 of the wrong shape: {second} is \[1, 3\], not \[24, 3\]\); use the --lora_dict",
     ):
-        lora.load_adapter_state(model, state, "a.pt")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in lora.adapter_state(model).items())
+        lora.load_adapter_state_dict(model, state, "a.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora.adapter_state_dict(model).items())
 
 
 def test_the_reports_flag_is_read() -> None:
@@ -723,7 +723,7 @@ def test_wrong_options_are_explained(text: str, message: str) -> None:
 
 def test_merged_backbones_are_saved_as_plain_ones(tmp_path: Path) -> None:
     model = adapted_bert(dora=True)
-    save_pretrained(tmp_path, model.config, lora.merged_state(model))
+    save_pretrained(tmp_path, model.config, lora.merged_state_dict(model))
     loaded = BertModel(read_config(tmp_path)).eval()
     loaded.load_state_dict(load_weights(tmp_path, loaded.config))
     ids, mask = tokens()

@@ -14,7 +14,7 @@ from test_training import assert_resumes, make_trainer, metrics
 
 import ensemble
 import multitask_classifier
-from lora import adapter_state, base_state
+from lora import adapter_state_dict, base_state_dict
 from models.checkpoint import load, load_model
 from utils.errors import UserError
 
@@ -33,12 +33,12 @@ def test_only_what_may_train_changes(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.fit()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    frozen = model.never_trained(fine_tune_mode)
+    frozen = model.frozen_parameter_names(fine_tune_mode)
     assert frozen and not changed & frozen
     assert {name.split(".")[1] for name in changed if name.startswith("heads.")} == set(model.tasks)
     for name, backbone in model.backbones.items():
-        assert {f"backbones.{name}.{own}" for own in adapter_state(backbone)} <= changed
-        rest = {f"backbones.{name}.{own}" for own in base_state(backbone)} - frozen
+        assert {f"backbones.{name}.{own}" for own in adapter_state_dict(backbone)} <= changed
+        rest = {f"backbones.{name}.{own}" for own in base_state_dict(backbone)} - frozen
         assert bool(rest) == (mode in ("attn", "all-lin") and fine_tune_mode != "last-layer")
         assert not rest or rest & changed
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_holds_what_was_trained_and_no_more(adapted: Path) -> None:
     content = load(adapted)
     names = set(content["weights"])
     model, _, _ = load_model(adapted)
-    wanted = {f"backbones.{name}.{own}" for name, b in model.backbones.items() for own in adapter_state(b)}
+    wanted = {f"backbones.{name}.{own}" for name, b in model.backbones.items() for own in adapter_state_dict(b)}
     heads = {name for name in model.state_dict() if not name.startswith("backbones.")}
     assert names == wanted | heads
     assert content["tokenizer"] is None  # it stands beside the base weights, which are needed anyway

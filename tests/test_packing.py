@@ -23,12 +23,12 @@ from text.packing import (
     joined_bytes,
     pack,
     pack_padded,
+    pad_to_bucket,
     ragged_rows,
     split_bytes,
     stack_padded_pairs,
     take,
     unpack,
-    with_tail,
 )
 
 lengths_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
@@ -156,7 +156,7 @@ def assert_grouping_is_exact(lengths: np.ndarray, groups: int) -> None:
         block = grouping.padded_rows[next_row : next_row + real.size].numpy().reshape(real.shape)
         assert (owners[block] == sequence + np.arange(made.sequences)[:, None]).all()
         real_rows += block[real].tolist()
-        assert made.own == slice(len(real_rows) - real.sum(), len(real_rows))
+        assert made.rows == slice(len(real_rows) - real.sum(), len(real_rows))
         sequence, next_row = sequence + made.sequences, next_row + real.size
     assert sequence == len(lengths)
     assert real_rows == list(range(lengths.sum()))
@@ -176,7 +176,7 @@ def test_grouping_covers_every_row_once(lengths: list[int], groups: int) -> None
 def test_rows_of_one_head_fill_each_group_head_by_head(lengths: list[int], heads: int) -> None:
     grouping = group(np.array(sorted(lengths)))
     rows = torch.arange(sum(lengths) * heads).view(-1, heads)  # [T, heads], each a number of its own
-    own_rows = [rows[made.own] for made in grouping.groups]
+    own_rows = [rows[made.rows] for made in grouping.groups]
     for made, (taken, places), own in zip(grouping.groups, grouping.split(heads), own_rows, strict=True):
         padded = grouping.padded_rows[made.first : made.first + made.sequences * made.length]
         rectangle = rows[padded].view(made.sequences, made.length, heads).transpose(1, 2)
@@ -368,7 +368,7 @@ def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dty
 def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = packed(ragged_ids(lengths, rng), [int(rng.integers(0, n + 1)) for n in lengths])
-    tailed = with_tail(batch)
+    tailed = pad_to_bucket(batch)
     tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
     assert (tailed.num_tokens, tailed.max_seqlen, tailed.tail) == (tokens, longest, tokens - sum(lengths))
     assert tailed.num_sequences == len(lengths) + 1 and batch.num_sequences == len(lengths)
@@ -386,7 +386,7 @@ def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
     assert made.groups[-1].first == len(plain.padded_rows)
     assert made.padded_rows[made.packed_rows].tolist() == list(range(tokens))
     assert made.padded_rows[: len(plain.padded_rows)].tolist() == plain.padded_rows.tolist()
-    assert made.groups[-1].own == slice(batch.num_tokens, batch.num_tokens + tailed.tail)
+    assert made.groups[-1].rows == slice(batch.num_tokens, batch.num_tokens + tailed.tail)
 
 
 def test_a_part_knows_its_longest_sequence() -> None:

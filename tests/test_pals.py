@@ -392,7 +392,7 @@ def test_with_lora(tiny_flags: list[str], tmp_path: Path, fine_tune_mode: str, m
     before = copied(model)
     trainer.fit()
     moved = changed(before, copied(model))
-    frozen = model.never_trained(fine_tune_mode)
+    frozen = model.frozen_parameter_names(fine_tune_mode)
     assert frozen and not moved & frozen and not any(name.startswith("pals.") for name in frozen)
     assert {name for name in before if ".decoders." in name} <= moved
     weights = load(trainer.run.best)["weights"]

@@ -46,10 +46,10 @@ def starts_of(batch: PackedBatch) -> np.ndarray:
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, heads: int, dropout: float, first_only: bool
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, heads: int, dropout: float, cls_only: bool
 ) -> Tensor:
     """One rectangle [S, L] of all sequences."""
-    assert not dropout and not first_only
+    assert not dropout and not cls_only
     count, width, column = batch.num_sequences, query.shape[1], np.arange(batch.max_seqlen)
     rows = torch.from_numpy(np.minimum(starts_of(batch)[:, None] + column, len(key) - 1))  # [S, L]
     padding = torch.from_numpy(column >= batch.sizes[:, None])
@@ -198,6 +198,6 @@ def test_fifty_steps_in_fp32(
     flags: list[object], tmp_path: Path, more: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small products go to oneDNN too, where there is one."""
-    monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
     found, wanted = (losses([*flags, *more], tmp_path / str(plain), torch.float32, plain) for plain in (False, True))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)

@@ -21,7 +21,7 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="a CPU with AVX-512 a
 
 @pytest.fixture(autouse=True)
 def even_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 1)
 
 
 def known(*shape: int, seed: int) -> Tensor:
@@ -121,7 +121,7 @@ def test_what_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(x.double(), own.weight.double(), own.bias.double())
     linear(x[None], own.weight, own.bias)
     linear(x.to("meta"), own.weight.to("meta"), own.bias.to("meta"))
-    monkeypatch.setattr(products, "FEWEST", 6 * 4 * 5 + 1)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 6 * 4 * 5 + 1)
     linear(x, own.weight, own.bias)
     assert calls == []
 
@@ -167,7 +167,7 @@ from kernels.linear import product
 from utils.device import choose_device, process_peak
 choose_device(False, False, 1, print)
 x, w = torch.randn(1500, 128), torch.randn(128, 512)
-products.FEWEST = 1
+products.MIN_MULTIPLICATIONS = 1
 random.seed(0)
 def some():
     for _ in range(150):
@@ -190,8 +190,8 @@ def test_ever_new_shapes_do_not_fill_the_memory() -> None:
 WITHOUT_KERNELS = """
 import re, resource, torch, torch.nn.functional as F
 from pathlib import Path
-from evaluation import halving
-from products import linear
+from evaluation.predict import halving
+from kernels.linear import linear
 torch.set_num_threads(1)
 x, weight, bias = torch.randn(900, 256), torch.randn(256, 256), torch.randn(256)
 wanted = F.gelu(x.double() @ weight.double().t() + bias.double())

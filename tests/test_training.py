@@ -23,7 +23,7 @@ from cli.parser import parse
 from config import Config
 from datasets import load_splits, tokenise
 from evaluation.predict import predict
-from models.checkpoint import copy, load, load_model, load_weights_into, model_checkpoint, save
+from models.checkpoint import copy, load, load_model, load_model_state_dict, model_checkpoint, save
 from models.freezing import scheduled_layers
 from models.heads import BatchNorm
 from models.multitask_bert import MultitaskBERT
@@ -608,7 +608,7 @@ def test_a_checkpoint_of_another_arch_is_refused(trained: Trainer, tiny_flags: l
     other, _ = multitask_classifier.build_model(config, DEFAULT_TASKS)
     before = copied(other)
     with pytest.raises(UserError, match="another arch.*; and [0-9]+ more") as error:
-        load_weights_into(other, load(trained.run.best)["weights"], trained.run.best, set())
+        load_model_state_dict(other, load(trained.run.best)["weights"], trained.run.best, set())
     assert "\n" not in str(error.value) and str(trained.run.best) in str(error.value) and len(str(error.value)) < 1200
     assert changed(before, copied(other)) == set()
 
@@ -618,7 +618,7 @@ def test_weights_that_do_not_fit_are_listed(trained: Trainer) -> None:
     weights["heads.mnli.bias"] = weights.pop("heads.para.2.bias")
     weights["pair_layer.dense.bias"] = torch.zeros(3)
     with pytest.raises(UserError) as error:
-        load_weights_into(trained.model, weights, Path("own.pt"), set())
+        load_model_state_dict(trained.model, weights, Path("own.pt"), set())
     assert str(error.value) == (
         "own.pt: the weights do not fit the model, another arch perhaps: missing heads.para.2.bias; "
         "unknown heads.mnli.bias; pair_layer.dense.bias is (3,) instead of (64,)"

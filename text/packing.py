@@ -1,7 +1,7 @@
-"""Packed batches: all sequences of a batch laid end to end, without padding.
+"""Packed batches: all sequences of a batch end to end, without padding.
 
-Everything in a BERT but attention works token by token, so it needs no padding at all. `pack` lays the sequences down
-in order of length and computes, once per batch, what attention needs to see them as a few nearly full rectangles.
+Everything in a BERT but attention works token by token and needs no padding. `pack` stores the sequences by length.
+For attention, `Grouping` maps them, once for each batch, to a few rectangles with little padding.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUPS = 8  # rectangles per batch: more waste less padding, but each costs a few kernel calls per layer
+GROUPS = 8  # rectangles in a batch: more have less padding, but each costs a few kernel calls in each layer
+ALIGNMENT = 16  # bytes; no tensor has wider numbers
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for: a GPU fetches it from pinned memory in its own time."""
+    """Return a copy on `device` without waiting for it: a GPU fetches it from pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-ALIGNMENT = 16  # bytes; no number of a tensor is wider
-
-
 def joined_bytes(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
-    """The bytes of CPU tensors end to end, each from a multiple of ALIGNMENT on, in `pinned` memory or not."""
-    out = torch.empty(byte_starts(tensors)[-1], dtype=torch.uint8, pin_memory=pinned)
-    for part, tensor in zip(split_bytes(out, tensors), tensors, strict=True):
+    """Return the bytes of CPU tensors end to end; each starts at a multiple of ALIGNMENT."""
+    joined = torch.empty(byte_starts(tensors)[-1], dtype=torch.uint8, pin_memory=pinned)
+    for part, tensor in zip(split_bytes(joined, tensors), tensors, strict=True):
         part.copy_(tensor)
-    return out
+    return joined
 
 
 def split_bytes(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What joined_bytes made of `tensors` as views of their types and shapes."""
+    """Return views of the output of `joined_bytes` with the types and shapes of `tensors`."""
     return [
         joined[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for tensor, start in zip(tensors, byte_starts(tensors), strict=False)
@@ -44,13 +42,13 @@ def split_bytes(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def byte_starts(tensors: Sequence[Tensor]) -> list[int]:
-    """Where joined_bytes puts each tensor, and the length of it all."""
+    """Return the offset in bytes at which `joined_bytes` puts each tensor, and the total length."""
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     return [0, *accumulate(sizes)]
 
 
 def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies on `device` that the host does not wait for; a GPU fetches all of them at once."""
+    """Return copies on `device` without waiting for them; a GPU fetches all of them in one transfer."""
     if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
         return [tensor.to(device) for tensor in tensors]
     return split_bytes(joined_bytes(tensors, pinned=True).to(device, non_blocking=True), tensors)
@@ -63,8 +61,8 @@ class Group:
     first: int  # first row of the padded buffer
     sequences: int  # n
     length: int  # L
-    own: slice  # the packed rows of its t tokens
-    key_mask: Tensor | None  # [n, 1, 1, L], to be added to scores: -inf at padding; None where nothing is padded
+    rows: slice  # the packed rows of its t tokens
+    key_mask: Tensor | None  # [n, 1, 1, L], added to scores: -inf at padding; None if nothing is padded
 
 
 @dataclass(frozen=True)
@@ -72,35 +70,35 @@ class Grouping:
     """How packed rows [T] map to the padded rows [P] of all groups, and back."""
 
     groups: tuple[Group, ...]
-    padded_rows: Tensor  # [P] packed row that fills each padded row (a repeated one at padding)
+    padded_rows: Tensor  # [P] packed row that fills each padded row (padding repeats a row of its sequence)
     packed_rows: Tensor  # [T] padded row of each packed row
-    by_heads: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # what `split` has made
+    by_heads: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # the results of `split`
 
     def to(self, device: torch.device) -> "Grouping":
-        """The same on another device."""
+        """Return the same grouping on another device."""
         masks = [group.key_mask for group in self.groups if group.key_mask is not None]
         padded_rows, packed_rows, *masks = all_to_device([self.padded_rows, self.packed_rows, *masks], device)
         moved = iter(masks)
-        groups = [own if own.key_mask is None else replace(own, key_mask=next(moved)) for own in self.groups]
+        groups = [group if group.key_mask is None else replace(group, key_mask=next(moved)) for group in self.groups]
         return Grouping(tuple(groups), padded_rows, packed_rows)
 
     def split(self, heads: int) -> list[tuple[Tensor, Tensor]]:
-        """The same for each group, where every row is cut into rows of one head: the packed ones are [T * heads].
+        """Return the same mapping for each group after each row is cut into one row for each head: [T * heads] rows.
 
-        A group's rectangle is [n, heads, L] then. The first tensor [n * heads * L] says which packed rows fill it, the
-        second [t * heads] at which of its places the group's own packed rows are.
+        The rectangle of a group is then [n, heads, L]. The first tensor [n * heads * L] holds the packed rows that fill
+        it. The second tensor [t * heads] holds the places in it of the packed rows of the group.
         """
         if heads not in self.by_heads:
-            made = []
+            pairs = []
             head = torch.arange(heads, device=self.padded_rows.device)
             for group in self.groups:
                 n, length = group.sequences, group.length
                 padded = self.padded_rows[group.first : group.first + n * length]
-                packed = self.packed_rows[group.own] - group.first
+                packed = self.packed_rows[group.rows] - group.first
                 rows = padded.view(n, 1, length) * heads + head[:, None]  # [n, heads, L]
                 places = (packed // length * heads)[:, None] + head  # [t, heads], of [n, heads]
-                made.append((rows.flatten(), (places * length + (packed % length)[:, None]).flatten()))
-            self.by_heads[heads] = made
+                pairs.append((rows.flatten(), (places * length + (packed % length)[:, None]).flatten()))
+            self.by_heads[heads] = pairs
         return self.by_heads[heads]
 
 
@@ -108,25 +106,25 @@ class Grouping:
 class PackedBatch:
     """S sequences with T tokens in all, stored by rising length.
 
-    `order` holds, for each stored sequence, its index in the batch as the caller gave it; `restore` is its inverse.
+    `order` holds the index of each stored sequence in the caller's batch; `restore` is its inverse.
 
-    Behind them there may be a tail (see `with_tail`), one further sequence that nobody asked for: T and the offsets
-    count it, `order`, `restore` and whatever is in the caller's order do not.
+    One more sequence may follow, the tail, which only fills up the batch (see `pad_to_bucket`). T and the offsets count
+    it, but `order`, `restore` and everything in the caller's order do not.
     """
 
     input_ids: Tensor  # [T] int64
     token_type_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T; one more where there is a tail
-    max_seqlen: int  # no sequence is longer
+    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T; one more with a tail
+    max_seqlen: int  # upper bound of the lengths
     order: Tensor  # [S] int64
     restore: Tensor  # [S] int64
-    sizes: np.ndarray  # [S] int64, the sequences' lengths, which the host knows wherever the tensors are
+    sizes: np.ndarray  # [S] int64, the lengths, on the host wherever the tensors are
     tail: int = 0  # tokens of the tail
 
     @property
     def num_sequences(self) -> int:
-        """S, and one more where there is a tail."""
+        """S, or S+1 with a tail."""
         return len(self.cu_seqlens) - 1
 
     @property
@@ -136,42 +134,42 @@ class PackedBatch:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[S] int64, in stored order."""
+        """Lengths of the sequences [S] int64, in stored order."""
         return self.cu_seqlens.diff().long()
 
     @cached_property
     def sequence_ids(self) -> Tensor:
-        """[T] int64, the stored sequence that each row belongs to."""
+        """Number of the stored sequence of each row [T] int64."""
         return torch.repeat_interleave(self.lengths, output_size=self.num_tokens)
 
     @cached_property
     def grouping(self) -> Grouping:
         """The sequences as rectangles."""
-        made = group(self.sizes)
-        return (with_tail_group(made, self.tail) if self.tail else made).to(self.cu_seqlens.device)
+        grouping = group(self.sizes)
+        return (pad_grouping(grouping, self.tail) if self.tail else grouping).to(self.cu_seqlens.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The batch's tensors by name."""
+        """Return the tensors of the batch by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     def with_tensors(self, tensors: dict[str, Any]) -> "PackedBatch":
-        """The same batch with others in the place of `tensors()`; what was derived from those is made anew."""
+        """Return the same batch with other tensors; everything derived from `tensors()` is computed again."""
         return replace(self, **tensors)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         if self.input_ids.device == device:
             return self
-        own = self.tensors()
-        return self.with_tensors(dict(zip(own, all_to_device(list(own.values()), device), strict=True)))
+        tensors = self.tensors()
+        return self.with_tensors(dict(zip(tensors, all_to_device(list(tensors.values()), device), strict=True)))
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch that is on its way through a backbone: `hidden` [T, H] is what the lowest `layers` layers put out.
+    """A batch that went through a part of a backbone: `hidden` [T, H] is the output of the lowest `layers` layers.
 
-    With 0 layers that is the embedding output. Without `packed`, `hidden` is [S, H], the sentence embeddings
-    themselves in the caller's order.
+    With 0 layers, that is the output of the embeddings. Without `packed`, `hidden` [S, H] holds the sentence embeddings
+    in the caller's order.
     """
 
     hidden: Tensor
@@ -179,11 +177,11 @@ class EncodedBatch:
     packed: PackedBatch | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The batch's tensors by name."""
+        """Return the tensors of the batch by name."""
         return {"hidden": self.hidden, **(self.packed.tensors() if self.packed is not None else {})}
 
     def to(self, device: torch.device) -> "EncodedBatch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         packed = None if self.packed is None else self.packed.to(device)
         return EncodedBatch(to_device(self.hidden, device), self.layers, packed)
 
@@ -192,20 +190,20 @@ Batch = PackedBatch | EncodedBatch
 
 
 def ragged_rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Rows start, start+1, .. of every sequence, end to end: [sum(lengths)] int64."""
+    """Return the rows start, start+1, ... of each sequence, end to end: [sum(lengths)] int64."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def _cut(lengths: np.ndarray, groups: int) -> list[int]:
-    """Boundaries that cut sorted `lengths` [S] into at most `groups` runs with the least padding.
+def best_cuts(lengths: np.ndarray, groups: int) -> list[int]:
+    """Return the boundaries that cut sorted `lengths` [S] into at most `groups` runs with the least padding.
 
-    Only places where the length changes can be boundaries; dynamic programming over them finds the optimum.
+    Boundaries lie where the length changes. Dynamic programming over these places finds the optimum.
     """
     places = np.flatnonzero(np.diff(lengths, prepend=-1))  # first sequence of each distinct length
     ends = np.append(places[1:], len(lengths))
     tallest = lengths[places]
-    # area[i, j]: rows of one rectangle over the distinct lengths i..j
+    # area[i, j]: padded rows of one rectangle over the distinct lengths i..j
     area = (ends[None, :] - places[:, None]) * tallest[None, :].astype(np.float64)
     area[np.tril_indices(len(places), -1)] = np.inf
     best, choices = area[0], []
@@ -225,29 +223,30 @@ def _cut(lengths: np.ndarray, groups: int) -> list[int]:
 
 
 def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
-    """The grouping of packed sequences whose `lengths` [S] rise."""
+    """Return the grouping, in at most `groups` rectangles, of packed sequences with rising `lengths` [S]."""
     if not len(lengths):
-        none = torch.empty(0, dtype=torch.int64)
-        return Grouping((), none, none)
-    cuts = _cut(lengths, groups)
+        empty = torch.empty(0, dtype=torch.int64)
+        return Grouping((), empty, empty)
+    cuts = best_cuts(lengths, groups)
     starts = np.cumsum(lengths) - lengths
-    padded_rows, packed_rows, made = [], [], []
+    padded_rows, packed_rows, rectangles = [], [], []
     first = 0
     for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
-        own, tallest = lengths[begin:end], int(lengths[end - 1])
-        column = np.arange(tallest)
-        real = column < own[:, None]  # [n, L]
-        padded_rows.append((starts[begin:end, None] + np.minimum(column, own[:, None] - 1)).ravel())
+        column, length = lengths[begin:end, None], int(lengths[end - 1])
+        position = np.arange(length)
+        real = position < column  # [n, L]
+        padded_rows.append((starts[begin:end, None] + np.minimum(position, column - 1)).ravel())
         packed_rows.append(first + np.flatnonzero(real))
         mask = None if real.all() else torch.from_numpy(np.where(real, 0, -np.inf).astype(np.float32))[:, None, None]
-        made.append(Group(first, end - begin, tallest, slice(int(starts[begin]), int(starts[begin] + own.sum())), mask))
+        rows = slice(int(starts[begin]), int(starts[begin] + column.sum()))
+        rectangles.append(Group(first, end - begin, length, rows, mask))
         first += real.size
     padded, packed = (torch.from_numpy(np.concatenate(rows)) for rows in (padded_rows, packed_rows))
-    return Grouping(tuple(made), padded, packed)
+    return Grouping(tuple(rectangles), padded, packed)
 
 
-def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
-    """`grouping` with a rectangle of its own for a last sequence of `tail` tokens."""
+def pad_grouping(grouping: Grouping, tail: int) -> Grouping:
+    """Return `grouping` with one more rectangle, for a last sequence of `tail` tokens."""
     tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
     rows = torch.arange(tail)
     return Grouping(
@@ -258,11 +257,11 @@ def with_tail_group(grouping: Grouping, tail: int) -> Grouping:
 
 
 def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -> PackedBatch:
-    """A PackedBatch of sequences given end to end.
+    """Return a PackedBatch of sequences that are given end to end.
 
-    `input_ids` [T] holds the tokens, `lengths` [S] the sequences' lengths (each at least 1), `second_start` [S] the
-    position where token type 1 begins (the length itself where there is one text only).
-    There may be none at all, as in the shard of a process that has nothing of a batch.
+    `input_ids` [T] holds the tokens, `lengths` [S] the lengths of the sequences (each at least 1), and `second_start`
+    [S] the position where token type 1 begins (the length itself for a single text). S may be 0, as in the empty shard
+    of a process.
     """
     order = np.argsort(lengths, kind="stable")
     starts = (np.cumsum(lengths) - lengths)[order]
@@ -285,9 +284,9 @@ def pack(input_ids: np.ndarray, lengths: np.ndarray, second_start: np.ndarray) -
 
 
 def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
-    """Some sequences of a batch as a batch of their own, and their rows [T'] in it.
+    """Return some sequences of a batch as a new batch, and their rows [T'] in the old one.
 
-    `stored` [n] are numbers of stored sequences and rise; the new batch's order is theirs.
+    `stored` [n] holds rising numbers of stored sequences. The new batch has them in this order.
     """
     whole = batch.to(torch.device("cpu"))
     lengths = whole.sizes[stored]
@@ -307,7 +306,10 @@ def take(batch: PackedBatch, stored: np.ndarray) -> tuple[PackedBatch, Tensor]:
 
 
 def pack_padded(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PackedBatch:
-    """A PackedBatch of ordinary padded tensors [S, L]; every row needs at least one real token, padding at its end."""
+    """Return a PackedBatch of padded tensors [S, L].
+
+    Raises ValueError if a row has no token, has padding before a token, or has token types that fall.
+    """
     mask = attention_mask.bool().cpu().numpy()
     lengths = mask.sum(axis=1)
     if not (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all() or not lengths.all():
@@ -323,14 +325,14 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tenso
 
 
 def unpack(rows: Tensor, batch: PackedBatch, length: int | None = None) -> Tensor:
-    """Packed rows [T, ...] as a padded tensor [S, L, ...] in the caller's order, zero at padding."""
+    """Return packed rows [T, ...] as a padded tensor [S, L, ...] in the caller's order, with zeros at padding."""
     out = rows.new_zeros((batch.num_sequences, length or batch.max_seqlen, *rows.shape[1:]))
     out[batch.order[batch.sequence_ids], batch.position_ids] = rows
     return out
 
 
 def stack_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor) -> PackedBatch:
-    """2B sequences for a siamese pass: all first texts [B, L1], then all second texts [B, L2]."""
+    """Return 2B sequences for a siamese pass: all first texts [B, L1], then all second texts [B, L2]."""
     length = max(ids_1.shape[1], ids_2.shape[1])
 
     def widen(x: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ def stack_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Ten
 
 
 def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tensor) -> PackedBatch:
-    """B sequences [CLS] a [SEP] b [SEP] with token types 0 and 1; the second text's own [CLS] is dropped."""
+    """Return B sequences [CLS] a [SEP] b [SEP] with token types 0 and 1; the [CLS] of the second texts is dropped."""
     ids, lengths, second_start = [], [], []
     rows = zip(ids_1.cpu(), mask_1.cpu().bool(), ids_2.cpu(), mask_2.cpu().bool(), strict=True)
     for first, keep_1, second, keep_2 in rows:
@@ -365,7 +367,7 @@ def bucket(tokens: int, longest: int) -> tuple[int, int]:
     return (tokens // step + 1) * step, 1 << (max(longest, step) - 1).bit_length()
 
 
-def with_tail(batch: PackedBatch) -> PackedBatch:
+def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
     """A batch on the host grown to its `bucket` by tokens of a last sequence of their own.
 
     Nothing reads what a backbone makes of them, so that losses and gradients stay as they are.

@@ -1,7 +1,7 @@
-"""Arrays kept between runs: a file of Quora's size takes 10 s or more to read and tokenise, less than one from here.
+"""Keep arrays between runs: reading and tokenising a file like Quora's takes 10 s or more, loading it less than one.
 
-What is kept is named by the hash of all that it follows from, this package's code included, so that it never has to be
-thrown away by hand. Deleting the folder is always right.
+The name of a kept file is the hash of everything that it depends on, including the code of this package, so it never
+has to be deleted by hand. Deleting the folder is always safe.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ logger = logging.getLogger("minbert")
 
 Arrays = dict[str, np.ndarray]
 
-MAX_BYTES = 2 << 30  # in the folder; beyond that, what was longest unused goes
+MAX_BYTES = 2 << 30  # in the folder; beyond that, the files that were unused for longest are deleted
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("text/token_cache.py", "datasets.py", "text/cleaning.py", "text/tokenizer.py")  # what makes the arrays
+CODE = ("datasets.py", "text/rows.py", "text/cleaning.py", "text/tokenizer.py", "text/token_cache.py")
 
 
 def cache_key(*parts: object) -> str:
-    """The hash of `parts` (bytes as they are, others by their text) and of the code."""
+    """Return the hash of `parts` (bytes as they are, others by their text) and of the code that makes the arrays."""
     digest = hashlib.sha256()
     for part in [*((ROOT / name).read_bytes() for name in CODE), *parts]:
         content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
@@ -38,7 +38,7 @@ def cache_key(*parts: object) -> str:
 
 
 def cached(kind: str, key: str, make: Callable[[], Arrays]) -> Arrays:
-    """What was kept under `key`; else what `make` returns, which is then kept if the folder can be written."""
+    """Return the arrays kept under `key`, or else those that `make` returns; keep these if the folder is writable."""
     path = cache_folder() / "arrays" / f"{kind}-{key[:32]}.npz"
     try:
         arrays = _read(path)
@@ -46,7 +46,7 @@ def cached(kind: str, key: str, make: Callable[[], Arrays]) -> Arrays:
         return arrays
     except FileNotFoundError:
         pass
-    except Exception as error:  # of a damaged file numpy and zipfile raise a dozen kinds
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         logger.info("%s: cannot be read (%s) and is made again", path, first_line(error))
     arrays = make()
     try:
@@ -58,34 +58,36 @@ def cached(kind: str, key: str, make: Callable[[], Arrays]) -> Arrays:
 
 
 def pack_texts(texts: Sequence[str]) -> np.ndarray:
-    """Texts that are not empty and have no line breaks, as one array of bytes."""
+    """Return texts, none of which is empty or has a line break, as one array of bytes."""
     return np.frombuffer("\n".join(texts).encode(), np.uint8)
 
 
 def unpack_texts(packed: np.ndarray) -> list[str]:
-    """The inverse of `pack_texts`."""
+    """Return the inverse of `pack_texts`."""
     return packed.tobytes().decode().split("\n") if packed.size else []
 
 
 def _read(path: Path) -> Arrays:
+    """Return the arrays of a kept file. A damaged file may raise anything."""
     refuse_inflating(path)
     with np.load(path, allow_pickle=False) as saved:
-        names = str(saved["names"]).split()  # so that none is missing
+        names = str(saved["names"]).split()  # a missing array raises KeyError
         arrays = {name: saved[name] for name in names}
     with suppress(OSError):
-        os.utime(path)  # for _prune
+        os.utime(path)  # _prune looks at this
     return arrays
 
 
 def _write(path: Path, arrays: Arrays) -> None:
+    """Write arrays with the list of their names."""
     content: dict[str, Any] = {"names": np.array(" ".join(arrays)), **arrays}
     with path.open("wb") as file:
         np.savez(file, **content)
 
 
 def _prune(folder: Path) -> None:
-    """Delete what was longest unused until MAX_BYTES are left; another process may be doing the same."""
-    with suppress(OSError):
+    """Delete the files that were unused for longest until MAX_BYTES are left."""
+    with suppress(OSError):  # another process may delete the same files
         total = 0
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
             total += path.stat().st_size

@@ -1,4 +1,4 @@
-"""WordPiece: texts and pairs of texts to token ids, by the `tokenizers` library."""
+"""Turn texts and pairs of texts into WordPiece token ids, with the `tokenizers` library."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from utils.errors import UserError
 from utils.untrusted import read_json
 
-BLOCK = 4096  # texts encoded at a time: an Encoding is some kilobytes, so Quora's 283,000 pairs would take gigabytes
-MAX_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million
+BLOCK = 4096  # texts encoded at a time: an Encoding takes kilobytes, so Quora's 283,000 pairs would take gigabytes
+MAX_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million bytes
 MAX_GAPS = 10_000  # ids without a word
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# What may happen to a text before its words are looked up: none of it takes for ever, or makes the text endless.
+# Allowed steps before the lookup of words: none of them can take forever or make a text endless.
 STEPS = {
     "normalizer": ("BertNormalizer", "Lowercase", "NFD", "NFC", "NFKC", "NFKD", "StripAccents", "Strip"),
     "pre_tokenizer": ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation"),
@@ -29,12 +29,12 @@ STEPS = {
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """S token sequences laid end to end, N tokens in all."""
+    """S token sequences end to end, N tokens in all."""
 
     input_ids: np.ndarray  # [N] int32
     offsets: np.ndarray  # [S+1] int64; sequence i is input_ids[offsets[i]:offsets[i+1]]
-    second_start: np.ndarray  # [S] int32, where in the sequence token type 1 begins; its length for a single text
-    truncated: int  # how many sequences lost tokens
+    second_start: np.ndarray  # [S] int32, position where token type 1 begins; the sequence's length for a single text
+    truncated: int  # number of sequences that lost tokens
 
     def __len__(self) -> int:
         return len(self.second_start)
@@ -44,24 +44,24 @@ class Tokenizer:
     """[CLS] a [SEP] and [CLS] a [SEP] b [SEP], at most `max_length` (at least 4) tokens long."""
 
     def __init__(self, backend: tokenizers.Tokenizer, max_length: int, source: str) -> None:
-        """Take over `backend`. Raises UserError, naming `source`, where it is not the tokenizer of a BERT."""
+        """Take over `backend`. Raises UserError, naming `source`, if it is not the tokenizer of a BERT."""
         if not isinstance(backend.model, WordPiece):
             raise UserError(f"{source}: holds no WordPiece model; use the tokenizer of a BERT")
         ids = {token: id for token in SPECIAL_TOKENS if (id := backend.token_to_id(token)) is not None}
-        if lacking := [token for token in SPECIAL_TOKENS if token not in ids]:
-            raise UserError(f"{source}: the vocabulary has no {', '.join(lacking)}; use the vocabulary of a BERT")
+        if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
+            raise UserError(f"{source}: the vocabulary has no {', '.join(missing)}; use the vocabulary of a BERT")
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())  # ids may have gaps
         if self.vocab_size > len(vocabulary) + MAX_GAPS:  # the library takes memory for each of them
             raise UserError(f"{source}: an id is {self.vocab_size - 1}, of {len(vocabulary)} words; use that of a BERT")
-        # A stored tokenizer may pad and truncate to a length of its own (all-MiniLM-L6-v2: both, to 128).
+        # A stored tokenizer may pad and truncate by itself (all-MiniLM-L6-v2 does both, to 128 tokens).
         backend.no_padding()
         backend.no_truncation()
         text = backend.to_str()
         refuse_steps(json.loads(text), source)
         try:
             backend.encode_batch_fast(["A probe: \u8bd5"], add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception; a normaliser or an unknown token may be amiss
+        except Exception as error:  # the library raises bare Exception, for a wrong normaliser or unknown token
             raise UserError(f"{source}: cannot encode a text ({error}); use the tokenizer of a BERT") from error
         self.pad_id = ids["[PAD]"]
         self.cls_id = ids["[CLS]"]
@@ -69,21 +69,21 @@ class Tokenizer:
         self.mask_id = ids["[MASK]"]
         self.special_ids = tuple(ids.values())
         self.max_length = max_length
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # of all but `max_length`
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # of everything but `max_length`
         self._backend = backend
 
     def to_json(self) -> str:
-        """The tokenizer as text, so that a checkpoint can carry it."""
+        """Return the tokenizer as text, so that a checkpoint can hold it."""
         return self._backend.to_str()
 
     def to_config(self) -> dict[str, Any]:
-        """The tokenizer_config.json with which transformers makes the same tokens.
+        """Return the tokenizer_config.json with which transformers makes the same tokens.
 
-        It builds a BertTokenizer's normaliser from these settings and does not look at that of tokenizer.json.
+        transformers builds the normaliser from these settings and ignores the one in tokenizer.json.
         """
         config = {"tokenizer_class": "BertTokenizer", "model_max_length": self.max_length}
         normalizer = json.loads(self.to_json())["normalizer"] or {}
-        if normalizer.get("type") != "BertNormalizer":  # its settings are unknown
+        if normalizer.get("type") != "BertNormalizer":  # others have no such settings
             return config
         return {
             **config,
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: Any, max_length: int, source: str) -> "Tokenizer":
-        """The inverse of `to_json`. Raises UserError, naming `source`, where `text` is no BERT tokenizer."""
+        """Return the inverse of `to_json`. Raises UserError, naming `source`, if `text` is no BERT tokenizer."""
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -102,9 +102,10 @@ class Tokenizer:
         return cls(backend, max_length, source)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenArrays:
-        """Token ids of S texts, or of S pairs (texts[i], pairs[i]) joined; the longer text of a pair is cut first.
+        """Return the token ids of S texts, or of S joined pairs (texts[i], pairs[i]).
 
-        Raises ValueError where `texts` and `pairs` differ in length.
+        Sequences are cut to `max_length`; the longer text of a pair is cut first. Raises ValueError if `texts` and
+        `pairs` differ in length.
         """
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"{len(texts)=} differs from {len(pairs)=}")
@@ -133,14 +134,14 @@ class Tokenizer:
         )
 
     def _word_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of whole texts, without special tokens."""
+        """Return the ids of whole texts, without special tokens."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
-    """Raise UserError, naming `source`, where the `settings` of a tokenizer have steps other than `STEPS`.
+    """Raise UserError, naming `source`, if the `settings` of a tokenizer have other steps than `STEPS`.
 
-    A replacement can make a text a billion times as long, and a regular expression search it for ever.
+    A replacement could make a text a billion times as long, and a regular expression could search it forever.
     """
     for part, known in STEPS.items():
         for kind in step_kinds(settings[part]):
@@ -152,7 +153,7 @@ def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
 
 
 def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:
-    """The type of a normalizer or pre-tokenizer; of a sequence, those of its members."""
+    """Yield the type of a normalizer or pre-tokenizer, or the types of the members of a sequence."""
     if step is None:
         return
     if step["type"] != "Sequence":
@@ -163,11 +164,11 @@ def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
-    """How many of `a` and `b` tokens stay when tokens go from the longer text's end, until `budget` tokens are left.
+    """Return how many of `a` and `b` tokens stay if the longer text loses its last token until `budget` are left.
 
-    Once both are equally long, the one that was shorter gives way (the first, if neither was). The library's own
-    truncation follows the same rule but also builds what it cuts off, for a pair in every combination: two texts of a
-    thousand tokens take gigabytes.
+    If both are equally long, the text that was shorter loses the next token (the first text, if neither was). The
+    library's truncation follows the same rule, but also builds what it cuts off, for a pair in every combination: two
+    texts of a thousand tokens take gigabytes.
     """
     if a + b <= budget:
         return a, b
@@ -176,7 +177,7 @@ def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
 
 
 def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
-    """BERT's tokenizer from vocab.txt and the settings that tokenizer_config.json may hold."""
+    """Return BERT's tokenizer from vocab.txt and from tokenizer_config.json, if that is there."""
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
     vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
@@ -184,19 +185,19 @@ def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     backend.normalizer = BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),  # None: accents go where case goes
+        strip_accents=settings.get("strip_accents"),  # None strips accents if `lowercase` is set
         lowercase=settings.get("do_lower_case", True),
     )
     backend.pre_tokenizer = BertPreTokenizer()
-    # Only those in the vocabulary: a missing one must be seen as missing, not be appended to it.
+    # Only those in the vocabulary, since the library would append a missing one.
     backend.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
     return backend
 
 
 def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
-    """The tokenizer of a model folder, from tokenizer.json, else from vocab.txt.
+    """Return the tokenizer of a model folder, from tokenizer.json or else from vocab.txt.
 
-    Raises UserError where neither file is there, or the file is damaged or of another kind of model.
+    Raises UserError if neither file is there, or if the file is damaged or of another kind of model.
     """
     path = next((folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()), None)
     if path is None:

@@ -111,13 +111,11 @@ class DistributedContext:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
 
-    def shard(self, indices: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, Shard | None]:
+    def shard(self, indices: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, Shard]:
         """Return the examples [b] of the global batch `indices` [B] that this rank passes through the model.
 
         `lengths` [N] counts the tokens of all examples of the split.
         """
-        if self.size == 1:
-            return indices, None
         places = shard_places(lengths[indices], self.rank, self.size)
         return indices[places], Shard(torch.from_numpy(places), len(indices))
 

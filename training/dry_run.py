@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: parameters by part, steps per epoch, memory and disk."""
+"""--dry_run: tell what a run will do: parameters by part, steps per epoch, memory and disk."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,57 +20,64 @@ ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token f
 
 
 def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of these parameters."""
-    return 4 * sum(own.numel() for own in parameters)
+    """Return the bytes of these parameters."""
+    return 4 * sum(parameter.numel() for parameter in parameters)
 
 
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
-    """Bytes of the optimizers' states once all has trained that will; each task's optimizer has its own."""
-    kept, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained(config.train).values())
-    reached = [own for name in model.tasks for own in model.task_parameters(name) if own in trains]
+    """Return the bytes of the optimizers' states once everything trains that will. Each optimizer has its states."""
+    count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained(config.train).values())
+    reached = [p for name in model.tasks for p in model.task_parameters(name) if p in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
-    return kept * weight_bytes(reached)
+    return count * weight_bytes(reached)
 
 
 def average_bytes(model: MultitaskBERT, config: Config) -> int:
-    """Bytes of the running averages of the weights: that of --average, and that of --NAME_bregman."""
-    count = (config.train.average != "none") + any(own.bregman > 0.0 for own in config.tasks.values())
+    """Return the bytes of the running averages of the weights: that of --average, and that of --NAME_bregman."""
+    count = (config.train.average != "none") + any(task.bregman > 0.0 for task in config.tasks.values())
     return 4 * count * sum(tensor.numel() for tensor in averaged_tensors(model, config.train).values())
 
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
-    """About the most that checkpoints take on disk: best.pt, two resume states, and a third while it is written."""
-    left_out = model.never_trained(config.train.fine_tune_mode)
-    best = weight_bytes(own for name, own in model.named_parameters() if name not in left_out)
+    """Return about the most that checkpoints take on disk: best.pt, two states, and one that is being written."""
+    frozen_names = model.frozen_parameter_names(config.train.fine_tune_mode)
+    best = weight_bytes(parameter for name, parameter in model.named_parameters() if name not in frozen_names)
     resume = best + optimizer_bytes(model, config) + average_bytes(model, config)
-    return int(1.05 * (best + 3 * resume)) + (1 << 20)  # and room for what surrounds the tensors
+    return int(1.05 * (best + 3 * resume)) + (1 << 20)  # with room for what surrounds the tensors
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData], processes: int = 1) -> int:
-    """About the memory of training: weights and their average, gradients, optimizer states, a batch's activations.
+    """Return about the memory of training: weights, averages, gradients, optimizer states, a batch's activations.
 
-    Layers below the lowest that trains keep none of these. Of several processes each has its part of a batch.
+    Layers below the lowest that trains keep no activations. Of several processes, each has its part of a batch.
     """
     shape, trains = model.bert_config, model.trained(config.train).values()
     per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
     activations = max(
-        config.train.batch_size
-        * float(np.mean(own.lengths))
+        examples_at_a_time(config, model, name, processes)
+        * float(np.mean(examples.lengths))
         * per_layer
         * (shape.num_hidden_layers - (0 if name in model.pals else model.backbone(name).frozen_layers()))
-        for name, own in data.items()
+        for name, examples in data.items()
     )
     states = optimizer_bytes(model, config) + average_bytes(model, config)
-    kept = weight_bytes(model.parameters()) + weight_bytes(trains) + states
-    return int(kept + activations / processes)
+    return int(weight_bytes(model.parameters()) + weight_bytes(trains) + states + activations)
+
+
+def examples_at_a_time(config: Config, model: MultitaskBERT, task: str, processes: int) -> float:
+    """Return how many examples of a task keep activations in one process."""
+    examples = config.train.batch_size / processes
+    if config.train.micro_batch_size is None:
+        return examples
+    return min(examples, config.train.micro_batch_size / (2 if model.is_siamese(task) else 1))
 
 
 BAR = 40  # characters of the longest bar
 
 
 def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> list[str]:
-    """A bar for each task: how often the run goes through it."""
+    """Return a bar for each task: how often the run goes through it."""
     counts = passes(plan, options.routine, options.epochs)
     width = max(len(model.tasks[name].title) for name in counts)
     longest = max(counts.values())
@@ -84,25 +91,25 @@ def passes_chart(model: MultitaskBERT, plan: Plan, options: TrainOptions) -> lis
 def tasks_table(
     config: Config, model: MultitaskBERT, data: Mapping[str, TaskData], plan: Plan, steps: Sequence[Step]
 ) -> str:
-    """Sizes, rates and loss of each task, and how many of an epoch's `steps` are its own."""
+    """Return a table of each task's sizes, rates and loss, and of its share of an epoch's `steps`."""
     rows = [
         [
             model.tasks[name].title,
-            f"{len(own):,}",
+            f"{len(examples):,}",
             str(plan.rounds[name]),
             f"{sum(batch.task == name for step in steps for batch in step.batches):,}",
-            f"{own.lengths.mean():.1f}",
+            f"{examples.lengths.mean():.1f}",
             f"{config.train.scaled_lr() * config.tasks[name].lr_multiplier:.2e}",
             f"{config.tasks[name].weight_decay:g}",
             "masked words" if config.train.mlm else config.tasks[name].loss,
         ]
-        for name, own in data.items()
+        for name, examples in data.items()
     ]
     return format_table(["task", "examples", "rounds", "steps", "tokens", "lr", "decay", "loss"], rows)
 
 
 def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
-    """What trains from which epoch on, in words."""
+    """Say in words what trains from which epoch on."""
     told: list[str] = []
     before = None
     for epoch in range(options.epochs):
@@ -114,20 +121,20 @@ def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
 
 
 def smart_cost(config: Config, model: MultitaskBERT, device: Device) -> list[str]:
-    """What SMART costs, a line for each of its tasks."""
+    """Return a line on the cost of SMART for each of its tasks."""
     # After its ascent steps comes the perturbed pass; in half precision the clean one is repeated in fp32.
     more = config.train.smart_steps + 1 + (device.amp is not None)
     return [
         f"SMART on {model.tasks[name].title}: {more} more passes forward and back a batch"
-        for name, own in config.tasks.items()
-        if own.smart > 0.0
+        for name, task in config.tasks.items()
+        if task.smart > 0.0
     ]
 
 
 def described_cache(
     config: Config, model: MultitaskBERT, data: Mapping[str, Mapping[str, TaskData]], device: Device
 ) -> tuple[int, list[str]]:
-    """Bytes of what --cache_frozen keeps from the first epoch on, when they are most, and what it says of them."""
+    """Return the bytes that --cache_frozen caches in the first epoch, when they are most, and its lines about them."""
     if not config.train.cache_frozen:
         return 0, []
     lines: list[str] = []
@@ -144,12 +151,12 @@ def describe(
     device: Device,
     processes: int = 1,
 ) -> str:
-    """The text of --dry_run; `splits` are the examples of each task by split."""
+    """Return the text of --dry_run; `splits` are the examples of each task by split."""
     options, data = config.train, splits["train"]
     cached, lines = described_cache(config, model, splits, device)
     # The program and its libraries; a GPU's memory is counted without them, as `peak_memory` does.
     program = 0 if device.device.type == "cuda" else max(0, process_peak() - weight_bytes(model.parameters()))
-    plan = Plan.of(options, config.tasks, {name: len(own) for name, own in data.items()})
+    plan = Plan.of(options, config.tasks, {name: len(examples) for name, examples in data.items()})
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
     freezing = freezing_course(model, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets import Batches, TaskData
 from models.mlm import Masking
-from text.packing import Batch, PackedBatch, to_device, with_tail
+from text.packing import Batch, PackedBatch, pad_to_bucket, to_device
 from training.distributed import DistributedContext, Shard
 from training.feature_cache import FeatureCache
 from training.task_sampling import Step, TaskBatch
@@ -55,16 +55,16 @@ class Loader:
         device: torch.device,
         seed: int,
         context: DistributedContext,
-        pad_to_bucket: bool = False,
+        few_shapes: bool = False,
         masking: Masking | None = None,
         feature_cache: FeatureCache | None = None,
     ) -> None:
-        """With `pad_to_bucket`, packed batches grow to one of a few sizes; with `masking`, they are for masked-LM."""
+        """With `few_shapes`, packed batches grow to one of a few sizes; with `masking`, they are for masked-LM."""
         self.examples = train
         self.train: Mapping[str, Batches] = train if feature_cache is None else feature_cache.train
         self.dev: Mapping[str, Batches] = dev if feature_cache is None else feature_cache.dev
         self.device, self.seed, self.context = device, seed, context
-        self.pad_to_bucket, self.masking, self.feature_cache = pad_to_bucket, masking, feature_cache
+        self.few_shapes, self.masking, self.feature_cache = few_shapes, masking, feature_cache
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.upcoming: deque[tuple[TaskBatch, int]] = deque()
         self.ready: tuple[TaskBatch, LoadedBatch] | None = None
@@ -100,15 +100,14 @@ class Loader:
 
     def load(self, batch: TaskBatch, number: int) -> LoadedBatch:
         """Return a batch whose copy to the device has begun."""
-        data = self.train[batch.task]
-        indices, shard = self.context.shard(batch.indices, data.lengths)
+        data, (indices, shard) = self.train[batch.task], self.shard(batch)
         inputs, labels, rows = data.batch(indices), data.labels(batch.indices), None
         if self.masking is not None:
             assert isinstance(inputs, PackedBatch)
             generator = np.random.default_rng([self.seed, *b"mlm", number])  # so that a resumed run masks alike
             inputs, rows, labels = self.masking(inputs, generator)
-        if self.pad_to_bucket and isinstance(inputs, PackedBatch):
-            inputs = with_tail(inputs)
+        if self.few_shapes and isinstance(inputs, PackedBatch):
+            inputs = pad_to_bucket(inputs)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             rows = None if rows is None else to_device(rows, self.device)
             return LoadedBatch(batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows)
@@ -116,9 +115,14 @@ class Loader:
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""
         for batch in batches:
-            data = self.train[batch.task]
-            indices, _ = self.context.shard(batch.indices, data.lengths)
-            yield batch.task, data.batch(indices).to(self.device)
+            indices, _ = self.shard(batch)
+            yield batch.task, self.train[batch.task].batch(indices).to(self.device)
+
+    def shard(self, batch: TaskBatch) -> tuple[np.ndarray, Shard | None]:
+        """Return the examples of a batch that this process passes through the model, and their places in it."""
+        if self.context.size == 1:
+            return batch.indices, None
+        return self.context.shard(batch.indices, self.train[batch.task].lengths)
 
     @cached_property
     def sha256(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What people look at while a run goes on and after it: the epoch table, metrics.jsonl and TensorBoard.
+"""The logger: the epoch table, progress bars, metrics.jsonl and TensorBoard.
 
-metrics.jsonl holds figures that depend on the seed alone, so that two runs can be compared to the letter; clocks and
+metrics.jsonl holds figures that depend on the seed only, so that two runs can be compared to the letter. Clocks and
 memory go to timing.jsonl.
 """
 
@@ -46,7 +46,7 @@ LOG_EVERY = 10  # batches of a task between two points of its curves
 
 
 def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> str:
-    """The table printed after each epoch."""
+    """Return the table that is printed after each epoch."""
     title = f"Epoch {epoch.number}/{epochs}: {epoch.trains}"
     rows = []
     for name, task in tasks.items():
@@ -86,19 +86,22 @@ def describe_freezing(model: MultitaskBERT, trainable_layers: int, fine_tune_mod
 
 
 def parameter_table(model: MultitaskBERT) -> str:
-    """Total and trainable parameters of each part, as the model stands now."""
+    """Return a table of the total and trainable parameters of each part of the model as it is now."""
     rows = []
     for name, parameters in model.parts():
         total = sum(p.numel() for p in parameters)
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         rows.append((name, total, trainable))
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    text = [[name, f"{total:,}", f"{own:,}", f"{own / total:.1%}" if total else "-"] for name, total, own in rows]
+    text = [
+        [name, f"{total:,}", f"{trainable:,}", f"{trainable / total:.1%}" if total else "-"]
+        for name, total, trainable in rows
+    ]
     return format_table(["part", "parameters", "trainable", "share"], text)
 
 
 def metrics_line(epoch: EpochRecord) -> dict[str, Any]:
-    """The line of metrics.jsonl: everything that the seed decides, nothing that the clock does."""
+    """Return the line of metrics.jsonl: all that the seed decides and nothing that the clock decides."""
     train = {
         name: {"loss": done.loss, "lr": done.lr, "steps": done.steps, **done.train}
         for name, done in epoch.tasks.items()
@@ -116,7 +119,7 @@ def metrics_line(epoch: EpochRecord) -> dict[str, Any]:
 
 
 def timing_line(epoch: EpochRecord) -> dict[str, Any]:
-    """The line of timing.jsonl: seconds, tokens, speed, bytes, and the device that they were measured on."""
+    """Return the line of timing.jsonl: seconds, tokens, speed, bytes, and the device."""
     seconds = {name: round(done.seconds, 3) for name, done in epoch.tasks.items()}
     peaks = {name: done.peak_memory for name, done in epoch.tasks.items() if done.peak_memory}
     return {
@@ -132,7 +135,7 @@ def timing_line(epoch: EpochRecord) -> dict[str, Any]:
 
 
 def class_names(task: Task) -> tuple[str, ...]:
-    """What the labels of a task of classes or of two labels are called."""
+    """Return the names of the labels of a task with classes or two labels."""
     return task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
 
 
@@ -150,7 +153,7 @@ def draw_confusion(axes: "Axes", counts: np.ndarray, names: Sequence[str], fonts
 
 
 def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
-    """Confusion matrix of dev predictions, each row in percent of the true label."""
+    """Return the confusion matrix of dev predictions, each row in percent of the true label."""
     from matplotlib.figure import Figure
 
     size = 2.2 + 0.55 * len(class_names(task))
@@ -163,10 +166,10 @@ def confusion_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Fig
 
 
 def residual_figure(task: Task, values: np.ndarray, labels: np.ndarray) -> "Figure":
-    """Residuals of dev predictions over true similarity, after the best linear fit.
+    """Return the residuals of dev predictions over true similarity, after the best linear fit.
 
-    A head trained with the Pearson loss has no scale of its own, so predictions are first mapped to labels by least
-    squares; what remains is the error that correlation sees.
+    A head trained with the Pearson loss has no scale. Predictions are therefore mapped to labels by least squares; what
+    remains is the error that correlation sees.
     """
     from matplotlib.figure import Figure
 

@@ -11,23 +11,23 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits [B, C] against classes [B]."""
+    """Return the mean cross-entropy in nats of logits [B, C] against classes [B]."""
     return F.cross_entropy(logits, labels)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy in nats: logits [B] against 0/1, or [B, C] against one-hot classes (R0, F.2)."""
+    """Return the mean binary cross-entropy in nats: logits [B] against 0/1, or [B, C] against one-hot (R0, F.2)."""
     targets = labels if logits.dim() == 1 else F.one_hot(labels, logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 def mean_squared_error(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Mean squared error of predictions [B], in squared label units."""
+    """Return the mean squared error of predictions [B], in squared label units."""
     return F.mse_loss(predictions, labels.to(predictions.dtype))
 
 
 def pearson(predictions: Tensor, labels: Tensor, eps: float = 1e-6) -> Tensor:
-    """1 - Pearson correlation of predictions [B] and labels [B] (R0, F.1), in fp32; 1 where either is constant."""
+    """Return 1 - Pearson correlation of predictions [B] and labels [B], in fp32; 1 if either is constant (R0, F.1)."""
     x, y = predictions.float(), labels.float()
     x, y = x - x.mean(), y - y.mean()
     # sqrt has an infinite slope at 0, which a constant batch would turn into NaN
@@ -36,13 +36,13 @@ def pearson(predictions: Tensor, labels: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean divergence in nats of softmax(logits [B, C]) from one-hot classes [B]: equals cross-entropy (R0, F.2)."""
+    """Return the mean KL divergence in nats of softmax(logits [B, C]) from one-hot classes [B] (R0, F.2): the CE."""
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return F.kl_div(F.log_softmax(logits, dim=1), targets, reduction="batchmean")
 
 
 def ordinal_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy in nats of P(class <= j) against 1[label <= j] for j < C - 1 (R0, F.2), in fp32.
+    """Return the mean binary cross-entropy in nats, in fp32, of P(class <= j) against 1[label <= j] (R0, F.2).
 
     Logits [B, C], classes [B]; the mean runs over B and j. R0 compares with one-hot targets instead, which is infinite
     where a cumulative probability is 1, as the last one always is.
@@ -56,13 +56,13 @@ def ordinal_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_cosh(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Mean log(cosh(error)) of predictions [B] in label units (R0, F.2), in fp32; the slope is tanh(error) / B."""
+    """Return the mean log(cosh(error)) of predictions [B] in label units (R0, F.2), in fp32; slope tanh(error) / B."""
     error = (predictions.float() - labels.float()).abs()
     return (error + F.softplus(-2 * error) - math.log(2)).mean()  # cosh itself overflows from 90 on
 
 
 def mixed(outputs: Tensor, labels: Tensor) -> Tensor:
-    """R0's two mixed losses (F.2, listing 4), in fp32; which one follows from the outputs' dimensions.
+    """Return one of R0's two mixed losses (F.2, listing 4), in fp32; the outputs' dimensions decide which.
 
     Logits [B, C] against classes [B]: binary cross-entropy + 0.1 x squared error of the expected class, which counts
     from 0 as the labels do (R0's scores count from 1). Predictions [B] against similarities [B]: Pearson loss + 0.5 x
@@ -77,7 +77,7 @@ def mixed(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def contrastive(first: Tensor, second: Tensor, labels: Tensor, margin: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """Mean contrastive loss of embeddings [B, H] and [B, H] whose labels [B] are 1 where similar, else 0, in fp32.
+    """Return the mean contrastive loss of embeddings [B, H] and [B, H] in fp32; labels [B] are 1 for similar, else 0.
 
     0.5 (y d^2 + (1 - y) max(0, margin - d)^2) with the Euclidean distance d, in its squared units (Hadsell et al. 2006;
     R0, F.2, whose formula has the two labels the wrong way round and sums over the batch).
@@ -89,15 +89,15 @@ def contrastive(first: Tensor, second: Tensor, labels: Tensor, margin: float = 1
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """The cosine of each of the embeddings [B, H] with each of the others [B, H]: [B, B], in fp32."""
+    """Return the cosine of each of the embeddings [B, H] with each of the others [B, H]: [B, B], in fp32."""
     with torch.autocast(first.device.type, enabled=False):  # it would round them
         return F.normalize(first.float(), dim=1) @ F.normalize(second.float(), dim=1).T
 
 
 def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
-    """In-batch cross-entropy in nats of two dropout views [B, H] and [B, H] of the same sentences, in fp32.
+    """Return the in-batch cross-entropy in nats of two dropout views [B, H] and [B, H] of the same sentences, in fp32.
 
-    Each first view has to find its own second view among all B by cosine / temperature (Gao et al. 2021, equation 4;
+    Each first view has to find its second view among all B by cosine / temperature (Gao et al. 2021, equation 4;
     R0, section 4.5).
     """
     similarities = cosines(first, second)
@@ -107,22 +107,22 @@ def simcse(first: Tensor, second: Tensor, temperature: float = 0.05) -> Tensor:
 def multiple_negatives_ranking(
     first: Tensor, second: Tensor, positive: Tensor, same: Tensor, scale: float = 20.0
 ) -> Tensor:
-    """In-batch cross-entropy in nats over the `positive` [B] bool pairs of embeddings [B, H] and [B, H], in fp32.
+    """Return the in-batch cross-entropy in nats, in fp32, over `positive` [B] pairs of embeddings [B, H] and [B, H].
 
-    Each first embedding has to find its own second one among those of all positive pairs by cosine x scale (Henderson
-    et al. 2017; R4, section 4.3, whose scale of 1 has a floor of over 2 nats at 64 pairs). `same` [B, B] bool marks the
-    pairs that are no negatives of each other, as they have a text in common. 0 where nothing is positive.
+    Each first embedding has to find its partner among the second ones of all positive pairs by cosine x scale
+    (Henderson et al. 2017; R4, section 4.3, whose scale of 1 has a floor of over 2 nats at 64 pairs). `same` [B, B]
+    marks pairs with a text in common, which are no negatives of each other. The loss is 0 if no pair is positive.
     """
-    own = torch.eye(len(first), dtype=torch.bool, device=first.device)
-    allowed = own | (positive[None, :] & ~same)
+    partner = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    allowed = partner | (positive[None, :] & ~same)
     rows = -(scale * cosines(first, second)).masked_fill(~allowed, -torch.inf).log_softmax(dim=1).diagonal()  # [B]
     return (rows * positive).sum() / positive.sum().clamp_min(1)
 
 
 def cosine_embedding(first: Tensor, second: Tensor, similar: Tensor, different: Tensor) -> Tensor:
-    """Mean of 1 - cos over the `similar` [B] bool pairs of embeddings [B, H] and max(0, cos) over the `different` ones.
+    """Return the mean of 1 - cos over `similar` [B] pairs of embeddings [B, H], and max(0, cos) over `different` ones.
 
-    In fp32 (R4, section 4.3); other pairs do not count; 0 where there is none of both.
+    In fp32 (R4, section 4.3). Other pairs do not count. The loss is 0 if no pair counts.
     """
     cosine = F.cosine_similarity(first.float(), second.float())  # [B]
     each = torch.where(similar, 1 - cosine, torch.where(different, cosine.clamp_min(0), 0.0))

@@ -1,4 +1,4 @@
-"""--profile: where the time and the memory of a few training steps go."""
+"""--profile: show where the time and the memory of a few training steps go."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ class Profiler:
         self.done = False
 
     def __call__(self, steps: Iterable[T]) -> Iterator[T]:
-        """Hand `steps` on and record what is done with them."""
+        """Yield `steps` and record what is done with them."""
         if self.done:
             yield from steps
             return
@@ -55,7 +55,7 @@ class Profiler:
 
 
 def time_table(events: list[Any], key: str) -> str:
-    """The operations that take most time themselves, what they call left out."""
+    """Return a table of the operations that take most time, without the operations that they call."""
     total = sum(getattr(event, key) for event in events) or 1.0
     longest = sorted(events, key=lambda event: -getattr(event, key))[:ROWS]
     rows = [
@@ -71,7 +71,7 @@ def time_table(events: list[Any], key: str) -> str:
 
 
 def memory_table(events: list[Any], key: str) -> str:
-    """The operations that leave most memory taken, what they call included."""
+    """Return a table of the operations that leave most memory taken, with the operations that they call."""
     largest = sorted(events, key=lambda event: -getattr(event, key))
     named = [event for event in largest if not event.key.startswith(("aten::empty", "ProfilerStep"))][:ROWS]
     rows = [[event.key, str(event.count), f"{getattr(event, key) / 1e6:.1f} MB"] for event in named]

@@ -14,12 +14,12 @@ from config import SAVE_EVERY, Config
 from evaluation.metrics import Scores
 from models.checkpoint import (
     FORMAT,
+    check_base_weights,
     copy,
     is_whole_file,
     load,
-    load_weights_into,
+    load_model_state_dict,
     model_checkpoint,
-    refuse_other_base,
     save,
 )
 from models.multitask_bert import MultitaskBERT
@@ -74,7 +74,9 @@ class Checkpointer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.run, self.context, self.say = run, context, say
         self.interval = CheckpointInterval(config.run.save_every)
-        self.frozen_names = model.never_trained(config.train.fine_tune_mode)  # of the weights that files leave out
+        self.frozen_names = model.frozen_parameter_names(
+            config.train.fine_tune_mode
+        )  # of the weights that files leave out
 
     def save_best(self, scores: Scores, epoch: int, batches: int) -> None:
         """Write best.pt and --filepath. Raises UserError if a weight is not finite."""
@@ -117,14 +119,14 @@ class Checkpointer:
         """
         with self.context.main_process_first():  # it may rename the files
             content = newest_state(self.run, self.say)
-        refuse_other_base(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.load_weights(content["weights"], self.run.resume)
         return content
 
     def load_weights(self, weights: Mapping[str, Tensor], source: Path) -> None:
         """Give the model, in all processes, the weights that the main process has read from `source`."""
         if self.context.is_main_process:
-            load_weights_into(self.model, weights, source, self.frozen_names)
+            load_model_state_dict(self.model, weights, source, self.frozen_names)
         self.context.broadcast_weights(self.model)
 
     def load_best(self) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class Checkpointer:
         return content
 
     def cut_back(self, before: Mapping[str, int]) -> None:
-        """Cut the files that grow to their state of `before`: later lines belong to steps that will be made again.
+        """Cut the files that grow back to the sizes of `before`; later lines belong to steps to be made again.
 
         Raises UserError if they cannot be written.
         """
@@ -170,7 +172,7 @@ def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any
             content = load(path)
             if missing := [name for name in STATE if name not in content]:
                 raise UserError(
-                    f"{path}: is no state that this version can go on from, it lacks {missing[0]}; --overwrite the run, "
+                    f"{path}: is no state that this version can go on from, it lacks {missing[0]}; --overwrite the run "
                     "or finish it with the version that began it"
                 )
         except UserError as error:

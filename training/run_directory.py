@@ -1,8 +1,4 @@
-"""Checkpoints and run directories: files that are always whole, and a folder that is never mixed up with another.
-
-A checkpoint is a torch.save file of tensors and plain containers; it is read with weights_only=True and never
-otherwise, so a foreign file cannot run code.
-"""
+"""The run directory: the folder of one run, which no other run can write to at the same time."""
 
 import json
 import os
@@ -19,8 +15,8 @@ from utils.errors import UserError, first_line
 from utils.files import cause, lock, probe_folder, write_json
 from utils.untrusted import read_json
 
-BAD_BATCH = "bad_batch.json"  # the examples at which numbers went wrong
-OWN_FILES = (
+BAD_BATCH = "bad_batch.json"  # the examples whose loss was not finite
+RUN_FILES = (
     "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "resume-previous.pt",
     "profile.pt.trace.json.gz", BAD_BATCH,
 )  # fmt: skip
@@ -45,7 +41,7 @@ class RunDirectory:
 
     @staticmethod
     def fresh_name(arch: str) -> str:
-        """A name under runs/, of the arch and the time, that no run has."""
+        """Return a name under runs/, of the arch and the time, that no run has."""
         stem = f"{arch}-{time.strftime('%Y%m%d-%H%M%S')}"
         name, number = stem, 1
         while (Path("runs") / name).exists():
@@ -54,19 +50,19 @@ class RunDirectory:
         return name
 
     def states(self) -> list[Path]:
-        """The files that --resume can go on from, the newest first."""
+        """Return the files that --resume can continue from, the newest first."""
         return [path for path in (self.resume, self.previous) if path.exists()]
 
     def drop_states(self) -> None:
-        """Delete them: they are several times as large as best.pt."""
+        """Delete the states: they are several times as large as best.pt."""
         for path in self.states():
             path.unlink()
 
     def claim(self) -> None:
-        """Lock the folder, and remove what a killed run left half written. Raises UserError where a run goes on."""
+        """Lock the folder and remove half-written files of a killed run. Raises UserError if a run goes on here."""
         try:
             lock(self.path / ".lock", f"--run_dir {self.path}")
-            for name in OWN_FILES:
+            for name in RUN_FILES:
                 for path in self.path.glob(f".{name}.*.tmp"):
                     path.unlink()
         except OSError as error:
@@ -77,7 +73,7 @@ class RunDirectory:
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder ready for a run that will save about `needed` bytes.
 
-        Raises UserError where a run stands or goes on here, or the disk is too small.
+        Raises UserError if the folder holds a run, if a run goes on here, or if the disk is too small.
         """
         if self.path.is_dir():
             self.claim()
@@ -98,9 +94,9 @@ class RunDirectory:
             )
 
     def check_resume(self, config: Config) -> None:
-        """See that a run can go on here with these options.
+        """Check that a run can continue here with these options.
 
-        Raises UserError where there is none to go on with, or it began with other options, which are listed.
+        Raises UserError if there is no run to continue, or if it began with other options, which are listed.
         """
         if (self.path / "scores.json").exists():
             raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
@@ -130,16 +126,16 @@ class RunDirectory:
             )
 
     def begin(self, config: Config) -> None:
-        """Write config.json, or see that the run that it belongs to can go on."""
+        """Write config.json, or check that the run that it belongs to can continue."""
         if config.run.resume:
             self.check_resume(config)
         else:
             self.write_json("config.json", config.to_dict())
 
     def clear(self) -> None:
-        """Remove a former run's files, and nothing else."""
+        """Remove a former run's files and nothing else."""
         curves = list(self.tensorboard.rglob("events.out.tfevents.*"))
-        for path in (*(self.path / name for name in OWN_FILES), *curves):
+        for path in (*(self.path / name for name in RUN_FILES), *curves):
             path.unlink(missing_ok=True)
         remove_predictions(self.path)
         for folder in (self.predictions, *(path.parent for path in curves), self.tensorboard):

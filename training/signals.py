@@ -1,10 +1,10 @@
-"""Signals that end a run: the step at hand is finished and the state saved, and the exit code says which signal it was.
+"""Signals that end a run: the current step is finished, the state is saved, and the exit code tells the signal.
 
-SIGTERM is what schedulers and `kill` send some time before SIGKILL, SIGUSR1 what SLURM sends ahead of a time limit
-(`#SBATCH --signal=USR1@120`), SIGINT is Ctrl-C. Exit codes are those of a shell: 128 and the signal's number.
+Schedulers and `kill` send SIGTERM some time before SIGKILL. SLURM sends SIGUSR1 ahead of a time limit (`#SBATCH
+--signal=USR1@120`). SIGINT is Ctrl-C. Exit codes are those of a shell: 128 plus the number of the signal.
 
-Nothing is raised where the signal happens to arrive, since it may be in the middle of a step or of a swap of weights;
-`check` raises it where the state is whole.
+A signal may arrive in the middle of a step or of a swap of weights, so nothing is raised there; `check` raises it where
+the state is whole.
 """
 
 import os
@@ -21,14 +21,14 @@ _received: signal.Signals | None = None  # a process has its signals once, so th
 
 
 class Stopped(BaseException):
-    """A signal asked for the end of the run; like KeyboardInterrupt no error, so that no handler of errors takes it."""
+    """A signal asked for the end of the run. Like KeyboardInterrupt it is no Exception: error handlers ignore it."""
 
     def __init__(self, signum: signal.Signals) -> None:
         self.name, self.code = signum.name, 128 + signum
 
 
 def _note(number: int, frame: Any) -> None:
-    """Remember the first signal; Ctrl-C after any of them ends the process at once."""
+    """Remember the first signal; Ctrl-C after it ends the process at once."""
     global _received
     if _received is None:
         _received = signal.Signals(number)
@@ -40,7 +40,7 @@ def _note(number: int, frame: Any) -> None:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Inside, the signals wait for `check`. Once one has come, further ones are ignored until the process ends."""
+    """Let signals wait for `check` inside. After the first one, further ones are ignored until the process ends."""
     before = {number: signal.getsignal(number) for number in NOTED}
     ours = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup's, for instance
     for number in ours:
@@ -53,7 +53,7 @@ def noted() -> Iterator[None]:
 
 
 def received() -> int:
-    """The number of the signal that has come, 0 where there is none."""
+    """Return the number of the signal that has come, or 0."""
     return _received or 0
 
 
@@ -64,13 +64,13 @@ def stop(number: int) -> None:
 
 
 def check() -> None:
-    """Raise Stopped where a signal has come."""
+    """Raise Stopped if a signal has come."""
     stop(received())
 
 
 @contextmanager
 def checked_before_batches(model: nn.Module) -> Iterator[None]:
-    """Inside, every pass of batches through `model` begins with a `check`."""
+    """Begin every pass of a batch through `model`, inside, with a `check`."""
     hook = model.register_forward_pre_hook(lambda module, batch: check())
     try:
         yield

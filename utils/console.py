@@ -1,10 +1,10 @@
-"""The console: lines that people read, progress bars, and how a script ends."""
+"""Print lines, tables and progress bars, and end a script with the right message and exit code."""
 
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -16,36 +16,36 @@ SECONDS_FOR_MAIN_PROCESS = 10.0  # to report a mistake that all processes have m
 
 
 def processes() -> int:
-    """How many processes torchrun started for this run; 1 without it."""
+    """Return the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that talks to people: the only one, or the first of those of torchrun."""
+    """Return whether this is the only process, or the first one of torchrun, which prints for all."""
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
 def say(line: str) -> None:
-    """Print a line at once, even into a file."""
+    """Print a line at once, also into a file; of several processes, the main one prints."""
     if is_main_process():
         print(line, flush=True)
 
 
 class LogLines:
-    """Standard error for a bar of tqdm that goes into a file or a pipe: each of its states becomes a line there."""
+    """Standard error for a bar of tqdm in a file or a pipe: each state of the bar becomes a line."""
 
     def write(self, text: str) -> None:
-        """Print what is no white space, with which a terminal's bar is drawn over."""
+        """Print a state of the bar, without the white space that redraws it on a terminal."""
         if line := text.strip():
             print(line, file=sys.stderr)
 
     def flush(self) -> None:
-        """As tqdm asks for it."""
+        """Flush standard error; tqdm calls this."""
         sys.stderr.flush()
 
 
 def bar_style() -> dict[str, Any]:
-    """How tqdm shows a bar: drawn over and over for people, a line every half minute in a file or a pipe."""
+    """Return the arguments of tqdm: a redrawn bar on a terminal, a line every half minute in a file or a pipe."""
     if sys.stderr.isatty():
         return {"dynamic_ncols": True}
     numbers = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -53,15 +53,18 @@ def bar_style() -> dict[str, Any]:
 
 
 def drop_output() -> None:
-    """Let go of output that cannot be written, since else the interpreter complains at its end."""
+    """Drop output that cannot be written; otherwise the interpreter complains when it ends."""
     try:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a script's main; a UserError, or one of the system, becomes one line on standard error and exit code 2."""
+def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a script's main with `argv`, by default the process's own, and exit.
+
+    A UserError, an error of the system and exhausted memory become one line on standard error and exit code 2.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if processes() > 1:
@@ -76,7 +79,7 @@ def run_script(main: Any, argv: Sequence[str] | None = None) -> NoReturn:
                 time.sleep(SECONDS_FOR_MAIN_PROCESS)  # torchrun ends this process once the main process has ended
             raise
         finally:
-            print(end="", flush=True)  # here, where an error of it is seen; there may be no standard output
+            print(end="", flush=True)  # here, so that an error of writing is caught below
     except UserError as error:
         end_script(2, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
@@ -109,9 +112,9 @@ def end_script(code: int, line: str | None = None) -> NoReturn:
 
 
 def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":
-    """A progress bar with the time left; in a file or a pipe, a line every half minute for bars that stay.
+    """Return a progress bar over `items`; `done` items were finished before.
 
-    So many items were `done` before these.
+    In a file or a pipe, a bar that stays (`leave`) prints a line every half minute, and another one prints nothing.
     """
     return tqdm(
         items,

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""The device of a run, its precision and its memory."""
 
 import os
 import platform
@@ -12,14 +12,14 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-# Kernels that oneDNN keeps: a compiled one of up to 3 MB for each shape of a product. A training step needs some 20,
-# and packed batches have ever new shapes; its own 1024 would take gigabytes.
+# How many kernels oneDNN keeps: it compiles one of up to 3 MB for each shape of a product. A training step needs about
+# 20, but each packed batch has new shapes, so oneDNN's default of 1024 would take gigabytes.
 KERNELS = 64
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device of a run; `amp` is autocast's type or None, `scaled` whether fp16 gradients need a scaler."""
+    """The device of a run. `amp` is the type of autocast or None; `scaled` says that fp16 gradients need a scaler."""
 
     device: torch.device
     amp: torch.dtype | None = None
@@ -27,22 +27,22 @@ class Device:
 
     @property
     def name(self) -> str:
-        """The device's own name, for tables and checkpoints."""
+        """The name of the hardware, for tables and checkpoints."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
     def autocast(self) -> torch.autocast:
-        """A context that computes in the run's precision."""
+        """Return a context that computes in the precision of the run."""
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it; needed before reading a clock."""
+        """Wait until the device has finished all its work; call this before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def reset_peak_memory(self) -> None:
-        """Let `peak_memory` count from here on; where a system cannot do that, it goes on from the start."""
+        """Restart the count of `peak_memory`, if the system can do that."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -50,14 +50,14 @@ class Device:
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak_memory(self) -> int:
-        """Bytes: the most that tensors have taken on a GPU, or that the process has taken on a CPU."""
+        """Return the largest number of bytes that tensors took on a GPU, or the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak()
 
 
 def process_peak() -> int:
-    """The most bytes that this process has taken."""
+    """Return the largest number of bytes of main memory that this process took."""
     try:
         return 1024 * int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     except (OSError, IndexError):  # no Linux
@@ -66,7 +66,7 @@ def process_peak() -> int:
 
 
 def memory_limits(root: Path) -> Iterator[int]:
-    """Limits in bytes that control groups, of either version, set this process and those around it."""
+    """Yield the limits in bytes that control groups, of version 1 or 2, set for this process."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
         folder = root / "sys/fs/cgroup" / kinds
@@ -80,9 +80,9 @@ def memory_limits(root: Path) -> Iterator[int]:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process can still take, inside a container or a batch job too.
+    """Return how many bytes of main memory this process can still take, also in a container or a batch job.
 
-    Half of the machine's where the system does not say. `root` is where /proc and /sys are.
+    If the system does not say, return half of the machine's memory. `root` is the folder of /proc and /sys.
     """
     try:
         available = re.search(r"MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text())
@@ -94,12 +94,12 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def random_state(device: torch.device) -> torch.Tensor:
-    """The state of the generator that dropout on `device` draws from."""
+    """Return the state of the random generator of `device`, which dropout uses."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def set_random_state(device: torch.device, state: torch.Tensor) -> None:
-    """Go back to what `random_state` returned."""
+    """Restore a state that `random_state` returned."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -107,15 +107,15 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 by its own instructions; emulated, bf16 is slower than fp32."""
+    """Return whether the CPU has instructions that multiply bf16; emulated bf16 is slower than fp32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def choose_device(use_gpu: bool, amp: bool, threads: int | None, say: Callable[[str], None]) -> Device:
-    """What --use_gpu, --amp and --threads ask for, as far as this machine has it; `say` gets a line for each lack.
+    """Return what --use_gpu, --amp and --threads ask for, as far as this machine has it, and set the threads.
 
-    Of several GPUs, it is the one that this process has chosen.
+    `say` gets a line for each thing that is missing. Of several GPUs, the current one of this process is taken.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -30,16 +30,16 @@ COURSE_FILES = {  # file -> git blob id, the course's files of 2024
     "sts-test-student.csv": "25f0cf8fafdd1f82b9e2bb460c708af34341ce60",
     "sts-train.csv": "12b17760e7795fee35aeeabc290d5651de02622a",
 }
-TIMEOUT = 30.0  # seconds without an answer
+TIMEOUT = 30.0  # seconds
 
 
 def git_blob_id(content: bytes) -> str:
-    """The id that git gives a file of this content, 40 hexadecimal digits."""
+    """Return the id that git gives a file with this content: 40 hexadecimal digits."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _download(url: str, name: str) -> bytes:
-    """The bytes behind a URL, with a progress bar."""
+    """Return the bytes behind a URL, with a progress bar. Raises UserError if they cannot be fetched."""
     content = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
@@ -48,7 +48,7 @@ def _download(url: str, name: str) -> bytes:
                 while chunk := answer.read(1 << 16):
                     content += chunk
                     progress.update(len(chunk))
-            if answer.length:  # bytes still owed
+            if answer.length:  # bytes that are still missing
                 raise http.client.IncompleteRead(bytes(content), answer.length)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
@@ -59,10 +59,10 @@ def _download(url: str, name: str) -> bytes:
 
 
 def fetch(out: Path, url: str = COURSE_URL, files: Mapping[str, str] = COURSE_FILES) -> None:
-    """Download `files` (name -> git blob id) from the folder `url` into `out`; verified ones already there are kept.
+    """Download `files` (name -> git blob id) from the folder `url` into `out`; files already there are verified.
 
-    Each is written to a temporary file and renamed, so that what has its final name is whole. Raises UserError for a
-    failed download, a wrong checksum, a different file of that name in the way and a folder that cannot be written.
+    Each file is written under a temporary name and renamed, so a file with its final name is whole. Raises UserError
+    for a failed download, a wrong checksum, another file of the same name, and a folder that cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

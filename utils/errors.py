@@ -1,26 +1,32 @@
-"""Errors that people can mend, and how errors of libraries read in one line."""
+"""The error that users can mend, and one-line texts of the errors of libraries."""
 
 import re
 
 
 class UserError(Exception):
-    """A mistake that its maker can mend: scripts print it as one line and exit with code 2."""
+    """A mistake that the user can mend. Scripts print it as one line and exit with code 2."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's text, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type of an error and the first line of its text, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemory|\bMemoryError|can(no|')t allocate memory|not enough memory|Unable to allocate"
     r"|bad_alloc|ALLOC_FAILED|could not create a (primitive(?! desc)|memory object)",
     re.IGNORECASE,
-)  # in the words of torch, numpy, Python and oneDNN
+)  # the words of torch, numpy, Python and oneDNN
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the machine or of a GPU, ran out."""
+    """Return whether the memory of the machine or of a GPU ran out."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
     )

@@ -16,12 +16,12 @@ from utils.errors import UserError, first_line
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what it can fetch or compute again: minbert in $XDG_CACHE_HOME or ~/.cache.
+    """Return the folder for what can be fetched or computed again: minbert in $XDG_CACHE_HOME or ~/.cache.
 
-    Raises UserError where neither is known.
+    Raises UserError if neither is known.
     """
-    if place := os.environ.get("XDG_CACHE_HOME"):
-        return Path(place) / "minbert"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "minbert"
     try:
         return Path.home() / ".cache" / "minbert"
     except RuntimeError as error:
@@ -29,16 +29,16 @@ def cache_folder() -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and rename it: `path` is never half a file.
+    """Let `write` fill a temporary file beside `path`, sync it and rename it, so that `path` is never half a file.
 
-    With `keep`, the old file lives on under that name. Raises UserError where the folder cannot be written, the disk is
-    full, `write` fails or `path` is no file but a device, such as /dev/null; what was there then stands unchanged.
+    With `keep`, the old file is kept under that name. Raises UserError if the folder cannot be written, the disk is
+    full, `write` fails, or `path` is a folder or a device such as /dev/null; the old file is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -51,20 +51,20 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except Exception as error:  # of content that cannot be written, pickle raises a dozen kinds
+    except Exception as error:  # pickle raises a dozen kinds for content that cannot be written
         raise UserError(f"{path}: cannot be written ({cause(error, path.parent)})") from error
     finally:
-        with suppress(OSError):  # it is gone, or its folder could not even be made
+        with suppress(OSError):  # the file was renamed, or its folder could not be made
             temporary.unlink()
 
 
 def lock(path: Path, what: str) -> None:
     """Lock the file `path` for this process until it ends, however it ends.
 
-    Raises UserError that begins with `what` and names the holder, where another process has it. A file system that
-    knows no locks gives none.
+    Raises UserError that begins with `what` and names the holder if another process has the lock. On a file system
+    without locks this does nothing.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, since that would give the lock back
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, since closing would release the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -74,13 +74,13 @@ def lock(path: Path, what: str) -> None:
             raise UserError(
                 f"{what}: a run is going on here ({holder}); wait for its end, or choose another folder"
             ) from None
-    with suppress(OSError):  # on a full disk nobody is told who it is
+    with suppress(OSError):  # on a full disk, the message cannot name the holder
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def cause(error: Exception, folder: Path) -> str:
-    """The reason of a failed write. torch and safetensors hide a full disk behind errors of their own."""
+    """Return the reason of a failed write. torch and safetensors hide a full disk behind other errors."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or (not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20):
         return "no space left on the disk; free some, or choose another folder"
@@ -98,7 +98,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def probe_folder(folder: Path, flag: str) -> None:
-    """Make a folder and see that files can be written there. Raises UserError, naming `flag`, where they cannot."""
+    """Make a folder. Raise UserError, naming `flag`, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -111,7 +111,7 @@ def probe_folder(folder: Path, flag: str) -> None:
 
 
 def probe_file(path: Path, flag: str) -> None:
-    """See that a file can be written. Raises UserError, naming `flag`, where it cannot or is a folder or a device."""
+    """Raise UserError, naming `flag`, if a file cannot be written, or is a folder or a device."""
     probe_folder(path.parent, flag)
     if path.exists() and not path.is_file():
         raise UserError(f"{flag} {path}: is a folder or a device; name a file, which may be a new one")
