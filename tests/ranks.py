@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  DistributedDataParallel needs it; imported once here, and not in every fork
 from helpers import ROOT, first_steps, make_trainer
 from processes import Child
 from torch import Tensor
 
 import multitask_classifier
 from config import ComputeOptions
-from models.checkpoint import save
 from models.heads import BatchNorm
 from training import distributed, smart
-from training.distributed import joined, sum_over_ranks
+from training.distributed import DistributedContext, joined, sum_over_ranks
 from training.trainer import Trainer
 from utils.console import run_script
 from utils.errors import UserError
@@ -54,8 +54,8 @@ class Ended:
         return [self.result(rank) for rank in range(len(self.codes))]
 
 
-def launch(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> Ended:
-    """Run a function in `size` processes that wait for each other."""
+def start(size: int, folder: Path, function: Callable[[], object]) -> Ended:
+    """Run a function in `size` processes, which can join each other."""
     folder.mkdir(parents=True)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -64,11 +64,21 @@ def launch(size: int, folder: Path, function: Callable[..., Any], *arguments: An
     def work(rank: int) -> None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in {**address, "RANK": rank, "LOCAL_RANK": rank}.items()})
-        0 or faulthandler.dump_traceback_later(LIMIT, exit=True)  # if it hangs, its log says where
-        run_script(lambda argv: torch.save(function(*arguments), folder / f"{rank}.pt"), [])
+        faulthandler.dump_traceback_later(LIMIT, exit=True)  # if it hangs, its log says where
+        run_script(lambda argv: torch.save(function(), folder / f"{rank}.pt"), [])
 
     children = [Child(partial(work, rank), folder / f"{rank}.log") for rank in range(size)]
     return Ended([child.wait(LIMIT + 10) for child in children], folder)
+
+
+def launch(size: int, folder: Path, function: Callable[..., object], *arguments: Any) -> Ended:
+    """Run a function of a DistributedContext and of `arguments` in `size` processes that are joined."""
+
+    def joined_function() -> object:
+        with joined(ComputeOptions(threads=1)) as context:
+            return function(context, *arguments)
+
+    return start(size, folder, joined_function)
 
 
 def torchrun(*words: object, script: Path = ROOT / "multitask_classifier.py") -> subprocess.CompletedProcess[str]:
@@ -76,11 +86,6 @@ def torchrun(*words: object, script: Path = ROOT / "multitask_classifier.py") ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=180, env=environment)
-
-
-def joined_ranks() -> Any:
-    """Join the processes that `launch` has started, or return the context of this one alone."""
-    return joined(ComputeOptions(threads=1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,10 +105,12 @@ def exact() -> Iterator[None]:
         yield
 
 
-def train_cases(flags: list[str], cases: dict[str, list[Any]], folder: Path, steps: int) -> dict[str, Any]:
+def train_cases(
+    context: DistributedContext, flags: list[str], cases: dict[str, list[Any]], folder: Path, steps: int
+) -> dict[str, Any]:
     """Return weights, losses, gradient norms and averages after some steps of each case, in float64."""
     found = {}
-    with exact(), joined_ranks() as context:
+    with exact():
         for name, more in cases.items():
             trainer = make_trainer(flags, folder / name, *more, context=context, double=True)
             results = [result for _, result in first_steps(trainer, steps)]
@@ -116,54 +123,42 @@ def train_cases(flags: list[str], cases: dict[str, list[Any]], folder: Path, ste
     return found
 
 
-def gradients_of_tasks(flags: list[str], run_dir: Path) -> list[list[Tensor | None]]:
+def gradients_of_tasks(context: DistributedContext, flags: list[str], run_dir: Path) -> list[list[Tensor | None]]:
     """Return the gradient of each batch of the first joint step, as gradient surgery gets them."""
-    with exact(), joined_ranks() as context:
+    found: list[list[Tensor | None]] = []
+    with exact():
         trainer = make_trainer(flags, run_dir, "--routine", "joint", "--pcgrad", context=context, double=True)
-        gradients: list[Any] = []
-
-        def noting(found: Sequence[Any]) -> None:
-            gradients.extend(list(gradient) for gradient in found)
-
-        trainer.assign_projected = noting  # type: ignore[method-assign]
-        for _ in first_steps(trainer, 1):
-            pass
-        return gradients
+        trainer.assign_projected = lambda gradients: found.extend(map(list, gradients))  # type: ignore[method-assign]
+        list(first_steps(trainer, 1))
+    return found
 
 
-def fit(flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:
+def fit(context: DistributedContext, flags: list[str], run_dir: Path, *more: object) -> dict[str, Any]:
     """Train with all files; return the weights at the end."""
-    with joined_ranks() as context:
-        trainer = make_trainer(flags, run_dir, *more, context=context)
-        trainer.fit()
-        return trainer.model.state_dict()
+    trainer = make_trainer(flags, run_dir, *more, context=context)
+    trainer.fit()
+    return trainer.model.state_dict()
 
 
-def fit_twice(flags: list[str], folder: Path) -> int:
-    """Train twice, with all files and the weights at the end; return the seed of this rank's generator."""
-    with joined_ranks() as context:
-        for name in ("a", "b"):
-            trainer = make_trainer(flags, folder / name, context=context)
-            trainer.fit()
-            if context.is_main_process:
-                save(folder / f"{name}.pt", {"format": 1, "weights": trainer.model.state_dict()})
-    return torch.initial_seed()
+def fit_twice(context: DistributedContext, flags: list[str], folder: Path) -> tuple[int, Any, Any]:
+    """Train twice; return the seed of this rank's generator, and the weights at the end of both runs."""
+    first, second = (fit(context, flags, folder / name) for name in ("a", "b"))
+    return torch.initial_seed(), first, second
 
 
-def fit_and_note(flags: list[str], run_dir: Path) -> dict[str, Any]:
+def fit_and_note(context: DistributedContext, flags: list[str], run_dir: Path) -> dict[str, Any]:
     """Train; return the examples that this rank has trained on and evaluated, the dev outputs, and the weights."""
-    with joined_ranks() as context:
-        trainer = make_trainer(flags, run_dir, context=context)
-        noted: dict[str, list[int]] = {}
-        for split, by_task in (("train", trainer.loader.train), ("dev", trainer.loader.dev)):
-            for task, data in by_task.items():
-                data.batch = noting(noted.setdefault(f"{task} {split}", []), data.batch)  # type: ignore[method-assign]
-        trainer.fit()
-        outputs = {
-            task: torch.from_numpy(context.predict(trainer.model, data, trainer.device, 5))
-            for task, data in trainer.loader.dev.items()
-        }
-        return {**noted, "outputs": outputs, "weights": trainer.model.state_dict()}
+    trainer = make_trainer(flags, run_dir, context=context)
+    noted: dict[str, Any] = {}
+    for split, by_task in (("train", trainer.loader.train), ("dev", trainer.loader.dev)):
+        for task, data in by_task.items():
+            data.batch = noting(noted.setdefault(f"{task} {split}", []), data.batch)  # type: ignore[method-assign]
+    trainer.fit()
+    outputs = {
+        task: torch.from_numpy(context.predict(trainer.model, data, trainer.device, 5))
+        for task, data in trainer.loader.dev.items()
+    }
+    return {**noted, "outputs": outputs, "weights": trainer.model.state_dict()}
 
 
 def noting(noted: list[int], batch: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
@@ -202,33 +197,27 @@ def fail_in_second_epoch(how: str) -> None:
     Trainer.train_step = failing  # type: ignore[method-assign]
 
 
-def fit_and_fail(flags: list[str], run_dir: Path, how: str) -> None:
+def fit_and_fail(context: DistributedContext, flags: list[str], run_dir: Path, how: str) -> None:
     """Train; the last rank fails in the second epoch."""
     fail_in_second_epoch(how)
-    fit(flags, run_dir)
+    fit(context, flags, run_dir)
 
 
-def fit_and_stop_in_evaluation(flags: list[str], run_dir: Path) -> None:
+def fit_and_stop_in_evaluation(context: DistributedContext, flags: list[str], run_dir: Path) -> None:
     """Train; the last rank gets SIGTERM with its first batch of the second epoch's evaluation."""
     distributed.BATCHES_BETWEEN_SIGNALS = 1
-    with joined_ranks() as context:
-        trainer = make_trainer(flags, run_dir, context=context)
+    trainer = make_trainer(flags, run_dir, context=context)
 
-        def before_batch(module: Any, batch: Any) -> None:
-            if context.rank == context.size - 1 and trainer.progress.evaluating and trainer.progress.epoch == 2:
-                fail("SIGTERM")
+    def before_batch(module: Any, batch: Any) -> None:
+        if context.rank == context.size - 1 and trainer.progress.evaluating and trainer.progress.epoch == 2:
+            fail("SIGTERM")
 
-        trainer.model.register_forward_pre_hook(before_batch)
-        trainer.fit()
+    trainer.model.register_forward_pre_hook(before_batch)
+    trainer.fit()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces
-
-
-def script(*words: str) -> None:
-    """Run multitask_classifier.py."""
-    multitask_classifier.main(words)
 
 
 def threads() -> dict[str, int]:
@@ -240,39 +229,36 @@ def threads() -> dict[str, int]:
         return {"bound to one": bound, "of nine": torch.get_num_threads()}
 
 
-def agreements(folder: Path) -> dict[str, Any]:
+def agreements(context: DistributedContext, folder: Path) -> dict[str, Any]:
     """Return whether this rank found a cache that the first one has to fill, and what all take from one of them."""
-    with joined_ranks() as context:
-        with context.main_process_first():
-            found = (folder / "filled").exists()
-            time.sleep(0.5 if context.is_main_process else 0)
-            (folder / "filled").touch()
-        largest = context.all_reduce_max(context.rank, 0, 5 - context.rank)
-        name = context.broadcast_object(f"the name that {context.rank} has")
-        return {"found": found, "largest": largest, "name": name}
+    with context.main_process_first():
+        found = (folder / "filled").exists()
+        time.sleep(0.5 if context.is_main_process else 0)
+        (folder / "filled").touch()
+    largest = context.all_reduce_max(context.rank, 0, 5 - context.rank)
+    return {"found": found, "largest": largest, "name": context.broadcast_object(f"the name that {context.rank} has")}
 
 
-def pieces() -> dict[str, Any]:
+def pieces(context: DistributedContext) -> dict[str, Any]:
     """Return what rows that every process knows become in gather_rows and BatchNorm, with this rank's gradients."""
     found: dict[str, Any] = {}
-    with joined_ranks() as context:
-        for count, texts in product((7, 2, 1), (1, 2)):
-            indices, shard = context.shard(np.arange(count), uneven(count))
-            rows = torch.cat([part[indices] for part in known(count * texts, 3, seed=count).chunk(texts)])
-            whole = context.gather_rows(rows.requires_grad_(), shard, texts)
-            whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows are in each gradient
-            assert rows.grad is not None
-            found[f"gather {count} {texts}"] = [whole.detach(), list(rows.grad.chunk(texts)), indices.tolist()]
-        for shape, dtype in product(SHAPES, (torch.float32, torch.float64)):
-            x = 1 + 2 * known(*shape, seed=1).to(dtype)
-            norm = known_norm(dtype)
-            norm.sum_over_ranks = sum_over_ranks if context.size > 1 else None
-            indices, _ = context.shard(np.arange(len(x)), uneven(len(x)))
-            rows = x[indices].requires_grad_()
-            y = norm(rows, "sts")
-            (y * known(*shape, seed=2).to(dtype)[indices]).sum().backward()
-            parts = [norm.weight.grad, norm.bias.grad, dict(norm.named_buffers())]
-            found[f"norm {shape} {dtype}"] = [y.detach(), rows.grad, indices.tolist(), *parts]
+    for count, texts in product((7, 2, 1), (1, 2)):
+        indices, shard = context.shard(np.arange(count), uneven(count))
+        rows = torch.cat([part[indices] for part in known(count * texts, 3, seed=count).chunk(texts)])
+        whole = context.gather_rows(rows.requires_grad_(), shard, texts)
+        whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows are in each gradient
+        assert rows.grad is not None
+        found[f"gather {count} {texts}"] = [whole.detach(), list(rows.grad.chunk(texts)), indices.tolist()]
+    for shape, dtype in product(SHAPES, (torch.float32, torch.float64)):
+        x = 1 + 2 * known(*shape, seed=1).to(dtype)
+        norm = known_norm(dtype)
+        norm.sum_over_ranks = sum_over_ranks if context.size > 1 else None
+        indices, _ = context.shard(np.arange(len(x)), uneven(len(x)))
+        rows = x[indices].requires_grad_()
+        y = norm(rows, "sts")
+        (y * known(*shape, seed=2).to(dtype)[indices]).sum().backward()
+        parts = [norm.weight.grad, norm.bias.grad, dict(norm.named_buffers())]
+        found[f"norm {shape} {dtype}"] = [y.detach(), rows.grad, indices.tolist(), *parts]
     return found
 
 

@@ -290,6 +290,8 @@ def joined(options: ComputeOptions) -> Iterator[DistributedContext]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     yield DistributedContext(rank, size, local_rank, STEPS_BETWEEN_SYNCS if gpus else 1)
     dist.barrier()  # the main process may still have a file to write
+    # No DistributedDataParallel of the caller may be left: as the last owner of the processes' group, it would hold the
+    # GIL while it waits for a thread of the group that may wait for the GIL.
     dist.destroy_process_group()
 
 

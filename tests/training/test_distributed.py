@@ -16,6 +16,7 @@ from helpers import configure, make_trainer, metrics, refusal
 from processes import differences
 from ranks import launch, torchrun
 
+import multitask_classifier
 from cli.parser import build_config
 from evaluation.predict import predict
 from models.checkpoint import load
@@ -34,15 +35,23 @@ EXACT += [f"--{task}_weight_decay=0" for task in DEFAULT_TASKS]
 SMART = ["--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1]
 SMART += ["--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5]
 UNFREEZING = ["--fine_tune_mode", "iterative", "--epochs", 5, "--optim", "SGD"]
-COSINE = ["--sts_embedding_loss", "cosine"]
 CASES: dict[str, list[Any]] = {
     "sequential": ["--optim", "AdamW"],
     "interleave": ["--routine", "interleave", "--arch", "r4", "--optim", "AdamW", "--sst_weight_decay", 0.1],
     "baseline": ["--arch", "baseline", "--optim", "AdamW", "--average", "ema", "--ema_decay", 0.8],
     "r1-baseline": ["--arch", "r1-baseline", "--routine", "annealed", "--optim", "RAdam", "--micro_batch_size", 2],
-    "joint, PCGrad": ["--routine", "joint", "--pcgrad", "--clip", 0.5, "--optim", "SGD"],
+    "joint, PCGrad": ["--routine", "joint", "--pcgrad", "--clip", 0.5, "--sts_loss", "mse"],
     "joint": ["--routine", "joint", "--arch", "v2", "--clip", 0.5],
-    "joint, micro-batches": ["--routine", "joint", "--optim", "SGD", "--micro_batch_size", 3, *COSINE],
+    "joint, micro-batches": [
+        "--routine",
+        "joint",
+        "--optim",
+        "SGD",
+        "--micro_batch_size",
+        3,
+        "--sts_embedding_loss",
+        "cosine",
+    ],
     "unfreezing": [*UNFREEZING, "--average", "ema"],
     "joint, unfreezing": [*UNFREEZING, "--routine", "joint", "--arch", "cosine"],
     "joint, nothing to train last": ["--routine", "joint", "--fine_tune_mode", "last-layer", "--arch", "r4"],
@@ -81,7 +90,7 @@ def exact_flags(tiny_flags: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def one_process(exact_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The cases without torchrun, in float64."""
-    return ranks.train_cases(exact_flags, CASES, tmp_path_factory.mktemp("one"), STEPS)
+    return ranks.train_cases(SINGLE_PROCESS, exact_flags, CASES, tmp_path_factory.mktemp("one"), STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,9 @@ def test_ranks_train_the_model_of_one_process(
 def test_gradient_surgery_gets_the_gradients_of_one_process(exact_flags: list[str], tmp_path: Path) -> None:
     """Each task's, before any is projected; the next backward pass has not overwritten it."""
     found = launch(2, tmp_path / "log", ranks.gradients_of_tasks, exact_flags, tmp_path / "two").result()
-    for gradient, alone in zip(found, ranks.gradients_of_tasks(exact_flags, tmp_path / "one"), strict=True):
+    for gradient, alone in zip(
+        found, ranks.gradients_of_tasks(SINGLE_PROCESS, exact_flags, tmp_path / "one"), strict=True
+    ):
         assert any(part is not None and part.any() for part in alone)
         for part, wanted in zip(gradient, alone, strict=True):
             torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
@@ -123,7 +134,7 @@ def test_gradient_surgery_gets_the_gradients_of_one_process(exact_flags: list[st
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`ranks.pieces` of one process and of each of three."""
-    return ranks.pieces(), launch(3, tmp_path_factory.mktemp("pieces") / "3", ranks.pieces).results()
+    return ranks.pieces(SINGLE_PROCESS), launch(3, tmp_path_factory.mktemp("pieces") / "3", ranks.pieces).results()
 
 
 def in_order(parts: list[torch.Tensor], indices: list[list[int]]) -> torch.Tensor:
@@ -175,7 +186,7 @@ def test_shards_share_examples_and_tokens(count: int, size: int) -> None:
 
 def test_processes_of_one_machine_share_its_cores(tmp_path: Path) -> None:
     """Those that they may use, if --threads is not given."""
-    assert launch(2, tmp_path / "threads", ranks.threads).results() == [{"bound to one": 1, "of nine": 4}] * 2
+    assert ranks.start(2, tmp_path / "threads", ranks.threads).results() == [{"bound to one": 1, "of nine": 4}] * 2
 
 
 def test_what_processes_agree_on(tmp_path: Path) -> None:
@@ -199,12 +210,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_two_runs_on_two_ranks_are_the_same_to_the_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     """With dropout, which draws other numbers on each rank; metrics, best.pt and the weights at the end."""
-    seeds = launch(2, tmp_path / "log", ranks.fit_twice, [*tiny_flags, "--seed", "7"], tmp_path).results()
-    assert seeds[0] == 7 != seeds[1]
-    assert len(metrics(tmp_path / "a")) == 2
+    found = launch(2, tmp_path / "log", ranks.fit_twice, [*tiny_flags, "--seed", "7"], tmp_path).results()
+    assert found[0][0] == 7 != found[1][0]
+    assert differences(found[0][1], found[0][2]) == differences(found[0][1], found[1][2]) == []
+    assert differences(*(load(tmp_path / name / "best.pt")["weights"] for name in ("a", "b"))) == []
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
-    for first, second in (("a.pt", "b.pt"), ("a/best.pt", "b/best.pt")):
-        assert differences(load(tmp_path / first)["weights"], load(tmp_path / second)["weights"]) == []
+    assert len(metrics(tmp_path / "a")) == 2
     states = load(tmp_path / "a" / "resume.pt")["generators"]["cpu"]
     assert len(states) == 2 and not torch.equal(states[0], states[1])
 
@@ -323,7 +334,8 @@ def check_files(run: Path, text: str, data: Path) -> None:
 
 
 def test_the_script_on_two_processes(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:
-    ended = launch(2, tmp_path / "log", ranks.script, *small_run(tiny_flags, tmp_path / "run"))
+    words = small_run(tiny_flags, tmp_path / "run")
+    ended = ranks.start(2, tmp_path / "log", lambda: multitask_classifier.main(words))
     assert ended.codes == [0, 0], ended.text()
     assert ended.text(1) == ""
     check_files(tmp_path / "run", ended.text(0), small_data)
