@@ -350,7 +350,9 @@ def resolve_pretrained(name: str) -> Path:
         logger.info("start weights: %s (local folder)", local)
         return local
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
-        raise UserError(f"--pretrained {name}: there is no such folder; name one that has config.json and weights")
+        raise UserError(
+            f"--pretrained {name}: there is no such folder; name one with config.json, {WEIGHTS_FILES[0]} and vocab.txt"
+        )
     is_minilm = name in (MINILM, MINILM_REPO)
     weights = WEIGHTS_FILES[:1] if is_minilm else WEIGHTS_FILES  # the known hash is that of the first file
     tried = ["local folder: not there"]

@@ -243,7 +243,7 @@ def pieces(context: DistributedContext) -> dict[str, Any]:
     """Return what rows that every process knows become in gather_rows and BatchNorm, with this rank's gradients."""
     found: dict[str, Any] = {}
     for count, texts in product((7, 2, 1), (1, 2)):
-        indices, shard = context.shard(np.arange(count), uneven(count))
+        indices, shard = shard_of(context, count)
         rows = torch.cat([part[indices] for part in known(count * texts, 3, seed=count).chunk(texts)])
         whole = context.gather_rows(rows.requires_grad_(), shard, texts)
         whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows are in each gradient
@@ -253,7 +253,7 @@ def pieces(context: DistributedContext) -> dict[str, Any]:
         x = 1 + 2 * known(*shape, seed=1).to(dtype)
         norm = known_norm(dtype)
         norm.sum_over_ranks = sum_over_ranks if context.size > 1 else None
-        indices, _ = context.shard(np.arange(len(x)), uneven(len(x)))
+        indices, _ = shard_of(context, len(x))
         rows = x[indices].requires_grad_()
         y = norm(rows, "sts")
         (y * known(*shape, seed=2).to(dtype)[indices]).sum().backward()
@@ -263,6 +263,11 @@ def pieces(context: DistributedContext) -> dict[str, Any]:
 
 
 SHAPES: list[tuple[int, ...]] = [(7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)]  # of what BatchNorm gets
+
+
+def shard_of(context: DistributedContext, count: int) -> tuple[np.ndarray, Any]:
+    """Return this rank's examples of a batch, and their places in it; one process has all of them."""
+    return context.shard(np.arange(count), uneven(count)) if context.size > 1 else (np.arange(count), None)
 
 
 def uneven(count: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from transformers import BertModel, BertTokenizer
 
 import multitask_classifier
 from cli.parser import parse
+from models.build import build_model
 from models.checkpoint import load
 from tasks import DEFAULT_TASKS, TASKS
 from training.task_sampling import ROUTINES, Plan
@@ -277,7 +278,7 @@ def test_a_run_ends_where_a_plain_one_does(
     words = ["--no_tensorboard", f"--eval_every={flags['epochs']}"]  # so that the last epoch is the best
     words += [f"--{name}" if value is True else f"--{name}={value}" for name, value in (flags | paths).items()]
     config = parse(words, TASKS, "test", "Test.")
-    start, _ = multitask_classifier.build_model(config, DEFAULT_TASKS)
+    start, _ = build_model(config, DEFAULT_TASKS, print)
     model = PlainModel(tiny_bert, flags, start.state_dict())
     plan = Plan.of(config.train, config.tasks, dict.fromkeys(FILES, 20))
     steps = [ROUTINES[config.train.routine](plan, epoch) for epoch in range(flags["epochs"])]

@@ -146,7 +146,9 @@ def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
     for part, known in STEPS.items():
         for kind in step_kinds(settings[part]):
             if kind not in known:
-                raise UserError(f"{source}: its {part} has {kind}, none of {', '.join(known)}; use that of a BERT")
+                raise UserError(
+                    f"{source}: its {part} has {kind}, none of {', '.join(known)}; use the tokenizer of a BERT"
+                )
 
 
 def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from typing import Any
 
@@ -472,7 +472,7 @@ class Trainer:
         ):
             if average is not None:
                 average.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress(**{counter.name: state["progress"][counter.name] for counter in fields(Progress)})
         if not restore_generators(state["generators"], self.device.device, self.context):
             self.reseed(len(state["generators"]["cpu"]))
         self.started = -state["seconds"]
