@@ -120,9 +120,6 @@ class Trainer:
         trainer.cuda_graphs = make_cuda_graph_runner(config, model, device, trainer.forward_backward, say)
         return trainer
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The step
-
     def train_step(self, step: Step, measure_norm: bool = False) -> StepResult:
         """Make one optimizer step. All methods of training meet here.
 
@@ -194,9 +191,6 @@ class Trainer:
         for average in (self.average, self.objective.momentum_model):
             if average is not None:
                 average.after_step()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The run
 
     def fit(self) -> Scores:
         """Train to the end, or until --patience runs out; return the best dev scores.
@@ -331,9 +325,6 @@ class Trainer:
             if save:
                 self.save_state()
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Evaluation
-
     def tasks_to_evaluate(self) -> list[str]:
         """Return the tasks whose dev set is evaluated after this epoch: all after the last one, none with --mlm."""
         number, options = self.progress.epoch, self.config.train
@@ -412,9 +403,6 @@ class Trainer:
         record.seconds = time.perf_counter() - self.started
         record.peak_memory = max([self.device.peak_memory(), *(task.peak_memory for task in record.tasks.values())])
         self.logger.end_epoch(record, dev)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Saving and resuming
 
     def save_if_new(self) -> None:
         """Write a state if batches have passed since the last one."""
