@@ -209,9 +209,11 @@ def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Any
     for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
         group["weight_decay"] = sum(DECAYS[task] for task in group["tasks"]) / len(group["tasks"])
     kept, steps, losses = [own.detach().clone() for own in model.parameters()], 0, []
-    for epoch, batches in enumerate(epochs):
+    for epoch, whole_steps in enumerate(epochs):
         model.freeze(flags, epoch)
-        moves = [batches[i : i + 3] for i in range(0, len(batches), 3)] if joint else [[step] for step in batches]
+        moves = [step.batches for step in whole_steps]
+        assert all(len(move) == (3 if joint else 1) for move in moves)
+        batches = [batch for move in moves for batch in move]
         sums = dict.fromkeys(FILES, 0.0)
         for number, move in enumerate(moves):
             gradients = []
