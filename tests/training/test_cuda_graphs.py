@@ -165,16 +165,7 @@ def test_what_a_graph_holds_for(tiny_flags: list[str], tmp_path: Path) -> None:
         assert not runner.graphs
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("operation not permitted when stream is capturing\nmore", "operation not permitted when stream is capturing"),
-        ("", "RuntimeError"),
-    ],
-)
-def test_what_cannot_be_captured_runs_without_and_says_so_once(
-    tiny_flags: list[str], tmp_path: Path, text: str, reason: str
-) -> None:
+def test_what_cannot_be_captured_runs_without_and_says_so_once(tiny_flags: list[str], tmp_path: Path) -> None:
     lines: list[str] = []
     trainer = make_ready(tiny_flags, tmp_path / "run", *FLAGS)
     runner = capture_all(trainer, {"sts": "with auxiliary losses"}, lines.append)
@@ -182,7 +173,7 @@ def test_what_cannot_be_captured_runs_without_and_says_so_once(
     class Failing(PythonCapturer):
         def __call__(self, function: Callable[[], Captured]) -> tuple[Captured, Callable[[], None]]:
             function()
-            raise RuntimeError(text)
+            raise RuntimeError("operation not permitted\nmore")
 
     failing: Any = Failing(trainer)
     runner.capturer = failing
@@ -191,7 +182,7 @@ def test_what_cannot_be_captured_runs_without_and_says_so_once(
         for task in ("sst", "sts"):
             for one in (trainer, plain):
                 one.train_step(step_of(task, range(8)))
-    assert lines == [f"--cuda_graphs: a pass of sst could not be captured ({reason})"]
+    assert lines == ["--cuda_graphs: a pass of sst could not be captured (operation not permitted)"]
     assert runner.report() == (
         "--cuda_graphs: 0 passes replayed from 0 graphs, 2 of a rare shape, 5 with auxiliary losses, "
         "3 that could not be captured"

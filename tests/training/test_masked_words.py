@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from helpers import (
-    assert_resumes,
     changed,
     copied,
     cut,
@@ -24,7 +22,6 @@ from helpers import (
 import ensemble
 import multitask_classifier
 from models.checkpoint import load, load_model
-from models.mlm import Masking
 from tasks import DEFAULT_TASKS
 from text.packing import PackedBatch
 from training.trainer import Trainer
@@ -86,21 +83,6 @@ def test_a_batch_without_words_has_no_loss_and_no_gradient(
     assert result.batches[0].loss.item() == 0 and result.norm is not None and result.norm.item() == 0
 
 
-def test_each_epoch_masks_anew(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(tiny_flags, tmp_path / "run", "--mlm", "--train_sst", "--epochs", 2)
-    seen: set[tuple[int, ...]] = set()
-    masks = Masking.__call__
-
-    def watched(self: Masking, batch: PackedBatch, generator: np.random.Generator) -> Any:
-        out = masks(self, batch, generator)
-        seen.add(tuple(out[0].input_ids.tolist()))
-        return out
-
-    monkeypatch.setattr(Masking, "__call__", watched)
-    trainer.fit()
-    assert len(seen) == 6
-
-
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -142,11 +124,6 @@ def test_masked_words_train_the_pals_of_their_task(tiny_flags: list[str], tmp_pa
     weights = load(run(tiny_flags, tmp_path / "run", *more))["weights"]
     pals = [tensor for name, tensor in weights.items() if name.startswith("pals.")]
     assert pals and all(tensor.any() for tensor in pals)  # V_D starts as zeros
-
-
-def test_resuming_goes_on_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
-    more = ["--mlm", "--epochs", 3, "--routine", "joint", "--pcgrad", "--average", "ema"]
-    assert_resumes(tiny_flags, tmp_path, *more, after=1)
 
 
 # ------------------------------------------------------------------------------------------------------- and after them

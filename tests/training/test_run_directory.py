@@ -1,11 +1,15 @@
 """Run directories: what a run may go on from, what --overwrite removes, and names that never collide."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from helpers import make_trainer, refusal
 
+from training.resume import lengths
 from training.run_directory import RunDirectory
+from training.trainer import Trainer
 from utils.files import write_text
 
 
@@ -27,7 +31,7 @@ def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: 
 def test_overwrite_removes_a_runs_files_only(tmp_path: Path) -> None:
     run, events = RunDirectory(tmp_path), "events.out.tfevents.1.host"
     files = ["best.pt", "config.json", "bad_batch.json", "predictions/sst-dev-output.csv"]
-    files += [f"tensorboard/{events}", f"tensorboard/a/{events}"]
+    files += [f"tensorboard/{events}", f"tensorboard/a/{events}", ".best.pt.9.tmp"]  # the last is left by a kill
     theirs = ["notes.txt", "predictions/mine.txt", "tensorboard/b/mine.txt"]
     for name in (*files, *theirs):
         write_text(tmp_path / name, "x")
@@ -38,6 +42,16 @@ def test_overwrite_removes_a_runs_files_only(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     run.clear()
     assert not (tmp_path / "predictions").exists()
+
+
+def test_files_that_cannot_be_cut_back_are_one_line(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = lengths(trained.checkpointer.run)
+    monkeypatch.setattr(os, "truncate", fail)
+    message = refusal(trained.checkpointer.cut_back, {**before, "metrics.jsonl": 0})
+    assert message.startswith(f"--run_dir {trained.checkpointer.run.path}: cannot be written (")
 
 
 def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

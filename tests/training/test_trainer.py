@@ -1,17 +1,22 @@
 """The loop: what trains and what stays, the steps of an epoch, evaluation and the best checkpoint."""
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    ask_the_allocator,
     changed,
     digest,
     load_batch,
     make_ready,
     make_trainer,
     metrics,
+    refusal,
     set_dev_scores,
     states_by_epoch,
     step_of,
@@ -239,17 +244,6 @@ def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[
             torch.testing.assert_close(parameter.detach(), start - nesterov * rate * gradient, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("arch", ["yin-yang", "r1-baseline"])
-def test_pcgrad_without_conflict_is_the_joint_step(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
-    """There is one task, so nothing conflicts."""
-    runs = []
-    for name, more in (("plain", []), ("surgery", ["--pcgrad"])):
-        flags = ["--routine", "joint", "--arch", arch, "--fine_tune_mode", "full-model", "--train_sts", *more]
-        _, states = states_by_epoch(tiny_flags, tmp_path / name, *flags, "--epochs", 1)
-        runs.append(states[-1])
-    assert changed(*runs) == set()
-
-
 @pytest.mark.parametrize("more", [["--lora_mode", "attn-only"], ["--clip", 0.1, "--average", "ema"]])
 def test_pcgrad_trains_and_counts_conflicts(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[object]
@@ -292,3 +286,30 @@ def test_pcgrad_where_nothing_trains_yet(tiny_flags: list[str], tmp_path: Path) 
     flags = ["--train_sts", "--arch", "v1", "--routine", "joint", "--pcgrad"]
     _, states = states_by_epoch(tiny_flags, tmp_path / "run", *flags)
     assert changed(states[0], states[1]) == set() != changed(states[1], states[2])
+
+
+# -------------------------------------------------------------------------------------------------------- other endings
+
+
+def raises(error: BaseException) -> Callable[..., Any]:
+    """Return a function that raises an error."""
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
+
+
+def test_what_ends_a_run_says_how_to_go_on(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run")
+    trainer.train_step = raises(KeyboardInterrupt())  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert "stopped at once; nothing of the run is saved yet, --overwrite starts it again" in capsys.readouterr().out
+    trainer.train_step = raises(OSError(errno.ENOSPC, "No space left"))  # type: ignore[method-assign]
+    assert refusal(trainer.fit).startswith(f"{tmp_path / 'run'}: cannot be written (")
+    trainer.checkpointer.load_state = ask_the_allocator  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="allocate"):  # not taken for a damaged state
+        trainer.restore()
