@@ -233,7 +233,7 @@ def test_files_of_others_stay(script: Run, train: Run, runs: Path, small_data: P
     evaluate = ["--evaluate", "run/best.pt", "--data_dir", small_data]
     for message in (
         refusal(script, *evaluate, "--run_dir", "run"),
-        refusal(ensemble.main, ["run/best.pt", "--run_dir", "run"]),
+        refusal(ensemble.main, ["run/best.pt", "--data_dir", str(small_data), "--run_dir", "run"]),
     ):
         assert "--run_dir run: holds a training run" in message
     write_text(tmp_path / "project" / "predictions" / "mine.txt", "precious")
@@ -249,14 +249,14 @@ def test_files_in_place_of_folders_are_known_at_once(
 ) -> None:
     (tmp_path / "file").write_text("x")
     best = runs / "sst" / "best.pt"
-    evaluate = ["--evaluate", best, "--data_dir", small_data]
+    evaluate, combine = ["--evaluate", best, "--data_dir", small_data], [str(best), "--data_dir", str(small_data)]
     for message in (
         refusal(script, *evaluate, "--run_dir", "file"),
-        refusal(ensemble.main, [str(best), "--run_dir", "file"]),
+        refusal(ensemble.main, [*combine, "--run_dir", "file"]),
         refusal(train, "--run_dir", "file", "--overwrite"),
     ):
         assert message.startswith("--run_dir file: cannot be written")
-    assert refusal(ensemble.main, [str(best), "--cache", "file"]).startswith("--cache file: cannot be written")
+    assert refusal(ensemble.main, [*combine, "--cache", "file"]).startswith("--cache file: cannot be written")
     assert refusal(script, "--evaluate", best, "--export", "file").startswith("--export file: cannot be written")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "predictions").write_text("x")
@@ -269,7 +269,7 @@ def test_predictions_are_those_of_the_prediction_files(
     script: Run, runs: Path, small_data: Path, tmp_path: Path, run: str
 ) -> None:
     for task in DEFAULT_TASKS.values():
-        texts = ["\t".join(row) for row in table(small_data / task.files["dev"], task.text_columns)]
+        texts = ["\t".join(row).strip() for row in table(small_data / task.files["dev"], task.text_columns)]
         (tmp_path / "x.txt").write_text("".join(f"{text}\n\n" for text in texts))
         out = script("--evaluate", runs / run / "best.pt", "--predict", "x.txt", "--task", task.name)
         rows = [line.split("\t") for line in out.splitlines()]
