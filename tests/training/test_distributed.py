@@ -71,7 +71,7 @@ CASES: dict[str, list[Any]] = {
         "mean",
     ],
     "SMART": SMART,
-    "SMART, micro-batches": [*SMART, "--routine", "joint", "--pcgrad", "--micro_batch_size", 3],
+    "SMART, micro-batches": [*SMART, "--routine", "joint", "--pcgrad", "--micro_batch_size", 8],
     "batches of one": ["--batch_size", 19, "--shared_batchnorm_stats", "--optim", "SGD"],
 }
 
