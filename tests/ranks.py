@@ -33,7 +33,7 @@ from training.trainer import Trainer
 from utils.console import run_script
 from utils.errors import UserError
 
-LIMIT = 280  # seconds
+LIMIT = 900  # seconds
 
 
 class Ended:
