@@ -478,20 +478,3 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tiny_flags: 
     wait_until(lambda: log.exists() and "Epoch" in log.read_text(), third)
     third.send(signal.SIGTERM)
     assert third.wait() == 143
-
-
-def test_the_seconds_of_a_former_process_count_once(tiny_flags: list[str], tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_flags, tmp_path / "run")
-
-    def stop() -> None:
-        trainer.started -= 1000.0
-        trainer.save_state()
-        raise KeyboardInterrupt
-
-    at_step(2, stop)(trainer)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    make_trainer(tiny_flags, tmp_path / "run", "--resume").fit()
-    lines = (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
-    first, second = (json.loads(line)["seconds"] for line in lines)
-    assert first > 1000.0 > 100.0 > second

@@ -140,23 +140,6 @@ def test_a_state_that_cannot_be_written_leaves_both(two_states: RunDirectory, tm
     assert "resume.pt: cannot be written (" in line and "pickle" in line
 
 
-def test_a_folder_that_may_not_be_written(two_states: RunDirectory, tmp_path: Path) -> None:
-    """By a process that is not root, whom permissions do not stop."""
-    two_states.path.chmod(0o555)
-
-    def work() -> None:
-        os.chdir(two_states.path)  # so that only this folder's permissions matter
-        if os.getuid() == 0:
-            os.setuid(65534)
-        write_state(RunDirectory(Path(".")), state(3))
-
-    try:
-        line = saving_fails(two_states, work, tmp_path / "log")
-        assert "resume.pt: cannot be written (" in line and "Permission denied" in line
-    finally:
-        two_states.path.chmod(0o755)
-
-
 def test_texts_are_utf8_wherever_they_are_written(tmp_path: Path) -> None:
     """Also where the locale knows no letter but ASCII's."""
     code = "import pathlib, sys; from utils import files; files.write_text(pathlib.Path(sys.argv[1]), 'caf\\xe9')"
