@@ -1,6 +1,7 @@
 """What every test file shares: the import path, one thread, and oracles that do not mistake our datasets.py."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ torch.set_num_threads(1)
 _hide_our_datasets()
 sys.path[:] = [str(ROOT), *(entry for entry in sys.path if entry != str(ROOT))]
 
-from helpers import SAMPLE, cut, make_bert  # noqa: E402  (they import our datasets.py)
+from helpers import SAMPLE, cut, make_bert, output  # noqa: E402  (they import our datasets.py)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +93,12 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str
     for name, more in kinds.items():
         multitask_classifier.main([*flags, *more, "--run_dir", str(folder / name)])
     return folder
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run multitask_classifier.py with the given flags in `tmp_path`, and return what it prints."""
+    import multitask_classifier
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: output(capsys, multitask_classifier.main, *words)

@@ -4,20 +4,16 @@ A process is a fork: it shares what is imported here and takes milliseconds wher
 """
 
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  imported here once, and not in every fork
-import pytest
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
@@ -84,30 +80,6 @@ def wait_until(condition: Callable[[], bool], child: Child, seconds: float = 60.
 def kill_myself(signum: signal.Signals = signal.SIGKILL) -> None:
     """Do what a scheduler does, at a moment that the test chooses."""
     os.kill(os.getpid(), signum)
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """Mount a real file system of `size` bytes at `folder` for as long as the block lasts."""
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed writer may still hold its file
-
-
-def fill(folder: Path) -> None:
-    """Take all the space that is left."""
-    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    with suppress(OSError):
-        while True:
-            os.write(filler, b"\0" * 4096)
-    os.close(filler)
 
 
 def flipped(content: bytes, offset: int, bit: int) -> bytes:

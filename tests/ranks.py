@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -81,15 +83,23 @@ def launch(size: int, folder: Path, function: Callable[..., object], *arguments:
     return start(size, folder, joined_function)
 
 
-def torchrun(*words: object, script: Path = ROOT / "multitask_classifier.py") -> subprocess.CompletedProcess[str]:
+@dataclass
+class Torchrun:
+    """How a command under torchrun ended: exit code, standard output, and standard error before torchrun's summary."""
+
+    code: int
+    out: str
+    errors: str
+    summary: str
+
+
+def torchrun(*words: object, script: Path = ROOT / "multitask_classifier.py") -> Torchrun:
     """Run a script in two processes by the real torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=180, env=environment)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+    errors, *summary = re.split(r"^(?=[WE]\d{4} )", done.stderr, maxsplit=1, flags=re.MULTILINE)
+    return Torchrun(done.returncode, done.stdout, errors, "".join(summary))
 
 
 @contextmanager
@@ -171,10 +181,6 @@ def noting(noted: list[int], batch: Callable[[np.ndarray], Any]) -> Callable[[np
     return with_record
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Failing
-
-
 def fail(how: str) -> None:
     """Fail in one of the ways that a process can."""
     if how == "exception":
@@ -216,10 +222,6 @@ def fit_and_stop_in_evaluation(context: DistributedContext, flags: list[str], ru
     trainer.fit()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pieces
-
-
 def threads() -> dict[str, int]:
     """Return the cores of a process that is bound to one, and the threads that it takes if there are nine."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -239,35 +241,25 @@ def agreements(context: DistributedContext, folder: Path) -> dict[str, Any]:
     return {"found": found, "largest": largest, "name": context.broadcast_object(f"the name that {context.rank} has")}
 
 
-def pieces(context: DistributedContext) -> dict[str, Any]:
-    """Return what rows that every process knows become in gather_rows and BatchNorm, with this rank's gradients."""
+def batch_norms(context: DistributedContext) -> dict[str, Any]:
+    """Return what BatchNorm makes of rows that every process knows, with this rank's gradients."""
     found: dict[str, Any] = {}
-    for count, texts in product((7, 2, 1), (1, 2)):
-        indices, shard = shard_of(context, count)
-        rows = torch.cat([part[indices] for part in known(count * texts, 3, seed=count).chunk(texts)])
-        whole = context.gather_rows(rows.requires_grad_(), shard, texts)
-        whole.pow(3).sum(dim=1).logsumexp(dim=0).backward()  # all rows are in each gradient
-        assert rows.grad is not None
-        found[f"gather {count} {texts}"] = [whole.detach(), list(rows.grad.chunk(texts)), indices.tolist()]
     for shape, dtype in product(SHAPES, (torch.float32, torch.float64)):
         x = 1 + 2 * known(*shape, seed=1).to(dtype)
         norm = known_norm(dtype)
         norm.sum_over_ranks = sum_over_ranks if context.size > 1 else None
-        indices, _ = shard_of(context, len(x))
+        indices = np.arange(len(x))  # all of them in one process
+        if context.size > 1:
+            indices, _ = context.shard(indices, uneven(len(x)))
         rows = x[indices].requires_grad_()
         y = norm(rows, "sts")
         (y * known(*shape, seed=2).to(dtype)[indices]).sum().backward()
         parts = [norm.weight.grad, norm.bias.grad, dict(norm.named_buffers())]
-        found[f"norm {shape} {dtype}"] = [y.detach(), rows.grad, indices.tolist(), *parts]
+        found[f"{shape} {dtype}"] = [y.detach(), rows.grad, indices.tolist(), *parts]
     return found
 
 
 SHAPES: list[tuple[int, ...]] = [(7, 3), (7, 3, 4), (2, 3), (1, 3), (1, 3, 4)]  # of what BatchNorm gets
-
-
-def shard_of(context: DistributedContext, count: int) -> tuple[np.ndarray, Any]:
-    """Return this rank's examples of a batch, and their places in it; one process has all of them."""
-    return context.shard(np.arange(count), uneven(count)) if context.size > 1 else (np.arange(count), None)
 
 
 def uneven(count: int) -> np.ndarray:

@@ -6,7 +6,6 @@ by its own size would make visible differences of fp32's rounding within a few s
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,17 +17,17 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import configure, metrics
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import BertModel, BertTokenizer
 
 import multitask_classifier
-from cli.parser import parse
 from models.build import build_model
 from models.checkpoint import load
 from tasks import DEFAULT_TASKS, TASKS
-from training.task_sampling import ROUTINES, Plan
+from training.task_sampling import ROUTINES, Plan, Step
 
 FILES = {"sst": "ids-sst-{}.csv", "para": "quora-{}.csv", "sts": "sts-{}.csv"}
 LABELS = {"sst": "sentiment", "para": "is_duplicate", "sts": "similarity"}
@@ -55,7 +54,14 @@ OURS_TO_THEIRS = {
 Flags = dict[str, Any]
 CASES: dict[str, Flags] = {
     "R0": {"fine_tune_mode": "iterative", "optim": "Adamax", "lr_schedule": "lambda", "epochs": 5},
-    "clip": {"optim": "AdamW", "lr_schedule": "linear", "warmup": 0.3, "clip": 0.5, "sst_weight": 0.3},
+    "clip": {
+        "optim": "AdamW",
+        "lr_schedule": "linear",
+        "warmup": 0.3,
+        "clip": 0.5,
+        "sst_weight": 0.3,
+        "micro_batch_size": 3,
+    },
     "rounds": {"routine": "interleave", "num_sts_trains": 2, "lr_schedule": "cosine", "optim": "SGD", "arch": "v1"},
     "joint": {"routine": "joint", "optim": "AdamW", "lr_schedule": "linear", "warmup": 0.3, "sts_weight": 2},
     "PCGrad": {"routine": "joint", "pcgrad": True, "clip": 0.5, "optim": "Adam", "lr_schedule": "cosine", "arch": "v1"},
@@ -77,13 +83,13 @@ class HandoutAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for own in (p for p in group["params"] if p.grad is not None):
-                state = self.state.setdefault(own, {}) or self.state[own]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
                 t = state["t"] = state.get("t", 0) + 1
-                m = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * own.grad
-                v = state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * own.grad**2
-                own -= group["lr"] * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (v.sqrt() + 1e-6)
-                own -= group["lr"] * group["weight_decay"] * own
+                m = state["m"] = 0.9 * state.get("m", 0.0) + 0.1 * p.grad
+                v = state["v"] = 0.999 * state.get("v", 0.0) + 0.001 * p.grad**2
+                p -= group["lr"] * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (v.sqrt() + 1e-6)
+                p -= group["lr"] * group["weight_decay"] * p
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -96,7 +102,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def rate(flags: Flags, task: str, position: float) -> float:
-    """The learning rate after `position` epochs."""
+    """Return the learning rate after `position` epochs."""
     base, done = flags["lr"] * MULTIPLIERS[task], position / flags["epochs"]
     return (
         base
@@ -133,12 +139,12 @@ class PlainModel(nn.Module):
         if not self.siamese:
             self.heads["sts"] = nn.Linear(width, 1)
         with torch.no_grad():  # what is drawn at random
-            for name, own in start.items():
+            for name, tensor in start.items():
                 if name.startswith("heads.") or "lora_" in name:
-                    self.named(name).copy_(own)
+                    self.named(name).copy_(tensor)
 
     def named(self, ours: str) -> Tensor:
-        """The tensor that has this name in the package."""
+        """Return the tensor that has this name in the package."""
         part, owner, *rest = ours.split(".")
         if part == "heads":
             return self.heads[owner].get_parameter(rest[-1])
@@ -171,10 +177,10 @@ class PlainModel(nn.Module):
         """Heads in the first epoch; then the pooler and one layer, one, two of the two; then the embeddings too."""
         if flags["fine_tune_mode"] == "iterative":
             top = [0, 1, 1, 2, 3][epoch]
-            for name, own in self.bert.named_parameters():
+            for name, p in self.bert.named_parameters():
                 words = name.split(".")
                 floor = 2 - int(words[2]) if words[0] == "encoder" else 1 if words[0] == "pooler" else 3
-                own.requires_grad_(top >= floor)
+                p.requires_grad_(top >= floor)
 
 
 def projected(gradients: list[dict[str, Tensor]], order: np.random.Generator) -> list[dict[str, Tensor]]:
@@ -184,17 +190,17 @@ def projected(gradients: list[dict[str, Tensor]], order: np.random.Generator) ->
         return sum(float((a[name] * b[name]).sum()) for name in a.keys() & b.keys())
 
     out = []
-    for i, own in enumerate(gradients):
+    for i, gradient in enumerate(gradients):
         for j in order.permutation([other for other in range(len(gradients)) if other != i]):
             other = gradients[j]
-            share = min(0.0, product(own, other)) / product(other, other)
-            own = own | {name: own.get(name, 0.0) - share * value for name, value in other.items()}
-        out.append(own)
+            share = min(0.0, product(gradient, other)) / product(other, other)
+            gradient = gradient | {name: gradient.get(name, 0.0) - share * value for name, value in other.items()}
+        out.append(gradient)
     return out
 
 
-def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Any]]) -> list[dict[str, float]]:
-    """Train as the flags say, with the batches of `epochs`; returns the mean loss of each task in each epoch."""
+def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Step]]) -> list[dict[str, float]]:
+    """Train as the flags say, with these steps of each epoch; return the mean loss of each task in each epoch."""
     examples = {task: read(data / FILES[task].format("train"), task) for task in TASKS if task in FILES}
     shared, joint = list(model.bert.parameters()), flags.get("routine") == "joint"
     heads = {task: list(model.heads[task].parameters()) if task in model.heads else [] for task in FILES}
@@ -208,46 +214,43 @@ def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Any
         }
     for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
         group["weight_decay"] = sum(DECAYS[task] for task in group["tasks"]) / len(group["tasks"])
-    kept, steps, losses = [own.detach().clone() for own in model.parameters()], 0, []
-    for epoch, whole_steps in enumerate(epochs):
+    averages, made, losses = [p.detach().clone() for p in model.parameters()], 0, []
+    for epoch, steps in enumerate(epochs):
         model.freeze(flags, epoch)
-        moves = [step.batches for step in whole_steps]
-        assert all(len(move) == (3 if joint else 1) for move in moves)
-        batches = [batch for move in moves for batch in move]
-        sums = dict.fromkeys(FILES, 0.0)
-        for number, move in enumerate(moves):
+        sums, counts = dict.fromkeys(FILES, 0.0), dict.fromkeys(FILES, 0)
+        for number, step in enumerate(steps):
             gradients = []
-            for step in move:
-                texts, labels = examples[step.task]
-                loss = model.loss(step.task, [texts[i] for i in step.indices], labels[step.indices])
-                loss = flags.get(f"{step.task}_weight", 1.0) * loss
-                sums[step.task] += loss.item() * len(step.indices)
+            for batch in step.batches:
+                texts, labels = examples[batch.task]
+                loss = model.loss(batch.task, [texts[i] for i in batch.indices], labels[batch.indices])
+                loss = flags.get(f"{batch.task}_weight", 1.0) * loss
+                sums[batch.task] += loss.item() * len(batch.indices)
+                counts[batch.task] += len(batch.indices)
                 model.zero_grad()
-                (loss / len(move)).backward()
+                (loss / len(step.batches)).backward()
                 gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
             if flags.get("pcgrad"):
-                gradients = projected(gradients, np.random.default_rng([11711, steps]))
-            for name, own in model.named_parameters():
-                there = [gradient[name] for gradient in gradients if name in gradient]
-                own.grad = torch.stack(there).sum(0) if there else None
+                gradients = projected(gradients, np.random.default_rng([11711, made]))
+            for name, p in model.named_parameters():
+                parts = [gradient[name] for gradient in gradients if name in gradient]
+                p.grad = torch.stack(parts).sum(0) if parts else None
             if "clip" in flags:
                 nn.utils.clip_grad_norm_(model.parameters(), flags["clip"])
-            optimizer = optimizers[move[0].task]
+            optimizer = optimizers[step.batches[0].task]
             for group in optimizer.param_groups:
-                rates = [rate(flags, task, epoch + number / len(moves)) for task in group["tasks"]]
+                rates = [rate(flags, task, epoch + number / len(steps)) for task in group["tasks"]]
                 group["lr"] = sum(rates) / len(rates)
             optimizer.step()
-            steps += 1
+            made += 1
             if flags.get("average") == "ema":
-                torch._foreach_lerp_(kept, [own.detach() for own in model.parameters()], 1 - flags["ema_decay"])
-        counts = {task: sum(len(step.indices) for step in batches if step.task == task) for task in FILES}
+                torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - flags["ema_decay"])
         losses.append({task: sums[task] / counts[task] for task in FILES})
         if flags.get("average") == "swa":
-            torch._foreach_lerp_(kept, [own.detach() for own in model.parameters()], 1 / (epoch + 1))
+            torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 / (epoch + 1))
     if "average" in flags:
         with torch.no_grad():
-            for own, value in zip(model.parameters(), kept, strict=True):
-                own.copy_(value)
+            for p, average in zip(model.parameters(), averages, strict=True):
+                p.copy_(average)
     return losses
 
 
@@ -279,7 +282,7 @@ def test_a_run_ends_where_a_plain_one_does(
     paths = {"pretrained": tiny_bert, "data_dir": small_data, "run_dir": tmp_path / "run"}
     words = ["--no_tensorboard", f"--eval_every={flags['epochs']}"]  # so that the last epoch is the best
     words += [f"--{name}" if value is True else f"--{name}={value}" for name, value in (flags | paths).items()]
-    config = parse(words, TASKS, "test", "Test.")
+    config = configure(*words)
     start, _ = build_model(config, DEFAULT_TASKS, print)
     model = PlainModel(tiny_bert, flags, start.state_dict())
     plan = Plan.of(config.train, config.tasks, dict.fromkeys(FILES, 20))
@@ -287,16 +290,15 @@ def test_a_run_ends_where_a_plain_one_does(
     losses = plain_run(flags, model, small_data, steps)
 
     multitask_classifier.main(words)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for line, wanted in zip(lines, losses, strict=True):
-        assert {task: own["loss"] for task, own in line["train"].items()} == pytest.approx(wanted, abs=1e-7)
+    for line, wanted in zip(metrics(tmp_path / "run"), losses, strict=True):
+        assert {task: figures["loss"] for task, figures in line["train"].items()} == pytest.approx(wanted, abs=1e-7)
     best = load(tmp_path / "run" / "best.pt")
-    saved = [own for own in model.parameters() if own.requires_grad or "dora" not in flags]
+    saved = [p for p in model.parameters() if p.requires_grad or "dora" not in flags]
     assert {id(model.named(name)) for name in best["weights"]} == set(map(id, saved))
-    for name, own in best["weights"].items():
+    for name, tensor in best["weights"].items():
         if name.endswith("key.bias"):  # adds the same to all scores of a query: its gradient is rounding alone
             continue
-        torch.testing.assert_close(own, model.named(name).detach().view_as(own), atol=1e-7, rtol=0, msg=name)
+        torch.testing.assert_close(tensor, model.named(name).detach().view_as(tensor), atol=1e-7, rtol=0, msg=name)
     scores = {task: best["scores"][task][TASKS[task].metric] for task in FILES}
     wanted = plain_scores(model, small_data)
     assert scores == pytest.approx(wanted, abs=1e-7)

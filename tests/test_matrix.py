@@ -13,15 +13,15 @@ from dataclasses import fields
 from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import changed, copied, cut, make_bert, make_trainer, metrics, steps_of, write_films
+from helpers import changed, copied, cut, load_batch, make_bert, make_trainer, metrics, steps_of, write_films
 
 from cli.parser import build_config, build_parser, expand_arguments
 from config import ARCHS, GROUPS, Config, TaskOptions
 from models.checkpoint import load_model, model_checkpoint, save
 from tasks import TASKS
-from training.task_sampling import Step
 from training.trainer import Trainer
 from utils.device import Device
 from utils.errors import UserError
@@ -146,14 +146,8 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pairs: cross", "sts head: projection"), ("--sts_projection", "--pair_encoding cross", "drop")),
     (("arch: r1-baseline|v2", "sts head: bare cosine"), ("--sts_head cosine", "--pair_encoding cross", "use")),
     (("arch: r1-baseline|v2", "sts head: projection"), ("--sts_projection", "--pair_encoding cross", "drop")),
-    (
-        ("pairs: cross", "embedding: contrastive|ranking|cosine"),
-        ("_embedding_loss", "needs", "--pair_encoding siamese"),
-    ),
-    (
-        ("arch: r1-baseline|v2", "embedding: contrastive|ranking|cosine"),
-        ("_embedding_loss", "needs", "--pair_encoding"),
-    ),
+    (("pairs: cross", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_encoding")),
+    (("arch: r1-baseline|v2", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_enc")),
     (("dropout: none", "embedding: simcse"), ("_embedding_loss simcse", "raise --backbone_dropout_prob")),
     (("cache: cache", "embedding: simcse|ranking"), ("_embedding_loss", "--cache_frozen", "drop")),
     (("cache: cache", "fine-tuning: full-model"), ("--cache_frozen", "--fine_tune_mode full-model", "use last-layer")),
@@ -165,34 +159,31 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pre-training: mlm", "smart: smart"), ("--sst_smart", "--mlm", "drop")),
     (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),
     (("pre-training: mlm", "embedding: *"), ("_embedding_loss", "--mlm", "drop")),
-    (
-        ("share: rounds", "routine: random-epoch|random|round-robin|annealed|joint|surgery"),
-        ("--num_sts_trains", "drop"),
-    ),
+    (("share: rounds", "routine: random-epoch|random|round-robin|annealed|joint|surgery"), ("--num_sts_trains",)),
     (("tasks: sts|pairs|films", "pal: sst only"), ("--pal_tasks sst", "--train_sst", "drop")),
     (("tasks: sts", "share: late"), ("no task trains in epoch 1", "set one --NAME_from_epoch")),
 ]
 
 
 def members(pattern: str) -> list[Method]:
-    """The methods that a word of `REFUSED` stands for."""
+    """Return the methods that a word of `REFUSED` stands for."""
     axis, names = pattern.split(": ")
     return [(axis, name) for name in (METHODS[axis] if names == "*" else names.split("|"))]
 
 
 EXCLUDED = {frozenset(methods): words for patterns, words in REFUSED for methods in product(*map(members, patterns))}
-ALL: list[Method] = [(axis, name) for axis, own in METHODS.items() for name in own]
+ALL: list[Method] = [(axis, name) for axis, names in METHODS.items() for name in names]
 PAIRS = [(a, b) for a, b in combinations(ALL, 2) if a[0] != b[0]]
 
 
 def allowed(methods: Sequence[Method]) -> bool:
     """Whether nothing in `REFUSED` is among them."""
-    groups = (frozenset(own) for size in (2, 3) for own in combinations(methods, size))
+    groups = (frozenset(group) for size in (2, 3) for group in combinations(methods, size))
     return not any(group in EXCLUDED for group in groups)
 
 
 def covering_rows() -> list[Row]:
-    """Rows of methods that hold every allowed pair at least once: each begins with a pair that is still missing.
+    """Return rows of methods that hold every allowed pair at least once. Each begins with a pair that is still missing.
 
     The other axes then take what adds most new pairs, in the table's order, or nothing.
     """
@@ -217,15 +208,12 @@ def covering_rows() -> list[Row]:
 
 def allowed_beside(method: Method, row: Sequence[Method]) -> bool:
     """Whether a method can be added to a row that is allowed."""
-    groups = (frozenset((method, *own)) for size in (1, 2) for own in combinations(row, size))
+    groups = (frozenset((method, *group)) for size in (1, 2) for group in combinations(row, size))
     return not any(group in EXCLUDED for group in groups)
 
 
 def words_of(row: Row) -> list[str]:
     return [word for axis, name in row.items() for word in shlex.split(METHODS[axis][name])]
-
-
-# ----------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +222,7 @@ def parser() -> ArgumentParser:
 
 
 def refusal(parser: ArgumentParser, methods: Sequence[Method]) -> str | None:
-    """The line of the UserError that these flags end in, if they do."""
+    """Return the line of the UserError that these flags end in, if they do."""
     words = expand_arguments(words_of(dict(methods)))
     try:
         build_config(vars(parser.parse_args(words)), TASKS)
@@ -245,7 +233,7 @@ def refusal(parser: ArgumentParser, methods: Sequence[Method]) -> str | None:
 
 def test_what_the_table_excludes_is_refused_in_one_line_and_nothing_else(parser: ArgumentParser) -> None:
     """Of all methods alone, all pairs, and the excluded threes."""
-    for methods in [*((own,) for own in ALL), *PAIRS, *(tuple(own) for own in EXCLUDED if len(own) > 2)]:
+    for methods in [*((method,) for method in ALL), *PAIRS, *(tuple(group) for group in EXCLUDED if len(group) > 2)]:
         line, words = refusal(parser, methods), EXCLUDED.get(frozenset(methods))
         assert (line is None) == (words is None), f"{methods}: {line}"
         if line is not None and words is not None:
@@ -254,23 +242,21 @@ def test_what_the_table_excludes_is_refused_in_one_line_and_nothing_else(parser:
 
 def test_every_choice_of_the_command_line_is_in_the_table() -> None:
     """A new choice has to say here what it goes together with."""
-    text = " ".join(flags for own in METHODS.values() for flags in own.values()) + " "
+    text = " ".join(flags for names in METHODS.values() for flags in names.values()) + " "
     options = [spec for group in ("model", "lora", "pal", "train") for spec in fields(GROUPS[group])]
     choices = {f"--{spec.name}": spec.metadata.get("choices", ()) for spec in options}
     choices |= {f"--sts_{spec.name}": spec.metadata.get("choices", ()) for spec in fields(TaskOptions)}
     choices |= {f"--{name}_loss": TASKS[name].losses for name in ("sst", "sts")}
     del choices["--pair_features"], choices["--lora_targets"]  # lists
     idle = {"none", "relu", "restart", "feed-forward", "step", "row"}
-    missing = [f"{flag} {own}" for flag, all_own in choices.items() for own in all_own if f"{flag} {own} " not in text]
-    assert [own for own in missing if own.split()[1] not in idle] == []
+    words = [f"{flag} {choice}" for flag, values in choices.items() for choice in values if choice not in idle]
+    assert [word for word in words if f"{word} " not in text] == []
 
 
 def test_the_rows_hold_every_pair() -> None:
     held = {frozenset(pair) for row in covering_rows() for pair in combinations(row.items(), 2)}
     assert held == {frozenset(pair) for pair in PAIRS if allowed(pair)}
 
-
-# ------------------------------------------------------------------------------------------- what should have changed
 
 SHARING = {
     "shared": {"sst": "shared", "para": "shared", "sts": "shared", "cfimdb": "shared"},
@@ -283,12 +269,8 @@ FREEZING = ("attn-only", "all-lin-only", "dora by column", "dictionary")
 Moves = list[set[str]]  # the tasks of each optimizer step
 
 
-def moves_of(steps: Sequence[Step]) -> Moves:
-    return [{batch.task for batch in step.batches} for step in steps]
-
-
 def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], needed: int) -> bool:
-    """Whether a tensor changes in two epochs of these moves, from the meaning of the methods alone.
+    """Return whether a tensor changes in two epochs of these moves, from the meaning of the methods alone.
 
     `needed` is how many steps it takes where the first one has no gradient: what stands before a V_D or a lora_B, which
     are zero at first. Decay alone moves it in that step, if there is anything to decay.
@@ -322,11 +304,8 @@ def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], 
         if longer or not (rest[0] == "pooler_dense" or rest[:2] == ["bert_layers", "1"]):
             return False
         epochs = epochs[1:]
-    moves = sum(bool(on_it & move) for own in epochs for move in own)
+    moves = sum(bool(on_it & move) for moves in epochs for move in moves)
     return moves >= (needed if rest[-1] == "lora_A" else 1)
-
-
-# ------------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
@@ -341,15 +320,15 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def start_checkpoint(flags: list[str], row: Row, path: Path) -> Path:
-    """A checkpoint of other weights for the model of this row."""
+    """Save other weights for the model of this row."""
     words = words_of({axis: name for axis, name in row.items() if axis in MODEL_AXES})
     trainer = make_trainer(flags, path.parent / "start", *words, "--seed", 5)
     save(path, model_checkpoint(trainer.model, trainer.checkpointer.tokenizer, trainer.config, {}))
     return path
 
 
-def train(flags: list[str], row: Row, folder: Path) -> Trainer:
-    """Train with the methods of a row, and see what has changed and what was saved."""
+def train(flags: list[str], row: Row, folder: Path) -> None:
+    """Train with the methods of a row, and check what has changed, what was saved and what a batch reaches."""
     words = words_of(row)
     if "start" in row:
         words[words.index("CHECKPOINT")] = str(start_checkpoint(flags, row, folder / "start.pt"))
@@ -358,21 +337,30 @@ def train(flags: list[str], row: Row, folder: Path) -> Trainer:
     before = copied(trainer.model)
     if "start" in row:
         wanted = torch.load(folder / "start.pt", weights_only=True)["weights"]
-        assert all(torch.equal(before[name], own) for name, own in wanted.items())
+        assert all(torch.equal(before[name], tensor) for name, tensor in wanted.items())
     trainer.save_state = lambda: None  # type: ignore[method-assign]
     trainer.fit()
-    losses = [own["loss"] for line in metrics(folder / "run") for own in line["train"].values()]
+    losses = [figures["loss"] for line in metrics(folder / "run") for figures in line["train"].values()]
     assert losses and all(math.isfinite(loss) for loss in losses)
     after = copied(trainer.model)
-    epochs = [moves_of(steps_of(trainer, epoch)) for epoch in range(2)]
-    needed = {name: 1 if own.any() else 2 for name, own in before.items()}
+    epochs = [[{batch.task for batch in step.batches} for step in steps_of(trainer, epoch)] for epoch in range(2)]
+    needed = {name: 1 if tensor.any() else 2 for name, tensor in before.items()}
     wanted = {name for name in before if should_change(name, row, trainer.config, epochs, needed[name])}
     found = changed(before, after)
     assert found == wanted, f"moved: {sorted(found - wanted)}; did not: {sorted(wanted - found)}"
     with trainer.evaluation_weights():
         saved, *_ = load_model(trainer.checkpointer.run.best)
         assert changed(copied(trainer.model), copied(saved)) == set()
-    return trainer
+    for name in trainer.model.tasks:
+        check_reached(trainer, name)
+
+
+def check_reached(trainer: Trainer, task: str) -> None:
+    """Check that a batch gives a gradient to all that its task owns: DistributedDataParallel waits for each."""
+    trainer.model.train().zero_grad()
+    trainer.forward_backward(load_batch(trainer, task, np.arange(4)), 1.0)
+    reached = {id(parameter) for parameter in trainer.model.parameters() if parameter.grad is not None}
+    assert reached == {id(parameter) for parameter in trainer.model.task_parameters(task) if parameter.requires_grad}
 
 
 ROWS = covering_rows()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cut, make_bert, make_trainer, steps_of
+from helpers import cut, first_steps, make_bert, make_trainer, steps_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,9 +29,6 @@ from training.trainer import Trainer
 
 STEPS = 50
 STILL = ["--backbone_dropout_prob", 0, "--hidden_dropout_prob", 0, "--fine_tune_mode", "full-model"]
-
-
-# -------------------------------------------------------------------------------------------------------- the plain one
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -90,15 +87,15 @@ class PlainAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for own in (own for own in group["params"] if own.grad is not None):
-                state = self.state[own] or {"t": 0, "m": torch.zeros_like(own), "v": torch.zeros_like(own)}
-                self.state[own] = state
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p] or {"t": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                self.state[p] = state
                 state["t"] += 1
-                state["m"] = 0.9 * state["m"] + 0.1 * own.grad
-                state["v"] = 0.999 * state["v"] + 0.001 * own.grad**2
+                state["m"] = 0.9 * state["m"] + 0.1 * p.grad
+                state["v"] = 0.999 * state["v"] + 0.001 * p.grad**2
                 rate = group["lr"] * math.sqrt(1 - 0.999 ** state["t"]) / (1 - 0.9 ** state["t"])
-                own -= rate * state["m"] / (state["v"].sqrt() + 1e-6)
-                own -= group["lr"] * group["weight_decay"] * own
+                p -= rate * state["m"] / (state["v"].sqrt() + 1e-6)
+                p -= group["lr"] * group["weight_decay"] * p
 
 
 class PlainSGD(torch.optim.SGD):
@@ -128,9 +125,6 @@ def make_plain(trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
         trainer.optimizers.by_name[name] = OPTIMIZERS[trainer.config.train.optim](groups, lr=trainer.config.train.lr)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparisons
-
-
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """Flags of runs of a two-layer model on 100 examples a task, without dropout."""
@@ -143,19 +137,12 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 def losses(flags: list[object], folder: Path, dtype: torch.dtype, plain: bool) -> np.ndarray:
     """Return the losses of the first batches [STEPS]."""
     trainer = make_trainer([str(word) for word in flags], folder, double=dtype == torch.float64)
-    found: list[float] = []
+    per_epoch = 18 // len(steps_of(trainer)[0].batches)  # so that all stages of freezing come
     with pytest.MonkeyPatch.context() as patch:
         if plain:
             make_plain(trainer, patch)
-        for epoch in range(trainer.config.train.epochs):
-            trainer.model.freeze_for_epoch(trainer.config.train, epoch)
-            trainer.model.train()
-            steps = steps_of(trainer, epoch)
-            for step in steps[: 18 // len(steps[0].batches)]:  # of each epoch, so that all stages of freezing come
-                trainer.optimizers.set_rates(trainer.optimizers.for_step(step), epoch)
-                found += [batch.loss.item() for batch in trainer.train_step(step).batches]
-                trainer.progress.steps += 1
-                trainer.progress.batches += len(step.batches)
+        results = [result for _, result in first_steps(trainer, 3 * per_epoch, per_epoch)]
+    found = [batch.loss.item() for result in results for batch in result.batches]
     assert len(found) >= STEPS
     return np.array(found[:STEPS])
 

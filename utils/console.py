@@ -67,13 +67,20 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    run: Callable[..., None] = run_main
     if processes() > 1:
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        main = record(main)  # so that torchrun's summary names the first failure
+        run = record(run_main)  # so that torchrun's summary has the traceback of an error in the program
+    run(main, sys.argv[1:] if argv is None else list(argv))
+    sys.exit(0)
+
+
+def run_main(main: Callable[[list[str]], object], argv: list[str]) -> None:
+    """Call `main`; exit with a line on standard error where `run_script` says so."""
     try:
         try:
-            main(sys.argv[1:] if argv is None else list(argv))
+            main(argv)
         except (UserError, SystemExit) as error:
             if not is_main_process() and getattr(error, "code", 2) == 2:
                 time.sleep(SECONDS_FOR_MAIN_PROCESS)  # torchrun ends this process once the main process has ended
@@ -96,7 +103,6 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
         end_script(2, f"error: {first_line(error)}")
     except KeyboardInterrupt:
         end_script(130, "stopped")
-    sys.exit(0)
 
 
 MEMORY_REMEDY = "lower --eval_batch_size, --batch_size or --max_length, or choose a smaller model or --optim SGD"

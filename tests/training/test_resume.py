@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from helpers import ROOT, configure, make_trainer, metrics, refusal
-from processes import Child, differences, fill, flipped, in_a_tensor, kill_myself, small_disk, wait_until
+from helpers import configure, fill, make_trainer, metrics, refusal, small_disk
+from processes import Child, differences, flipped, in_a_tensor, kill_myself, wait_until
 
 import multitask_classifier
 from models.checkpoint import load, save
 from training.feature_cache import CachedData
 from training.meters import StepResult
 from training.optimizers import Scaler
-from training.resume import CheckpointInterval, check_finite, newest_state
+from training.resume import CheckpointInterval
 from training.run_directory import RunDirectory
 from training.task_sampling import Step
 from training.trainer import Trainer
@@ -184,9 +181,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Ca
     return get
 
 
-# ------------------------------------------------------------------------------------------ killed at any step, resumed
-
-
 @pytest.mark.parametrize(
     ("name", "every", "moment"),
     [("averaged", 4, 15), ("joint", 2, 15), ("joint", 1, "recorded"), ("frozen", 3, "trained"), ("drawn", 1, "saved")],
@@ -272,14 +266,6 @@ def test_what_is_no_interval_is_refused() -> None:
         assert message.startswith("--save_every ") and "give steps, such as 500, or minutes, such as 30m" in message
 
 
-def test_numbers_that_are_not_finite_are_not_saved() -> None:
-    """A sum that only overflows is no such number."""
-    check_finite([("large", torch.full((9,), 3e38)), ("counts", torch.ones(2, dtype=torch.long))])
-    for value in (torch.nan, torch.inf):
-        message = refusal(check_finite, [("good", torch.ones(3)), ("bad", torch.tensor([1.0, value]))])
-        assert message.startswith("bad is not finite any more and was not saved")
-
-
 @pytest.mark.parametrize("what", ["count", "order", "label", "vocabulary"])
 def test_other_data_are_no_data_to_resume_with(
     tiny_flags: list[str], tiny_bert: Path, small_data: Path, tmp_path: Path, what: str
@@ -352,9 +338,6 @@ def test_tensorboard_has_each_point_once(tiny_flags: list[str], tmp_path: Path) 
         found.append((scalars, images, len(events.Tensors("config/text_summary"))))
     assert found[0] == found[1]
     assert len(found[0][0]["score/dev"]) == 2 and len(found[0][0]["sst/loss"]) == 4  # 12 steps an epoch
-
-
-# -------------------------------------------------------------------------------------------------------------- signals
 
 
 def test_a_signal_ends_the_run_when_its_step_is_saved(
@@ -438,27 +421,6 @@ def test_a_second_ctrl_c_ends_at_once(tiny_flags: list[str], tmp_path: Path) -> 
     assert f"stopped at once; {goes_on}" in lines and "stopped" in lines and "Traceback" not in "".join(lines)
 
 
-@pytest.mark.long
-def test_sigterm_to_the_script(tiny_flags: list[str], tmp_path: Path) -> None:
-    """As a scheduler does it, and not a test that chooses its moment: twice, and exit code 143 within 30 s."""
-    run = tmp_path / "run"
-    words = [sys.executable, ROOT / "multitask_classifier.py", *tiny_flags, "--epochs", "100000", "--run_dir", run]
-    with subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not (run / "resume.pt").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.terminate()
-        time.sleep(0.02)
-        process.terminate()
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert b"stopped by SIGTERM; the same command with" in out.splitlines()[-1]
-    assert newest_state(RunDirectory(run), print)["progress"]["batches"] > 0
-
-
-# ----------------------------------------------------------------------------------------------- faults around the run
-
-
 def test_a_damaged_state_is_named_and_the_one_before_it_used(
     tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
 ) -> None:
@@ -516,20 +478,3 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(tiny_flags: 
     wait_until(lambda: log.exists() and "Epoch" in log.read_text(), third)
     third.send(signal.SIGTERM)
     assert third.wait() == 143
-
-
-def test_the_seconds_of_a_former_process_count_once(tiny_flags: list[str], tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_flags, tmp_path / "run")
-
-    def stop() -> None:
-        trainer.started -= 1000.0
-        trainer.save_state()
-        raise KeyboardInterrupt
-
-    at_step(2, stop)(trainer)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    make_trainer(tiny_flags, tmp_path / "run", "--resume").fit()
-    lines = (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
-    first, second = (json.loads(line)["seconds"] for line in lines)
-    assert first > 1000.0 > 100.0 > second
