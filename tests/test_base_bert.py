@@ -40,10 +40,6 @@ def assert_same(found: dict[str, Tensor], bert: Any) -> None:
         assert found[name].dtype == torch.float32 and torch.equal(found[name], parameter), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
 def test_expected_shapes_are_those_of_the_reference() -> None:
     assert expected_shapes(TINY) == {name: tuple(p.shape) for name, p in our_names(hf_model()).items()}
 
@@ -154,10 +150,6 @@ def test_read_config_refuses(tmp_path: Path, text: str | None, message: str) -> 
     assert message in found and str(tmp_path / "config.json") in found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving
-
-
 def test_save_pretrained_is_read_by_transformers(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "source"), tmp_path / "out"
     tokenizer = load_tokenizer(source, 64)
@@ -225,10 +217,6 @@ def test_save_pretrained_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 missing: pooler_dense\.bias; 1 left over: .*lora_A"):
         save_pretrained(tmp_path / "out", TINY, state)
     assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From a name to a folder
 
 
 def resolve_alone(tmp_path: Path, name: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -71,10 +71,6 @@ def assert_gradients_equal(ours: nn.Module, theirs: Any, tolerance: float) -> No
         assert grad is None or other is None or max_difference(other, grad) <= tolerance * scale, name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Against transformers
-
-
 @pytest.mark.parametrize("with_types", [True, False])
 def test_padded_inputs_and_all_gradients_match_transformers(models: Models, with_types: bool) -> None:
     ours, theirs, tolerance = models
@@ -158,10 +154,6 @@ def test_minilm_matches_transformers_on_texts_and_pairs(minilm: Path) -> None:
             assert max_difference(mean, last.sum(1) / mask.sum(1, keepdim=True)) <= FP32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Padding and batch-mates
-
-
 def test_neither_batch_mates_nor_padding_change_a_sentence(double: tuple[BertModel, Any]) -> None:
     ours, _ = double
     ids, mask, types = make_inputs()
@@ -200,10 +192,6 @@ def test_cls_only_equals_the_first_tokens_of_all(double: tuple[BertModel, Any], 
     scale = max(x.abs().max().item() for x in results[1])
     for one, other in zip(*results, strict=True):
         assert max_difference(one, other) <= 1e-12 * scale
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Half precision, dropout, initialisation
 
 
 def dropout_model(hidden_dropout: float, attention_dropout: float) -> BertModel:

@@ -43,9 +43,6 @@ def rewrite(folder: Path, task: str, split: str, lines: list[bytes]) -> None:
     (folder / FILES[task][split]).write_bytes(b"\n".join(lines) + b"\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Any bytes
-
 words = st.sampled_from(
     [b"film", b"a film .", b"0", b"1", b"2.5", b"9", b"-1", b"nan", b"inf", b"1e999", b"\xff", b"\xc3\xa9",
      b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\0", b'"', b'""', b"'", b"\r", b"\x1b[2J", b"x" * 300,
@@ -152,10 +149,6 @@ def test_very_long_texts_are_cut_and_counted(
     assert "truncated 2 sequences to 64 tokens (--max_length)" in capsys.readouterr().out
     trainer.fit()
     assert len(trainer.loader.train["sts"]) == len(rows) and trainer.loader.train["sts"].lengths.max() == 128
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Very little data, and files that do not stay
 
 
 @pytest.mark.parametrize("arch", ["yin-yang", "v2", "r4"])

@@ -75,9 +75,6 @@ def run_without_waiting(trainer: Trainer, steps: list[Step]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize("arch", ["yin-yang", "v2", "cosine", "r4"])
 def test_outputs_and_gradients_are_the_cpus(tiny_flags: list[str], tmp_path: Path, arch: str) -> None:
     """Whole batches and, on the GPU, parts of them too."""
@@ -194,9 +191,6 @@ def test_a_profile_counts_the_gpus_time(tiny_flags: list[str], tmp_path: Path, c
     assert (tmp_path / "run" / "profile.pt.trace.json.gz").exists() and 0 < shares[0] <= 100
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
 def test_flash_attention_works_here() -> None:
     """With the widths of BERT-base and MiniLM; its own trial compares numbers and dropout with the formula."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -256,8 +250,6 @@ def test_a_shard_without_examples(tiny_flags: list[str], tmp_path: Path) -> None
         assert len(embedding) == 0
         embedding.float().sum().backward()
 
-
-# --------------------------------------------------------------------------------------------------------------- graphs
 
 Maker = Callable[..., Trainer]
 
@@ -386,9 +378,6 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
     number.fill_(5)
     replay()
     assert torch.as_tensor(out).tolist() == [6, 6, 6]
-
-
-# ----------------------------------------------------------------------------------------------------------- optimizers
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SparseAdam"])

@@ -63,10 +63,6 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert max_difference(found, wanted) <= tolerance * max(1.0, wanted.abs().max().item())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Layers
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
@@ -191,10 +187,6 @@ def test_a_row_of_zeros_stays_finite() -> None:
     assert torch.equal(out[:, 1], wrapped.bias[1].expand(ROWS)) and all(grad.isfinite().all() for grad in grads)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
-
-
 @all_kinds
 def test_merged_weights_compute_the_same(kind: str, tmp_path: Path) -> None:
     """Inside `merged`, and as a plain backbone. A hundred merges leave no trace."""
@@ -283,10 +275,6 @@ def test_adapters_go_from_one_model_to_another_if_they_fit() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in lora.adapter_state_dict(target).items())
     lora.load_adapter_state_dict(target, state)
     assert torch.equal(target(*texts)["pooler_output"], source(*texts)["pooler_output"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options
 
 
 def test_scaling() -> None:

@@ -56,9 +56,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Against torch.optim
-
 LR = {"lr": 1e-2}
 DECAY = {**LR, "weight_decay": 0.1}
 TORCH_PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[..., Any], dict[str, Any]]] = {
@@ -121,10 +118,6 @@ def test_sparse_adam_equals_torch() -> None:
         torch.testing.assert_close(opt.state[ours.weight][name], reference.state[theirs.weight][name])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The course's AdamW
-
-
 def adamw_reference(
     weight: np.ndarray, grads: list[np.ndarray], lr: float, eps: float, decay: float, correct_bias: bool
 ) -> np.ndarray:
@@ -170,10 +163,6 @@ def test_adamw_on_the_course_problem(path: str) -> None:
     np.testing.assert_allclose(model.weight.detach().numpy(), figures, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The walk over memory
-
-
 def optimizer_classes() -> list[str]:
     return [name for name in OPTIMIZERS if name != "SparseAdam"]
 
@@ -213,10 +202,6 @@ def test_non_contiguous_parameters_and_gradients(name: str, small_pieces: None) 
     for other in (transposed, mixed):  # the kernel takes contiguous tensors alone and rounds differently
         torch.testing.assert_close(other, plain, rtol=0, atol=1e-14)
     assert not torch.equal(plain, start)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# State, freezing, refusal
 
 
 @pytest.mark.parametrize("name", optimizer_classes())
@@ -335,9 +320,6 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"Adam: .*{message}"):
         Adam([nn.Parameter(torch.ones(1))], **options)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The schedules
 
 BASE, EPOCHS, STEPS = 4e-4, 7, 20  # STEPS per epoch
 

@@ -165,10 +165,6 @@ def test_the_dictionary_of_adapters_runs(tiny_flags: list[str], capsys: pytest.C
     assert re.search(r"^backbone sentiment +[\d,]+ +0 +0\.0%$", text, re.MULTILINE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# make ensemble-NAME
-
-
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
     """A folder with links to the scripts, and an ensemble of two members, the first of which has two votes."""

@@ -28,10 +28,6 @@ def exit_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return printed.err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Spellings
-
-
 @pytest.mark.parametrize("flag", ["--batch-size", "--batch_size", "-batch_size", "-batch-size"])
 def test_one_flag_has_many_spellings(flag: str) -> None:
     assert configure(flag, 5).train.batch_size == configure(f"{flag}=5").train.batch_size == 5
@@ -63,10 +59,6 @@ def test_a_switch_can_be_turned_off_again() -> None:
     assert configure("--no_tensorboard").run.tensorboard is False
     assert configure("--no-head-batchnorm").model.head_batchnorm is False
     assert configure("--head_batchnorm", "--arch", "baseline").model.head_batchnorm is True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of flags
 
 
 def test_files_hold_flags_over_many_lines_with_comments_and_files(tmp_path: Path) -> None:
@@ -106,10 +98,6 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> No
         recipe.write_bytes(content)
     message = refusal(configure, "--epochs", 3, f"@{recipe}")
     assert str(recipe) in message and "cannot read flags" in message
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Each option is one flag
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
@@ -177,10 +165,6 @@ def test_a_further_row_creates_its_flags() -> None:
     assert parser.format_help().count("Film reviews") > 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Values
-
-
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -226,10 +210,6 @@ def test_unknown_words_and_values_are_named(capsys: pytest.CaptureFixture[str]) 
     assert "--batch 5" in exit_line(capsys, "--batch", 5)  # no abbreviations
     for value in ("nan", "inf", "-inf"):
         assert f"--lr: {value} is not a finite number" in exit_line(capsys, f"--lr={value}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Help
 
 
 def test_no_option_appears_or_vanishes_unseen() -> None:

@@ -89,10 +89,6 @@ def mean_of_z_scores(members: Path, file: str, *names: str) -> np.ndarray:
     return np.mean([(similarities - similarities.mean()) / similarities.std() for similarities in values], axis=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Means
-
-
 def test_an_ensemble_of_two_archs(combine: Run, members: Path, tmp_path: Path) -> None:
     names = [members / "a.pt", members / "cross.pt"]
     out = combine("a", "cross", "--run_dir", "e", "--cache", "new")
@@ -154,10 +150,6 @@ def test_a_member_without_a_task_votes_on_the_others(combine: Run, members: Path
     assert os.listdir("e/predictions") == ["sst-dev-output.csv"]  # those of the first ensemble are gone
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The cache
-
-
 def test_kept_predictions_make_no_difference(combine: Run, tmp_path: Path) -> None:
     combine("a", "cross", "--run_dir", "1", "--cache", "one")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
@@ -183,10 +175,6 @@ def test_kept_predictions_follow_texts_and_precision(combine: Run, data: Path, t
     member = Member(Path("a.pt"), "f" * 64, ("sst",), 1)
     devices = [Device(torch.device("cpu"), amp) for amp in (None, torch.bfloat16, torch.float16)]
     assert len({cache_file(tmp_path, member, {}, device) for device in devices}) == 3
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Soups and selections
 
 
 def test_a_uniform_soup_is_the_mean_of_its_members(
@@ -331,10 +319,6 @@ def test_choices_do_not_see_the_held_out_labels(
         assert found["held out"]["members"][row]["chosen_half"] == before["chosen_half"]
         assert found["held out"]["members"][row]["held_out_half"] != before["held_out_half"]
         assert found["chosen"]["members"][row]["held_out_half"] == before["held_out_half"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
 
 
 def edited(members: Path, path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:

@@ -123,10 +123,6 @@ def test_scores_of_rows() -> None:
     assert found["sts"]["pearson"] == pytest.approx(np.corrcoef(values["dev", "sts"][10:30], sts[10:30])[0, 1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Greedy choices
-
-
 def similarity_score(members: Sequence[np.ndarray], labels: np.ndarray) -> Callable[[Sequence[int]], float]:
     return lambda votes: correlation(vote(STS, members, votes, "probabilities"), labels)
 
@@ -188,10 +184,6 @@ def test_greedy_soup_by_hand() -> None:
     assert greedy_soup([2, 1, 1, 3], [0.7, 0.6, 0.5, 0.8], score) == [2, 0, 1, 3]
     assert asked == [(2, 0, 0, 3), (2, 1, 0, 3), (2, 0, 1, 3)]  # the best member alone needs no soup
     assert greedy_soup([1, 1, 1], [0.5, 0.7, 0.7], lambda votes: 0.0) == [0, 1, 0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Averages of weights
 
 
 def random_state(seed: int) -> dict[str, torch.Tensor]:

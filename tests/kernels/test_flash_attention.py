@@ -131,10 +131,6 @@ def test_the_call_is_one_that_torch_knows() -> None:
     assert query.grad is not None and query.grad.shape == query.shape
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The check before the first use
-
-
 def check() -> None:
     flash.check_kernel(torch.device("cpu"), torch.float32, 16)
 

@@ -24,10 +24,6 @@ def linear_widths(module: nn.Module) -> list[tuple[int, int]]:
     return [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batch normalisation and the pair layer
-
-
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("shape", [(9, 4), (5, 4, 6), (1, 4, 6), (2, 4)])
 def test_batch_norm_equals_torch(shape: tuple[int, ...], counted: bool) -> None:
@@ -76,10 +72,6 @@ def test_pair_layer_equals_torch_modules() -> None:
     assert max_difference(layer(x, "para"), reference(x)) > 1e-2
     plain = PairLayer(7, 5, False, ("para",)).double()
     assert max_difference(plain(x, "para"), nn.Sequential(plain.dense, nn.ReLU(), plain.out)(x)) <= 1e-14
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Heads
 
 
 def test_a_convolution_is_that_of_torch() -> None:

@@ -34,10 +34,6 @@ def count(parameters: Iterator[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All architectures
-
-
 @all_archs
 @pytest.mark.parametrize("size", [BATCH, 1])
 def test_outputs_have_the_right_shape_and_gradients_are_finite(arch: str, size: int) -> None:
@@ -128,10 +124,6 @@ def test_overrides_change_what_they_name() -> None:
     assert linear_widths(make_model(sts_head="cosine", sts_projection=True).heads["sts"]) == [(H, H)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sizes and what is built
-
-
 def on_meta(arch: str) -> MultitaskBERT:
     """Return a model of BERT-base's size without memory for it."""
     with torch.device("meta"):
@@ -194,10 +186,6 @@ def test_a_batch_trains_the_backbone_of_its_task_alone(backbones: str, names: li
         model(task, make_batch(model, task)).square().sum().backward()
         for name, backbone in model.backbones.items():
             assert all((p.grad is not None) == (name == model.backbone_of[task]) for p in backbone.parameters())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pairs
 
 
 def test_pair_outputs_match_numpy_from_features_to_logit() -> None:

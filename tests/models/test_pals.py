@@ -113,10 +113,6 @@ def test_fresh_pals_change_nothing_and_learn_through_v_d(kind: str, residual: st
             parameter.data -= 0.1 * parameter.grad
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A plain implementation over padded rows
-
-
 def linear(x: Tensor, state: State, name: str) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
@@ -230,10 +226,6 @@ def test_pals_train_whatever_is_frozen_and_are_never_wrapped() -> None:
     parts = dict(model.parts())
     assert sorted(id(p) for part in parts.values() for p in part) == sorted(id(p) for p in model.parameters())
     assert {"backbone sentiment", "adapters sentiment", "pal sst", "pair layer", "head sst"} <= parts.keys()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
 
 
 def test_a_run_is_evaluated_and_not_exported(tiny_flags: list[str], small_data: Path, tmp_path: Path) -> None:

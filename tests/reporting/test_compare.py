@@ -122,9 +122,6 @@ def test_scores_and_their_tests() -> None:
     assert (row["A"], row["B - A"]) == pytest.approx((-1, 2))  # which a fit to the labels would hide
 
 
-# ---------------------------------------------------------------------------------------------------------- the script
-
-
 def compare(a: Path, b: Path, *words: object) -> None:
     report.main([str(word) for word in ("--compare", a / "best.pt", b / "best.pt", "--threads", 1, *words)])
 

@@ -52,9 +52,6 @@ def predictions_of(run: Run, task: Task) -> Predictions:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- predictions
-
-
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
     values = rng(0).normal(size=20)
     ids = [f"a , {i}" for i in range(20)]
@@ -97,9 +94,6 @@ def test_each_dev_file_is_read_once(run: Run) -> None:
     assert dev_sets.examples(run.config, SST) is dev_sets.examples(run.config, SST) is not None
     missing = DevSets(DataOptions(data_dir="/nowhere"), {"sst": TaskOptions()}, problems)
     assert missing.examples(None, SST) is None and missing.examples(None, SST) is None and len(problems) == 1
-
-
-# -------------------------------------------------------------------------------------------------------------- one run
 
 
 def test_the_confusion_matrix_is_drawn(run: Run) -> None:
@@ -151,9 +145,6 @@ def test_a_task_that_is_scored_and_not_trained_has_a_dev_curve() -> None:
     above, below = figure_of(curves_item(bare_run("r", metrics))).axes
     assert [list(line.get_ydata()) for line in above.lines] == [[0.1, 0.1], [0.5, 0.5]]
     assert [list(line.get_ydata()) for line in below.lines] == [[1.0, 1.0]]
-
-
-# ------------------------------------------------------------------------------------------------------------- all runs
 
 
 def test_runs_are_compared(finished_runs: Path) -> None:

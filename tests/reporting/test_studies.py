@@ -96,9 +96,6 @@ def colour(method: str) -> Any:
     return to_rgb(METHOD_STYLES[method][0])
 
 
-# ---------------------------------------------------------------------------------------------------------------- rank
-
-
 def test_dev_score_over_rank(tmp_path: Path) -> None:
     item = ranks_item("study", study(tmp_path, ROWS).trials)
     figure = figure_of(item)
@@ -180,9 +177,6 @@ def test_costs_that_were_not_recorded_are_not_drawn(tmp_path: Path) -> None:
 
 def test_labels_of_close_ranks_are_staggered() -> None:
     assert tick_labels([1, 2, 80, 100, 110, 200]) == ["1", "2", "80", "\n100", "110", "200"]
-
-
-# --------------------------------------------------------------------------------------- batch size, precision, seeds
 
 
 def test_memory_over_batch_size(tmp_path: Path) -> None:
@@ -297,9 +291,6 @@ def test_the_report_says_what_data_a_figure_needs(tmp_path: Path, make_item: Any
     assert isinstance(reason, str) and wanted in reason and "\n" not in reason
 
 
-# --------------------------------------------------------------------------------------------------------------- looks
-
-
 @pytest.mark.parametrize("name", ["an option and its value, " * 4, "W" * 70, "/a/long/path" * 30, r"a $\wrong$ 3$"])
 @pytest.mark.parametrize("count", [1, 12])
 def test_long_labels_are_wrapped_and_cut(name: str, count: int) -> None:
@@ -332,9 +323,6 @@ def test_nothing_is_cut_off_or_overlaps(tmp_path: Path) -> None:
                 assert not any(a.overlaps(b) for i, a in enumerate(ticks) for b in ticks[i + 1 :])
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
 def test_the_table_of_all_trials(tmp_path: Path) -> None:
     item = trials_item(study(tmp_path, ROWS))
     found = cells_of(item)
@@ -356,9 +344,6 @@ def test_the_footnote_has_commits_device_and_shared_flags(tmp_path: Path) -> Non
     changed = [{**ROWS[0], "commit": f"{COMMIT}+"}, {**ROWS[0], "commit": "", "device": ""}, ROWS[0]]
     assert footnote_of(study(tmp_path, changed).trials).startswith("commit 0123456789ab+, 0123456789ab; cpu")
     assert footnote_of(study(tmp_path, changed[1:2]).trials).startswith("commit not recorded; python")
-
-
-# ---------------------------------------------------------------------------------------------------------- the script
 
 
 def test_the_script(tmp_path: Path) -> None:

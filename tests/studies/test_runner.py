@@ -220,8 +220,6 @@ def test_a_grid_may_grow(tmp_path: Path) -> None:
     assert set(rows) == {f"seed={i}" for i in range(4)} and {name: rows[name] for name in before} == before
 
 
-# ---------------------------------------------------------------------------------------------- searches and pruning
-
 SEARCH = ["--search", 12, "--range", "lr=1e-5..1:log", "--range", "lora_rank=1..4", "lora_mode=none,attn"]
 
 

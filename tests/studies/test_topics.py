@@ -119,9 +119,6 @@ def test_every_example_can_be_drawn() -> None:
     assert set(counts) == set(range(0, 20, 2)) and min(counts.values()) > 80 and max(counts.values()) < 160
 
 
-# ---------------------------------------------------------------------------------------------------------- embeddings
-
-
 def test_the_nearest_topic() -> None:
     """What all embeddings have in common does not count, nor does their length."""
     generator = np.random.default_rng(0)
@@ -170,9 +167,6 @@ def test_a_sample_of_another_task_keeps_its_labels(tmp_path: Path, tiny_bert: Pa
     found, wanted = (read_examples(path, STS, "train", BadRows(0, print)) for path in paths)
     assert found.labels is not None and wanted.labels is not None and found.ids == wanted.ids
     assert found.texts == wanted.texts and np.array_equal(found.labels, wanted.labels)
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
 
 
 @pytest.mark.parametrize(

@@ -159,19 +159,6 @@ def test_negations_are_among_nltks_stopwords_and_stay(cleaner: Cleaner) -> None:
         assert (word in kept) == (word in NEGATIONS) and ("not" in kept) == (word == "not" or word.endswith("n't"))
 
 
-def test_lemmas_are_nltks_own(cleaner: Cleaner) -> None:
-    from nltk.stem import WordNetLemmatizer
-
-    words = {form for lemmas in LEMMAS.values() for word in lemmas.split() for form in (word, f"{word}s", f"{word}ed")}
-    words |= {form for exceptions in EXCEPTIONS.values() for form in exceptions}
-    changed = 0
-    for word in words - set(STOPWORDS.split()):
-        wanted = WordNetLemmatizer().morphy(word) or word
-        assert cleaner.clean(word) == wanted
-        changed += word != wanted
-    assert changed > 20
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(max_size=60) | st.lists(st.sampled_from(["n't", "'", "t", " ", "don", "the", "\ud800"])).map("".join)
@@ -246,9 +233,6 @@ def test_checkpoints_clean_as_in_training(
     message = refusal(lambda: output(capsys, ensemble.main, *members, *flags, "--soup", "uniform"))
     assert "--extra_clean False instead of True" in message
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Without nltk or its data
 
 DEAD = "http://127.0.0.1:9"  # nobody listens on this port
 

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
-from helpers import HEADERS, cut, fail
+from helpers import HEADERS, fail
 
 import datasets
-import multitask_classifier
 from datasets import BadRows, Examples, TaskData, read_examples
 from tasks import PARA, SST, STS, Task
 from text import rows as text_rows
@@ -49,10 +48,6 @@ def tokenizer(tiny_bert: Path) -> Tokenizer:
 def make_cleaner(word: str) -> SimpleNamespace:
     """Return a cleaner that removes one word."""
     return SimpleNamespace(clean=lambda text: text.replace(word, "") or text, fingerprint=word)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arrays
 
 
 def test_arrays_come_back_as_they_were(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,10 +129,6 @@ def test_the_file_that_was_unused_for_longest_is_deleted(folder: Path, monkeypat
     assert sorted(path.name[5] for path in folder.iterdir()) == ["a", "c"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows of a file
-
-
 def read(path: Path, task: Task = STS, split: str = "train") -> tuple[tuple, list[str]]:
     """Return the columns of a file, and what is reported of its other rows."""
     reports: list[str] = []
@@ -185,10 +176,6 @@ def test_refusals_are_the_same(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=r"none of its 1 rows can be read \(line 2: similarity 9 is outside 0 to"):
             read(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Token ids
 
 
 def pairs(texts: tuple[list[str], ...] = TEXTS) -> Examples:
@@ -258,29 +245,3 @@ def test_token_ids_follow_texts_tokenizer_library_and_cleaning(
     monkeypatch.setattr(tokenizers, "__version__", "99.0")
     TaskData(pairs(), tokenizer, "siamese")
     assert len(os.listdir(folder)) == len(cases) + 1
-
-
-def test_runs_are_the_same_with_and_without(
-    folder: Path, tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    data = cut(tmp_path / "data", 20)
-    with (data / "quora-train.csv").open("a", encoding="utf-8") as file:
-        file.write("20\tbad\tno label\tat all\t\n")
-
-    def run(name: str) -> tuple[bytes, dict[str, bytes], list[str]]:
-        capsys.readouterr()
-        flags = [*tiny_flags, "--data_dir", str(data), "--no_tensorboard", "--run_dir", str(tmp_path / name)]
-        multitask_classifier.main(flags)
-        predictions = {path.name: path.read_bytes() for path in (tmp_path / name / "predictions").iterdir()}
-        reports = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-        return (tmp_path / name / "metrics.jsonl").read_bytes(), predictions, reports
-
-    without = run("without")
-    assert "quora-train.csv:22: is_duplicate is missing" in without[2][0] and not folder.exists()
-    monkeypatch.setattr(text_rows, "LARGE_FILE", 1)
-    monkeypatch.setattr(datasets, "MANY_TEXTS", 1)
-    assert run("first") == without
-    assert len(os.listdir(folder)) == 2 * 9
-    monkeypatch.setattr(Tokenizer, "encode", fail)
-    monkeypatch.setattr(text_rows.Rows, "parse", fail)
-    assert run("kept") == without

@@ -64,9 +64,6 @@ def averaged_state(model: MultitaskBERT, average: RunningAverage | None) -> Stat
         return copied(model)
 
 
-# ----------------------------------------------------------------------------------------------------- torch's averages
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.99])
 @pytest.mark.parametrize("every", ["step", "epoch"])
 def test_ema_is_that_of_torch_to_the_bit(decay: float, every: str) -> None:
@@ -143,9 +140,6 @@ def test_integer_buffers_are_the_models_and_a_tensor_with_two_names_is_averaged_
         wanted = torch.tensor([8, 9]) if name == "count" else (start[name] + plain[name]) / 2
         torch.testing.assert_close(tensor, wanted)
     assert changed(plain, copied(model)) == set()
-
-
-# ------------------------------------------------------------------------------------------------------------ BatchNorm
 
 
 class OneTask(nn.BatchNorm1d):
@@ -285,9 +279,6 @@ def test_statistics_can_be_measured_anew_without_an_average(tiny_flags: list[str
     (plain, plain_best), (anew, anew_best) = runs
     assert changed(plain, anew) == set() == changed(plain, plain_best)
     assert changed(anew, anew_best) == {name for name in anew if "running_" in name}
-
-
-# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_training_does_not_notice(tiny_flags: list[str], tmp_path: Path) -> None:

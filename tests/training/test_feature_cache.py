@@ -233,9 +233,6 @@ def test_what_has_changed_is_computed_anew(flags: list[str], tmp_path: Path) -> 
     check("freezeall")
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-
 def test_what_does_not_fit_is_said_and_not_kept(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

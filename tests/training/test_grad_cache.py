@@ -102,9 +102,6 @@ def test_runs_are_those_of_whole_batches(tiny_flags: list[str], tmp_path: Path, 
         torch.testing.assert_close(parts[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
-
-
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     "more",
@@ -150,9 +147,6 @@ def test_masks_repeat_so_that_equal_passes_have_no_divergence(tiny_flags: list[s
 def test_a_run_in_parts_resumes_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = ["--micro_batch_size", 3, "--sst_smart", 1, "--para_embedding_loss", "contrastive", "--routine", "joint"]
     assert_resumes(tiny_flags, tmp_path, *flags, "--fine_tune_mode", "full-model", after=1)
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_parts_are_no_larger_than_the_limit_and_of_even_lengths(tiny_flags: list[str], tmp_path: Path) -> None:

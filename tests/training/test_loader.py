@@ -72,9 +72,6 @@ def test_what_was_not_expected_is_made_on_demand(tiny_flags: list[str], tmp_path
     assert loader.next(steps[2].batches[0], 7).number == 7 and loads == [0, 5, 7]
 
 
-# ---------------------------------------------------------------------------------------------------------------- tails
-
-
 def pass_back(trainer: Trainer, task: str, rows: range, few_shapes: bool) -> State:
     """Return loss, outputs and gradients of a batch in training mode, and BatchNorm's statistics after it."""
     before = copied(trainer.model)

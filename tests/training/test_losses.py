@@ -62,9 +62,6 @@ def numeric_gradient(formula: Callable[[np.ndarray], float], at: np.ndarray, ste
     return grad
 
 
-# ------------------------------------------------------------------------------------------------------ of the outputs
-
-
 def softmax64(logits: np.ndarray) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
@@ -200,9 +197,6 @@ def test_log_cosh_of_large_errors_has_the_slope_of_tanh() -> None:
     assert log_cosh(errors[:2], labels[:2]).item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
     slope = gradient(lambda x: log_cosh(x, labels), errors)
     torch.testing.assert_close(slope, errors.tanh() / 7, rtol=1e-5, atol=1e-7)
-
-
-# --------------------------------------------------------------------------------------------------- of embeddings
 
 
 def contrastive_by_hand(u: np.ndarray, v: np.ndarray, similar: np.ndarray, margin: float) -> float:

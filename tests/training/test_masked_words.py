@@ -51,9 +51,6 @@ def pretrained(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return run([*tiny_flags, "--no_tensorboard"], tmp_path_factory.mktemp("mlm") / "run", "--train_sst")
 
 
-# ----------------------------------------------------------------------------------------------------------- the loss
-
-
 def test_the_loss_is_that_of_the_masked_words_alone(tiny_flags: list[str], tmp_path: Path) -> None:
     """By hand, from the masks up, with dropout off; the weight of the task counts."""
     off = ["--backbone_dropout_prob", 0, "--sst_weight", 0.5]
@@ -81,9 +78,6 @@ def test_a_batch_without_words_has_no_loss_and_no_gradient(
     trainer.loader.masking = lambda batch, generator: (batch, nothing, nothing)  # type: ignore[assignment]
     result = trainer.train_step(step_of("sst", range(3)), measure_norm=True)
     assert result.batches[0].loss.item() == 0 and result.norm is not None and result.norm.item() == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_reads_training_texts_alone_and_its_loss_falls(tiny_flags: list[str], tmp_path: Path) -> None:
@@ -124,9 +118,6 @@ def test_masked_words_train_the_pals_of_their_task(tiny_flags: list[str], tmp_pa
     weights = load(run(tiny_flags, tmp_path / "run", *more))["weights"]
     pals = [tensor for name, tensor in weights.items() if name.startswith("pals.")]
     assert pals and all(tensor.any() for tensor in pals)  # V_D starts as zeros
-
-
-# ------------------------------------------------------------------------------------------------------- and after them
 
 
 @pytest.mark.parametrize("more", [[], ["--arch", "duality", "--clf", "mlp"], ["--pal", "pal"]], ids=str)

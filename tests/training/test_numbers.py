@@ -38,9 +38,6 @@ def in_epoch(trainer: Trainer, epoch: int, do: Any, after_steps: bool = False) -
     trainer.run_steps = changed  # type: ignore[method-assign]
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
 def poison(trainer: Trainer, task: str, value: float) -> int:
     """Make one word of the task's backbone no number; return the first batch of the second epoch that has it."""
     data = trainer.loader.train[task]
@@ -130,9 +127,6 @@ def test_losses_are_asked_for_now_and_then(tiny_flags: list[str], tmp_path: Path
         trainer.run_steps(steps_of(trainer))
     looks = 3 * 20 // LOG_EVERY
     assert looks <= waits.count <= 6 * looks + 3
-
-
-# ------------------------------------------------------------------------------------------------- weights and states
 
 
 def ruin(tensor: Tensor) -> None:

@@ -84,9 +84,6 @@ def test_clipping_bounds_the_gradients_norm(tiny_flags: list[str], tmp_path: Pat
     assert torch.cosine_similarity(steps[0], steps[1], dim=0).item() == pytest.approx(1.0, abs=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rates
-
-
 def watch_rates(trainer: Trainer) -> list[dict[str, float]]:
     """Return a list that gets, at each optimizer step to come, the rate of each task alone."""
     used: list[dict[str, float]] = []
@@ -137,9 +134,6 @@ def test_a_joint_step_has_the_rate_of_its_place_among_the_steps(tiny_flags: list
         {task: pytest.approx(schedule.at(number / 3)) for task, schedule in schedules.items()} for number in range(6)
     ]
     assert {task: done["lr"] for task, done in metrics(tmp_path / "run")[1]["train"].items()} == used[-1]
-
-
-# ----------------------------------------------------------------------------------------------------------- the scaler
 
 
 def scale_to(trainer: Trainer, scale: float) -> None:

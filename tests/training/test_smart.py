@@ -23,9 +23,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------------- divergence and ascent
-
-
 def test_divergences_of_the_kinds_of_outputs() -> None:
     """Symmetric KL of classes and, of one logit, of Bernoulli distributions: a softmax over it would make that 0."""
     a, b = normal(7, 5), normal(7, 5, seed=1)
@@ -87,9 +84,6 @@ def test_the_first_noise_is_gaussian_seeded_and_another_one_each_batch() -> None
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert one.std().item() == pytest.approx(0.1, rel=0.03) and abs(one.mean().item()) < 0.01
-
-
-# ----------------------------------------------------------------------------------------------------------- in a model
 
 
 @pytest.mark.parametrize("arch", ["yin-yang", "v2", "r4"])
@@ -160,9 +154,6 @@ def test_smart_makes_a_model_steadier(tmp_path: Path, tiny_flags: list[str]) -> 
             [smart_loss(trainer.config.train)(forward_result(trainer, "sst", range(20))).item() for _ in range(5)]
         )
     assert found[5] < 0.5 * found[1e-9]
-
-
-# -------------------------------------------------------------------------------------------------------------- Bregman
 
 
 def test_the_bregman_loss_is_0_at_the_same_weights(tiny_flags: list[str], tmp_path: Path) -> None:

@@ -160,9 +160,6 @@ def test_a_late_task_waits_for_its_epoch() -> None:
         assert order(routine(plan, 2), "para") == order(routine(replace(plan, from_epochs={}), 2), "para")
 
 
-# ------------------------------------------------------------------------------------------- routines that draw tasks
-
-
 def test_the_command_line_knows_the_drawing_routines() -> None:
     assert tuple(DRAWING) == DRAWING_ROUTINES
     assert tuple(ROUTINES)[2:] == ROUTINES_WITHOUT_ROUNDS

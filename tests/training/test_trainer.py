@@ -33,8 +33,6 @@ from training.losses import LOSSES
 from training.task_sampling import Step, TaskBatch
 from utils.errors import UserError
 
-# --------------------------------------------------------------------------------------------------- learning, freezing
-
 
 @pytest.mark.parametrize("arch", ["yin-yang", "r4"])
 def test_the_loss_falls_on_the_sample_data(tiny_flags: list[str], sample: Path, tmp_path: Path, arch: str) -> None:
@@ -107,9 +105,6 @@ def test_a_run_in_which_nothing_trains_is_refused(tiny_flags: list[str], tmp_pat
     make_trainer(tiny_flags, tmp_path / "run", *flags, "--sts_projection", "--overwrite", "--epochs", 1).fit()
 
 
-# ------------------------------------------------------------------------------------------------------------ the steps
-
-
 def test_gradient_norm_is_that_of_the_whole_gradient(tiny_flags: list[str], tmp_path: Path) -> None:
     still = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0]
     trainer = make_ready(tiny_flags, tmp_path / "run", *still)
@@ -153,9 +148,6 @@ def test_one_seed_gives_identical_metrics(tiny_flags: list[str], tmp_path: Path)
     assert lines[0] == lines[1] != lines[2]
     a, b = load(tmp_path / "a" / "best.pt"), load(tmp_path / "b" / "best.pt")
     assert changed(a["weights"], b["weights"]) == set()
-
-
-# ------------------------------------------------------------------------------------------ evaluation, best checkpoint
 
 
 def test_the_best_checkpoint_is_that_of_the_best_epoch(
@@ -213,9 +205,6 @@ def test_dev_scores_are_those_of_the_model_at_hand(tiny_flags: list[str], tmp_pa
     data = trainer.loader.dev["sts"]
     outputs = predict(trainer.model, data, torch.device("cpu"), 128)
     assert metrics(tmp_path / "run")[0]["dev"]["sts"] == score_task(STS, outputs, data.examples.labels)
-
-
-# ------------------------------------------------------------------------------------------------- joint steps, PCGrad
 
 
 def test_a_joint_step_moves_by_the_mean_of_the_weighted_losses(tiny_flags: list[str], tmp_path: Path) -> None:
@@ -286,9 +275,6 @@ def test_pcgrad_where_nothing_trains_yet(tiny_flags: list[str], tmp_path: Path) 
     flags = ["--train_sts", "--arch", "v1", "--routine", "joint", "--pcgrad"]
     _, states = states_by_epoch(tiny_flags, tmp_path / "run", *flags)
     assert changed(states[0], states[1]) == set() != changed(states[1], states[2])
-
-
-# -------------------------------------------------------------------------------------------------------- other endings
 
 
 def raises(error: BaseException) -> Callable[..., Any]:
