@@ -116,11 +116,11 @@ ARCHS: dict[str, Arch] = {
     "duality": Arch("sentiment-similarity", "siamese", "cls", ("abs", "mul", "cos"), "plain", "conv", 1, False),
     "baseline": Arch("shared", "siamese", "cls", ("abs",), "none", "conv", 0, False, similarity_loss="mse"),
     "r1-baseline": Arch("shared", "cross", "cls", (), "none", "linear", 0, False, similarity_loss="mse"),
-    "v1": Arch("shared", "siamese", "cls", ("u", "v"), "none", "linear", 0, False, sts_head="cosine"),
-    "v2": Arch("shared", "cross", "cls", (), "none", "mlp", 1, False, similarity_loss="mse"),
-    "cosine": Arch(
-        "shared", "siamese", "mean", ("u", "v"), "none", "mlp", 1, False, sts_head="cosine", sts_projection=True
+    "v1": Arch(
+        "shared", "siamese", "cls", ("u", "v"), "none", "linear", 0, False, sts_head="cosine", similarity_loss="mse"
     ),
+    "v2": Arch("shared", "cross", "cls", (), "none", "mlp", 1, False, similarity_loss="mse"),
+    "cosine": Arch("shared", "siamese", "mean", ("u", "v"), "none", "mlp", 1, False, "relu", "cosine", True, "mse"),
     "r4": Arch(
         "per-task", "siamese", "mean", ("u", "v", "diff"), "none", "mlp", 1, False, "gelu", "cosine", False, "mse"
     ),

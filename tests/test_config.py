@@ -25,6 +25,12 @@ def test_an_arch_decides_what_is_left_out(arch: str) -> None:
     assert config.model.resolved() == config.model
 
 
+def test_archs_whose_reports_train_sts_with_squared_error() -> None:
+    """R2, section 4.1 (v1), and R3, section 3.3 (cosine), as R1, R2's v2 and R4 do."""
+    losses = {arch: configure("--arch", arch).tasks["sts"].loss for arch in ARCHS}
+    assert losses == {arch: "pearson" if arch in ("yin-yang", "duality") else "mse" for arch in ARCHS}
+
+
 def test_rates_and_stages() -> None:
     assert [configure("--lr_scaling", name, "--batch_size", 256).train.scaled_lr() for name in ("none", "linear")] == [
         1e-4, 4e-4,

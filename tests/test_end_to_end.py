@@ -52,6 +52,7 @@ OURS_TO_THEIRS = {
 }
 
 Flags = dict[str, Any]
+SIAMESE: Flags = {"arch": "v1", "sts_loss": "pearson"}
 CASES: dict[str, Flags] = {
     "R0": {"fine_tune_mode": "iterative", "optim": "Adamax", "lr_schedule": "lambda", "epochs": 5},
     "clip": {
@@ -62,9 +63,9 @@ CASES: dict[str, Flags] = {
         "sst_weight": 0.3,
         "micro_batch_size": 3,
     },
-    "rounds": {"routine": "interleave", "num_sts_trains": 2, "lr_schedule": "cosine", "optim": "SGD", "arch": "v1"},
+    "rounds": {"routine": "interleave", "num_sts_trains": 2, "lr_schedule": "cosine", "optim": "SGD", **SIAMESE},
     "joint": {"routine": "joint", "optim": "AdamW", "lr_schedule": "linear", "warmup": 0.3, "sts_weight": 2},
-    "PCGrad": {"routine": "joint", "pcgrad": True, "clip": 0.5, "optim": "Adam", "lr_schedule": "cosine", "arch": "v1"},
+    "PCGrad": {"routine": "joint", "pcgrad": True, "clip": 0.5, "optim": "Adam", "lr_schedule": "cosine", **SIAMESE},
     "EMA": {"average": "ema", "ema_decay": 0.8, "optim": "RAdam", "fine_tune_mode": "iterative", "epochs": 3},
     "DoRA": {"lora_mode": "attn-only", "lora_rank": 2, "lora_alpha": 5, "dora": True, "average": "swa"},
 }
