@@ -275,6 +275,12 @@ class TrainOptions:
         choices=("none", "linear", "sqrt"),
     )
     optim: str = option("Adamax", "optimizer", choices=("AdamW", "Adam", "Adamax", "RAdam", "SGD"))
+    optimizers: str | None = option(
+        None,
+        "an optimizer for each task, as R0's last runs have, or one for all tasks, which have one rate and one decay "
+        "then (default: per-task; --routine joint always has one)",
+        choices=("per-task", "one"),
+    )
     decoupled: bool = option(
         False, "decoupled weight decay in Adam, Adamax and RAdam", requires=("optim", ("Adam", "Adamax", "RAdam"))
     )
@@ -387,6 +393,10 @@ class TrainOptions:
         """Return --lr after --lr_scaling (Goyal et al. 2017): a larger batch makes fewer and less noisy steps."""
         ratio = self.batch_size / REFERENCE_BATCH
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
+
+    def has_one_optimizer(self) -> bool:
+        """Return whether one optimizer moves the weights of all tasks."""
+        return self.optimizers == "one" or self.routine == "joint"
 
     def stage(self, epoch: int) -> int:
         """Return the stage of iterative unfreezing in `epoch`; both count from 0.

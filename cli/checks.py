@@ -158,6 +158,7 @@ def check_training(config: Config) -> list[str]:
             for name, options in config.tasks.items()
             if options.num_trains > 1
         ]
+    problems += check_optimizers(config)
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, options in config.tasks.items() if options.smart > 0.0]
@@ -168,6 +169,22 @@ def check_training(config: Config) -> list[str]:
         problems.append(f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen skips; drop one of them")
     if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
         problems.append("--cuda_graphs needs --use_gpu and --amp; add them or drop it")
+    return problems
+
+
+def check_optimizers(config: Config) -> list[str]:
+    """Return what is wrong with --optimizers. The groups of a joint step's optimizer take means of rates and decays."""
+    routine, optimizers = config.train.routine, config.train.optimizers
+    if routine == "joint" and optimizers == "per-task":
+        return ["--optimizers per-task: a step of --routine joint moves all tasks at once; drop one of the two"]
+    if routine == "joint" or optimizers != "one":
+        return []
+    problems = []
+    for name, what in (("lr_multiplier", "rate"), ("weight_decay", "decay")):
+        values = {task: getattr(options, name) for task, options in config.tasks.items()}
+        if len(set(values.values())) > 1:
+            given = " ".join(f"--{task}_{name} {value:g}" for task, value in values.items())
+            problems.append(f"--optimizers one has one {what}, but there are {given}; give these one value")
     return problems
 
 

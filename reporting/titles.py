@@ -23,6 +23,7 @@ CHOICE_COUNTS = Counter(
     for spec in fields(group)
     for word in spec.metadata.get("choices", ())
 )
+CHOICE_COUNTS["one"] += 1  # says nothing without its option, --optimizers
 WITHOUT_EFFECT = ("use_gpu", "threads", "eval_batch_size", "max_bad_rows")  # options that change no result
 
 Flags = Mapping[str, Any]

@@ -53,6 +53,7 @@ OURS_TO_THEIRS = {
 
 Flags = dict[str, Any]
 SIAMESE: Flags = {"arch": "v1", "sts_loss": "pearson"}
+ONE_RATE: Flags = {f"{task}_lr_multiplier": 2 for task in FILES} | {f"{task}_weight_decay": 0.01 for task in FILES}
 CASES: dict[str, Flags] = {
     "R0": {"fine_tune_mode": "iterative", "optim": "Adamax", "lr_schedule": "lambda", "epochs": 5},
     "clip": {
@@ -66,6 +67,7 @@ CASES: dict[str, Flags] = {
     "rounds": {"routine": "interleave", "num_sts_trains": 2, "lr_schedule": "cosine", "optim": "SGD", **SIAMESE},
     "joint": {"routine": "joint", "optim": "AdamW", "lr_schedule": "linear", "warmup": 0.3, "sts_weight": 2},
     "PCGrad": {"routine": "joint", "pcgrad": True, "clip": 0.5, "optim": "Adam", "lr_schedule": "cosine", **SIAMESE},
+    "one optimizer": {"optimizers": "one", "optim": "AdamW", "clip": 0.5, **ONE_RATE},
     "EMA": {"average": "ema", "ema_decay": 0.8, "optim": "RAdam", "fine_tune_mode": "iterative", "epochs": 3},
     "DoRA": {"lora_mode": "attn-only", "lora_rank": 2, "lora_alpha": 5, "dora": True, "average": "swa"},
 }
@@ -104,7 +106,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def rate(flags: Flags, task: str, position: float) -> float:
     """Return the learning rate after `position` epochs."""
-    base, done = flags["lr"] * MULTIPLIERS[task], position / flags["epochs"]
+    base, done = flags["lr"] * flags.get(f"{task}_lr_multiplier", MULTIPLIERS[task]), position / flags["epochs"]
     return (
         base
         * {
@@ -203,9 +205,9 @@ def projected(gradients: list[dict[str, Tensor]], order: np.random.Generator) ->
 def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Step]]) -> list[dict[str, float]]:
     """Train as the flags say, with these steps of each epoch; return the mean loss of each task in each epoch."""
     examples = {task: read(data / FILES[task].format("train"), task) for task in TASKS if task in FILES}
-    shared, joint = list(model.bert.parameters()), flags.get("routine") == "joint"
+    shared, one = list(model.bert.parameters()), "joint" in flags.values() or "optimizers" in flags
     heads = {task: list(model.heads[task].parameters()) if task in model.heads else [] for task in FILES}
-    if joint:
+    if one:
         groups = [{"params": shared, "tasks": tuple(FILES)}] + [{"params": heads[t], "tasks": (t,)} for t in FILES]
         optimizers = dict.fromkeys(FILES, OPTIMIZERS[flags["optim"]](groups, lr=0.0))
     else:
@@ -214,7 +216,8 @@ def plain_run(flags: Flags, model: PlainModel, data: Path, epochs: list[list[Ste
             for task in FILES
         }
     for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-        group["weight_decay"] = sum(DECAYS[task] for task in group["tasks"]) / len(group["tasks"])
+        decays = [flags.get(f"{task}_weight_decay", DECAYS[task]) for task in group["tasks"]]
+        group["weight_decay"] = sum(decays) / len(decays)
     averages, made, losses = [p.detach().clone() for p in model.parameters()], 0, []
     for epoch, steps in enumerate(epochs):
         model.freeze(flags, epoch)

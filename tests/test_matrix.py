@@ -32,6 +32,7 @@ Row = dict[str, str]  # axis -> name
 FEATURES = "--pair_features u,v,abs,mul,cos,diff"
 PAL = "--pal_size 8 --pal_heads 2"
 DRAWN = "--steps_per_epoch 8"
+ONE_RATE = " ".join(f"--{task}_lr_multiplier 4 --{task}_weight_decay 0.01" for task in TASKS)
 
 # axis -> name -> flags. A run takes at most one method of an axis.
 METHODS: dict[str, dict[str, str]] = {
@@ -69,6 +70,8 @@ METHODS: dict[str, dict[str, str]] = {
         **{name: f"--optim {name}" for name in ("AdamW", "Adam", "Adamax", "RAdam")},
         "SGD": "--optim SGD --lr 0.05",
         "decoupled": "--optim Adamax --decoupled",
+        "one for all": f"--optimizers one {ONE_RATE}",
+        "one for each": "--optimizers per-task",
     },
     "schedule": {
         **{name: f"--lr_schedule {name}" for name in ("constant", "lambda", "cosine", "triangular", "cyclic")},
@@ -160,6 +163,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),
     (("pre-training: mlm", "embedding: *"), ("_embedding_loss", "--mlm", "drop")),
     (("share: rounds", "routine: random-epoch|random|round-robin|annealed|joint|surgery"), ("--num_sts_trains",)),
+    (("optimizer: one for each", "routine: joint|surgery"), ("--optimizers per-task", "--routine joint", "drop")),
     (("tasks: sts|pairs|films", "pal: sst only"), ("--pal_tasks sst", "--train_sst", "drop")),
     (("tasks: sts", "share: late"), ("no task trains in epoch 1", "set one --NAME_from_epoch")),
 ]

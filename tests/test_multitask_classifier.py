@@ -175,7 +175,7 @@ def test_dry_run_prints_the_plan_and_creates_nothing(train: Run, runs: Path, tmp
     total = sum(tensor.numel() for name, tensor in weights.items() if "running_" not in name)
     assert {"backbone sentiment", "backbone similarity", "pair layer", "head sst", "head para", "head sts"} <= set(rows)
     assert rows["all"][:4] == ["all", f"{total:,}", f"{total:,}", "100.0%"]
-    assert "estimated memory" in out
+    assert "estimated memory" in out and "state of Adamax, one for each task: 0.00 GB" in out
 
 
 def test_a_run_is_the_same_as_a_process_of_its_own(tiny_flags: list[str], tmp_path: Path, train: Run) -> None:

@@ -28,7 +28,7 @@ def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Return the bytes of the optimizers' states once everything trains that will. Each optimizer has its states."""
     count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained_parameters(config.train).values())
     reached = [p for name in model.tasks for p in model.task_parameters(name) if p in trains]
-    if config.train.routine == "joint":  # one optimizer for all tasks
+    if config.train.has_one_optimizer():
         reached = list(dict.fromkeys(reached))
     return count * weight_bytes(reached)
 
@@ -179,6 +179,8 @@ def describe(
             parameter_table(model),
             "",
             *lines,
+            f"state of {options.optim}, one for {'all tasks' if options.has_one_optimizer() else 'each task'}: "
+            f"{optimizer_bytes(model, config) / 1e9:.2f} GB",
             f"estimated memory {(memory_bytes(model, config, data, processes) + cached + program) / 1e9:.2f} GB"
             f"{' a process' if processes > 1 else ''}, "
             f"checkpoints on disk {checkpoint_bytes(model, config) / 1e9:.2f} GB",

@@ -62,15 +62,15 @@ class Scaler(torch.amp.GradScaler):
 
 
 class Optimizers:
-    """One optimizer for each task, or a single one for --routine joint, with a learning rate schedule for each task.
+    """One optimizer for each task, or one for all (--optimizers one, --routine joint); each task has its schedule.
 
-    A parameter that several tasks share has the mean of their rates and decays in the single optimizer.
+    A parameter that several tasks share has the mean of their rates and decays in the one for all.
     """
 
     def __init__(self, config: Config, model: MultitaskBERT, device: Device) -> None:
         self.clip = config.train.clip
         self.schedules = {name: make_schedule(config, task) for name, task in model.tasks.items()}
-        groups = joint_groups(model) if config.train.routine == "joint" else task_groups(model)
+        groups = joint_groups(model) if config.train.has_one_optimizer() else task_groups(model)
         self.by_name = {name: make_optimizer(config, parts) for name, parts in groups.items()}
         self.by_task = {task: name for name, parts in groups.items() for part in parts for task in part["tasks"]}
         self.scaler = Scaler(device.device.type, enabled=device.scaled)
@@ -122,7 +122,7 @@ def task_groups(model: MultitaskBERT) -> dict[str, list[dict[str, Any]]]:
 
 
 def joint_groups(model: MultitaskBERT) -> dict[str, list[dict[str, Any]]]:
-    """Return the parameter groups of a single optimizer: one for each set of tasks that reach the same parameters."""
+    """Return the groups of one optimizer for all tasks: one for each set of tasks that reach the same parameters."""
     tasks_of: dict[torch.nn.Parameter, tuple[str, ...]] = {}
     for name in model.tasks:
         for parameter in model.task_parameters(name):

@@ -41,6 +41,12 @@ from helpers import configure, refusal
         ("--pcgrad --routine interleave", ("--pcgrad", "--routine")),
         ("--routine joint --num_sst_trains 3", ("--num_sst_trains", "--routine")),
         ("--routine joint --steps_per_epoch 3", ("--steps_per_epoch", "joint")),
+        ("--routine joint --optimizers per-task", ("--optimizers per-task", "--routine joint")),
+        ("--optimizers one", ("--optimizers one", "--sst_lr_multiplier 4 --para_lr_multiplier 5")),
+        (
+            "--optimizers one --train_sst --train_cfimdb --sst_weight_decay 0",
+            ("--optimizers one", "--sst_weight_decay 0"),
+        ),
         ("--steps_per_epoch 10", ("--steps_per_epoch", "--routine")),
         ("--anneal_factor 0.5 --routine random", ("--anneal_factor", "--routine annealed")),
         ("--sts_embedding_weight 2", ("--sts_embedding_weight", "--sts_embedding_loss")),

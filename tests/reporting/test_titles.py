@@ -33,6 +33,7 @@ def titles(*flags: str) -> list[str]:
         (("", "--clf linear", "--no_head_batchnorm"), ["conv", "clf linear", "no head_batchnorm"]),
         (("--lr_schedule linear", "--lr_schedule cosine"), ["lr_schedule linear", "lr_schedule cosine"]),
         (("--pair_features abs,mul", "--pair_features abs"), ["pair_features abs,mul", "pair_features abs"]),
+        (("--routine joint", "--routine joint --optimizers one"), ["no optimizers", "optimizers one"]),
         (("", "--train_para"), ["no train_para", "train_para"]),
         (("", "--head_width 8"), ["no head_width", "head_width 8"]),
         (("--arch duality --clf mlp", "--clf mlp", "--arch v1"), ["duality, mlp", "mlp", "v1"]),

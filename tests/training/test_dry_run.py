@@ -7,13 +7,17 @@ import torch
 from helpers import make_bert, make_ready, make_trainer, steps_of
 from torch import Tensor
 
+from tasks import DEFAULT_TASKS
 from training.dry_run import checkpoint_bytes, describe, memory_bytes, optimizer_bytes, smart_cost
 from training.trainer import Trainer
 from utils.device import Device, process_peak
 
+ONE_OPTIMIZER = ["--optimizers", "one"]
+ONE_OPTIMIZER += [f"--{task}_{name}=1" for task in DEFAULT_TASKS for name in ("lr_multiplier", "weight_decay")]
 MODES = {
     "everything": ["--fine_tune_mode", "full-model"],
-    "one optimizer for all": ["--fine_tune_mode", "full-model", "--routine", "joint"],
+    "joint steps": ["--fine_tune_mode", "full-model", "--routine", "joint"],
+    "one optimizer for all": ["--fine_tune_mode", "full-model", *ONE_OPTIMIZER],
     "heads": ["--fine_tune_mode", "last-layer"],
     "up to half of the layers": ["--fine_tune_mode", "iterative", "--epochs", 3],
     "adapters and heads": ["--lora_mode", "attn-only", "--fine_tune_mode", "full-model"],
@@ -54,6 +58,7 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
     assert need["everything"] > need["up to half of the layers"] > need["heads"]
     assert need["everything"] > need["adapters and heads"] > need["heads"]
     assert need["everything"] > max(need["one optimizer for all"], need["one state for each weight"])
+    assert need["joint steps"] == need["one optimizer for all"]
     parts = make_trainer(tiny_flags, tmp_path / "parts", *MODES["everything"], "--micro_batch_size", 2)
     assert memory_bytes(parts.model, parts.config, parts.loader.examples) < need["everything"]
     assert need["two averages"] == pytest.approx(need["one state for each weight"] + 2 * weights, rel=0.01)
