@@ -505,7 +505,7 @@ class TaskOptions:
     test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
     fraction: float = option(
         1.0,
-        "share of {title} in each pass, other examples each time",
+        "share of {title} that a round takes; the next one goes on where it ended",
         template="{task}_fraction",
         above=0.0,
         high=1.0,

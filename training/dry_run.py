@@ -158,7 +158,8 @@ def describe(
     program = 0 if device.device.type == "cuda" else max(0, process_peak() - weight_bytes(model.parameters()))
     plan = Plan.of(options, config.tasks, {name: len(examples) for name, examples in data.items()})
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
-    late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
+    uneven = max(plan.from_epochs.values()) > 1 or min(plan.fractions.values()) < 1.0
+    late = " (the last one)" if uneven or options.routine in DRAWING_ROUTINES else ""
     freezing = freezing_course(model, options)
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(

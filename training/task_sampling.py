@@ -5,8 +5,10 @@ so resuming needs no state, and a test can compare an order with a written trace
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count, cycle, islice, zip_longest
 
 import numpy as np
@@ -29,14 +31,18 @@ class Step:
     batches: tuple[TaskBatch, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """All that a routine depends on.
 
-    A task is gone through `rounds` times an epoch. Each round takes the share `fractions` of its examples (R0's partial
-    Quora, appendix G). `from_epochs` is the first epoch, counted from 1, that trains the task (late Quora). Routines
-    that draw their tasks make `steps_per_epoch` steps, by default as many as going through every task takes. `anneal`
-    is the fall of the exponent over `epochs` (see `annealed_shares`).
+    An epoch has `rounds` rounds of a task. Each takes the share `fractions` of its examples (R0's partial Quora,
+    appendix G). `from_epochs` is the first epoch, counted from 1, that trains the task (late Quora). Routines that draw
+    their tasks make `steps_per_epoch` steps, by default as many as one epoch of all rounds takes. `anneal` is the fall
+    of the exponent over `epochs` (see `annealed_shares`).
+
+    A pass goes through all examples of a task once. Rounds and draws take the examples that come next in it, also
+    across epochs, so that nothing is seen twice before everything is seen once. Where an epoch begins follows from the
+    plan alone.
     """
 
     seed: int
@@ -66,20 +72,47 @@ class Plan:
 
     def tasks_in(self, epoch: int) -> list[str]:
         """Return the tasks that train in `epoch`, counted from 0."""
-        return [name for name in self.sizes if self.rounds[name] and epoch + 1 >= self.from_epochs.get(name, 1)]
+        return [name for name in self.sizes if self.rounds[name] and epoch >= self.first_epoch(name)]
+
+    def first_epoch(self, task: str) -> int:
+        """Return the first epoch, counted from 0, that trains a task."""
+        return self.from_epochs.get(task, 1) - 1
+
+    def examples_in_round(self, task: str) -> int:
+        """Return how many examples of a task a round takes."""
+        return math.ceil(self.fractions.get(task, 1.0) * self.sizes[task])
+
+    def batches_in_round(self, task: str) -> int:
+        """Return how many batches a round of a task takes; one more if another pass begins within it."""
+        return math.ceil(self.examples_in_round(task) / self.batch_size)
 
 
-def shuffled(plan: Plan, epoch: int, task: str, round: int) -> np.ndarray:
-    """Return the order [N] of a task's examples in one round of one epoch, cut to the task's fraction."""
-    address = [plan.seed, epoch, *task.encode(), round]
-    order = np.random.default_rng(address).permutation(plan.sizes[task])
-    return order[: math.ceil(plan.fractions.get(task, 1.0) * len(order))]
+def pass_order(plan: Plan, task: str, number: int) -> np.ndarray:
+    """Return the order [N] of a task's examples in a pass. Passes count from 0.
+
+    The address of the random numbers names the epoch and the round that the pass is if rounds take all examples.
+    """
+    epochs, round = divmod(number, plan.rounds[task])
+    address = [plan.seed, plan.first_epoch(task) + epochs, *task.encode(), round]
+    return np.random.default_rng(address).permutation(plan.sizes[task])
+
+
+def in_batches(plan: Plan, task: str, order: np.ndarray) -> Iterator[TaskBatch]:
+    """Yield the examples of a pass, or of a part of it, in batches; the last one may be smaller."""
+    for i in range(0, len(order), plan.batch_size):
+        yield TaskBatch(task, order[i : i + plan.batch_size])
 
 
 def round_batches(plan: Plan, epoch: int, task: str, round: int) -> list[TaskBatch]:
-    """Return the batches of one round; the last one may be smaller."""
-    order = shuffled(plan, epoch, task, round)
-    return [TaskBatch(task, order[i : i + plan.batch_size]) for i in range(0, len(order), plan.batch_size)]
+    """Return the batches of one round. No batch has examples of two passes."""
+    number, size = (epoch - plan.first_epoch(task)) * plan.rounds[task] + round, plan.sizes[task]
+    start = number * plan.examples_in_round(task)
+    stop = start + plan.examples_in_round(task)
+    batches: list[TaskBatch] = []
+    for pass_number in range(start // size, math.ceil(stop / size)):
+        first, last = (max(end - pass_number * size, 0) for end in (start, stop))
+        batches += in_batches(plan, task, pass_order(plan, task, pass_number)[first:last])
+    return batches
 
 
 def task_batches(plan: Plan, epoch: int, task: str) -> list[TaskBatch]:
@@ -104,42 +137,79 @@ def interleave(plan: Plan, epoch: int) -> list[Step]:
     return single_steps(batch for turn in turns for batch in turn if batch is not None)
 
 
-def endless_batches(plan: Plan, epoch: int, task: str) -> Iterator[TaskBatch]:
-    """Yield the batches of a task, round after round."""
-    for round in count():
-        yield from round_batches(plan, epoch, task, round)
+def joint(plan: Plan, epoch: int) -> list[Step]:
+    """Steps on one batch of each task (R3, section 4.2).
+
+    All tasks are cut to the number of examples of the smallest one. Each epoch draws these examples anew.
+    """
+    names = plan.tasks_in(epoch)
+    orders = [pass_order(plan, name, epoch - plan.first_epoch(name))[: plan.examples_in_round(name)] for name in names]
+    smallest = min(map(len, orders))
+    return [
+        Step(
+            tuple(
+                TaskBatch(name, order[i : min(i + plan.batch_size, smallest)])
+                for name, order in zip(names, orders, strict=True)
+            )
+        )
+        for i in range(0, smallest, plan.batch_size)
+    ]
 
 
-def drawn(plan: Plan, epoch: int, names: Iterable[str]) -> list[Step]:
-    """Return the next batch of each named task in turn; a task that has run out begins another round."""
-    streams = {name: endless_batches(plan, epoch, name) for name in plan.sizes}
-    return single_steps(next(streams[name]) for name in names)
+# ----------------------------------------------------------------------------------------------------------------------
+# Routines that draw tasks
+
+Turns = Callable[[Plan, int], list[str]]  # the task of each batch of an epoch
+
+
+@cache
+def batch_counts(plan: Plan, turns: Turns, epoch: int) -> Counter[str]:
+    """Return how many batches an epoch has of each task."""
+    return Counter(turns(plan, epoch))
+
+
+def endless_batches(plan: Plan, task: str, done: int) -> Iterator[TaskBatch]:
+    """Yield the batches of a task, pass after pass, without the first `done` ones."""
+    passes, skipped = divmod(done, math.ceil(plan.sizes[task] / plan.batch_size))
+    for number in count(passes):
+        yield from in_batches(plan, task, pass_order(plan, task, number)[skipped * plan.batch_size :])
+        skipped = 0
+
+
+def next_batches(plan: Plan, epoch: int, turns: Turns) -> list[TaskBatch]:
+    """Return the batches of an epoch: of each task those after the batches that it had in earlier epochs."""
+    done: Counter[str] = Counter()
+    for earlier in range(epoch):
+        done.update(batch_counts(plan, turns, earlier))
+    streams = {name: endless_batches(plan, name, done[name]) for name in plan.sizes}
+    return [next(streams[name]) for name in turns(plan, epoch)]
 
 
 def steps_in(plan: Plan, epoch: int) -> int:
     """Return the number of steps of an epoch in which tasks are drawn."""
-    return plan.steps_per_epoch or len(sequential(plan, epoch))
+    rounds = sum(plan.rounds[name] * plan.batches_in_round(name) for name in plan.tasks_in(epoch))
+    return plan.steps_per_epoch or rounds
 
 
-def draws(plan: Plan, epoch: int, routine: str) -> np.random.Generator:
+def generator_of(plan: Plan, epoch: int, routine: str) -> np.random.Generator:
     """Return the generator that draws an epoch's tasks."""
     return np.random.default_rng([plan.seed, epoch, *routine.encode()])
 
 
-def random_epoch(plan: Plan, epoch: int) -> list[Step]:
+def random_epoch_turns(plan: Plan, epoch: int) -> list[str]:
     """One task for the whole epoch, all equally likely (R1, section 4): one round of it, or --steps_per_epoch."""
-    task = draws(plan, epoch, "random-epoch").choice(plan.tasks_in(epoch))
-    return drawn(plan, epoch, [task] * (plan.steps_per_epoch or len(round_batches(plan, epoch, task, 0))))
+    task = str(generator_of(plan, epoch, "random-epoch").choice(plan.tasks_in(epoch)))
+    return [task] * (plan.steps_per_epoch or plan.batches_in_round(task))
 
 
-def random(plan: Plan, epoch: int) -> list[Step]:
+def random_turns(plan: Plan, epoch: int) -> list[str]:
     """One task for each batch, all equally likely (R1, section 4.1)."""
-    return drawn(plan, epoch, draws(plan, epoch, "random").choice(plan.tasks_in(epoch), steps_in(plan, epoch)))
+    return generator_of(plan, epoch, "random").choice(plan.tasks_in(epoch), steps_in(plan, epoch)).tolist()
 
 
-def round_robin(plan: Plan, epoch: int) -> list[Step]:
+def round_robin_turns(plan: Plan, epoch: int) -> list[str]:
     """The tasks in turn, small ones as often as large ones (R1, section 4.1)."""
-    return drawn(plan, epoch, islice(cycle(plan.tasks_in(epoch)), steps_in(plan, epoch)))
+    return list(islice(cycle(plan.tasks_in(epoch)), steps_in(plan, epoch)))
 
 
 def annealed_shares(plan: Plan, epoch: int) -> np.ndarray:
@@ -154,38 +224,24 @@ def annealed_shares(plan: Plan, epoch: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def annealed(plan: Plan, epoch: int) -> list[Step]:
+def annealed_turns(plan: Plan, epoch: int) -> list[str]:
     """One task for each batch: at first in proportion to their sizes, in the end almost evenly (R1, section 4.1)."""
-    generator, shares = draws(plan, epoch, "annealed"), annealed_shares(plan, epoch)
-    return drawn(plan, epoch, generator.choice(plan.tasks_in(epoch), steps_in(plan, epoch), p=shares))
+    generator, shares = generator_of(plan, epoch, "annealed"), annealed_shares(plan, epoch)
+    return generator.choice(plan.tasks_in(epoch), steps_in(plan, epoch), p=shares).tolist()
 
 
-def joint(plan: Plan, epoch: int) -> list[Step]:
-    """Steps on one batch of each task (R3, section 4.2).
-
-    All tasks are cut to the number of examples of the smallest one. Each epoch draws these examples anew.
-    """
-    names = plan.tasks_in(epoch)
-    orders = [shuffled(plan, epoch, name, 0) for name in names]
-    smallest = min(map(len, orders))
-    return [
-        Step(
-            tuple(
-                TaskBatch(name, order[i : min(i + plan.batch_size, smallest)])
-                for name, order in zip(names, orders, strict=True)
-            )
-        )
-        for i in range(0, smallest, plan.batch_size)
-    ]
+def drawing(turns: Turns) -> Callable[[Plan, int], list[Step]]:
+    """Return the routine that makes a step on the next batch of each task that `turns` names."""
+    return lambda plan, epoch: single_steps(next_batches(plan, epoch, turns))
 
 
 ROUTINES: dict[str, Callable[[Plan, int], list[Step]]] = {
     "sequential": sequential,
     "interleave": interleave,
-    "random-epoch": random_epoch,
-    "random": random,
-    "round-robin": round_robin,
-    "annealed": annealed,
+    "random-epoch": drawing(random_epoch_turns),
+    "random": drawing(random_turns),
+    "round-robin": drawing(round_robin_turns),
+    "annealed": drawing(annealed_turns),
     "joint": joint,
 }
 
