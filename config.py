@@ -125,8 +125,7 @@ ARCHS: dict[str, Arch] = {
         "per-task", "siamese", "mean", ("u", "v", "diff"), "none", "mlp", 1, False, "gelu", "cosine", False, "mse"
     ),
 }
-DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")
-ROUTINES_WITHOUT_ROUNDS = (*DRAWING_ROUTINES, "joint")  # they ignore --num_NAME_trains
+DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")  # they ignore --num_NAME_trains
 REFERENCE_BATCH = 64  # the batch size that --lr is meant for under --lr_scaling, which is R0's
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 
@@ -341,15 +340,16 @@ class TrainOptions:
         "sequential",
         "task of the next batch: one task after the other (sequential), each in turn (interleave, round-robin), a "
         "task drawn for each epoch (random-epoch) or batch (random, annealed), or all tasks at once (joint)",
-        choices=("sequential", "interleave", *ROUTINES_WITHOUT_ROUNDS),
+        choices=("sequential", "interleave", *DRAWING_ROUTINES, "joint"),
     )
     steps_per_epoch: int | None = option(
         None,
         "steps of an epoch in the routines that draw tasks (default: the number of batches of all tasks, or of the "
-        "task that random-epoch has drawn)",
+        "task that random-epoch has drawn) and in joint, where smaller tasks begin again (default: all tasks are cut "
+        "to the smallest, or to that whose --num_NAME_trains are over first)",
         low=1,
         high=1_000_000,
-        requires=("routine", DRAWING_ROUTINES),
+        requires=("routine", (*DRAWING_ROUTINES, "joint")),
     )
     anneal_factor: float = option(
         0.8,

@@ -8,9 +8,9 @@ from typing import Any
 
 from config import (
     ARCHS,
+    DRAWING_ROUTINES,
     MAX_RATE,
     PAIR_FEATURES,
-    ROUTINES_WITHOUT_ROUNDS,
     SAVE_EVERY,
     Config,
     ModelOptions,
@@ -152,12 +152,13 @@ def check_training(config: Config) -> list[str]:
     if train.cuda_graphs and train.micro_batch_size is not None:
         problems.append("--cuda_graphs replays whole batches, but --micro_batch_size cuts them; drop one of the two")
     problems += check_requirements(train)
-    if train.routine in ROUTINES_WITHOUT_ROUNDS:
-        problems += [
-            f"--num_{name}_trains works with --routine sequential and interleave, not {train.routine}; drop one"
-            for name, options in config.tasks.items()
-            if options.num_trains > 1
-        ]
+    several = [f"--num_{name}_trains {task.num_trains}" for name, task in config.tasks.items() if task.num_trains > 1]
+    if several and train.routine in DRAWING_ROUTINES:
+        problems.append(
+            f"{several[0]} works with --routine sequential, interleave and joint, not {train.routine}; drop one"
+        )
+    if several and train.routine == "joint" and train.steps_per_epoch is not None:
+        problems.append(f"--steps_per_epoch ends an epoch, whatever {several[0]} says; drop one of the two")
     problems += check_optimizers(config)
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")

@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, str]] = {
         "annealed": f"--routine annealed --anneal_factor 0.5 {DRAWN}",
         "joint": "--routine joint",
         "surgery": "--routine joint --pcgrad",
+        "all examples": "--routine joint --steps_per_epoch 3",
     },
     "adapters": {
         "attn": "--lora_mode attn",
@@ -162,8 +163,11 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pre-training: mlm", "smart: smart"), ("--sst_smart", "--mlm", "drop")),
     (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),
     (("pre-training: mlm", "embedding: *"), ("_embedding_loss", "--mlm", "drop")),
-    (("share: rounds", "routine: random-epoch|random|round-robin|annealed|joint|surgery"), ("--num_sts_trains",)),
-    (("optimizer: one for each", "routine: joint|surgery"), ("--optimizers per-task", "--routine joint", "drop")),
+    (("share: rounds", "routine: random-epoch|random|round-robin|annealed|all examples"), ("--num_sts_trains",)),
+    (
+        ("optimizer: one for each", "routine: joint|surgery|all examples"),
+        ("--optimizers per-task", "--routine joint", "drop"),
+    ),
     (("tasks: sts|pairs|films", "pal: sst only"), ("--pal_tasks sst", "--train_sst", "drop")),
     (("tasks: sts", "share: late"), ("no task trains in epoch 1", "set one --NAME_from_epoch")),
 ]

@@ -37,8 +37,8 @@ class Plan:
 
     An epoch has `rounds` rounds of a task. Each takes the share `fractions` of its examples (R0's partial Quora,
     appendix G). `from_epochs` is the first epoch, counted from 1, that trains the task (late Quora). Routines that draw
-    their tasks make `steps_per_epoch` steps, by default as many as one epoch of all rounds takes. `anneal` is the fall
-    of the exponent over `epochs` (see `annealed_shares`).
+    their tasks make `steps_per_epoch` steps, by default as many as all rounds of an epoch take. `anneal` is the fall of
+    the exponent over `epochs` (see `annealed_shares`).
 
     A pass goes through all examples of a task once. Rounds and draws take the examples that come next in it, also
     across epochs, so that nothing is seen twice before everything is seen once. Where an epoch begins follows from the
@@ -137,27 +137,8 @@ def interleave(plan: Plan, epoch: int) -> list[Step]:
     return single_steps(batch for turn in turns for batch in turn if batch is not None)
 
 
-def joint(plan: Plan, epoch: int) -> list[Step]:
-    """Steps on one batch of each task (R3, section 4.2).
-
-    All tasks are cut to the number of examples of the smallest one. Each epoch draws these examples anew.
-    """
-    names = plan.tasks_in(epoch)
-    orders = [pass_order(plan, name, epoch - plan.first_epoch(name))[: plan.examples_in_round(name)] for name in names]
-    smallest = min(map(len, orders))
-    return [
-        Step(
-            tuple(
-                TaskBatch(name, order[i : min(i + plan.batch_size, smallest)])
-                for name, order in zip(names, orders, strict=True)
-            )
-        )
-        for i in range(0, smallest, plan.batch_size)
-    ]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Routines that draw tasks
+# Batches that continue a pass, and the routines that draw tasks
 
 Turns = Callable[[Plan, int], list[str]]  # the task of each batch of an epoch
 
@@ -233,6 +214,45 @@ def annealed_turns(plan: Plan, epoch: int) -> list[str]:
 def drawing(turns: Turns) -> Callable[[Plan, int], list[Step]]:
     """Return the routine that makes a step on the next batch of each task that `turns` names."""
     return lambda plan, epoch: single_steps(next_batches(plan, epoch, turns))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Joint steps
+
+
+def equal_parts(plan: Plan, epoch: int) -> list[Step]:
+    """Joint steps on all tasks, cut to the number of examples of the smallest one, which each epoch draws anew."""
+    names = plan.tasks_in(epoch)
+    orders = [pass_order(plan, name, epoch - plan.first_epoch(name))[: plan.examples_in_round(name)] for name in names]
+    smallest = min(map(len, orders))
+    return [
+        Step(
+            tuple(
+                TaskBatch(name, order[i : min(i + plan.batch_size, smallest)])
+                for name, order in zip(names, orders, strict=True)
+            )
+        )
+        for i in range(0, smallest, plan.batch_size)
+    ]
+
+
+def joint_turns(plan: Plan, epoch: int) -> list[str]:
+    """All tasks, for each of --steps_per_epoch steps, or until the rounds of one task are over."""
+    names = plan.tasks_in(epoch)
+    rounds = min(plan.rounds[name] * plan.batches_in_round(name) for name in names)
+    return names * (plan.steps_per_epoch or rounds)
+
+
+def joint(plan: Plan, epoch: int) -> list[Step]:
+    """Steps on one batch of each task: on equal parts of them (R3, section 4.2), or on all examples (R4, section 4.1).
+
+    With --steps_per_epoch or several rounds of a task, the passes go on as where tasks are drawn, so that the smaller
+    tasks begin again while the largest is gone through.
+    """
+    if plan.steps_per_epoch is None and max(plan.rounds.values()) == 1:
+        return equal_parts(plan, epoch)
+    names, batches = plan.tasks_in(epoch), next_batches(plan, epoch, joint_turns)
+    return [Step(tuple(batches[i : i + len(names)])) for i in range(0, len(batches), len(names))]
 
 
 ROUTINES: dict[str, Callable[[Plan, int], list[Step]]] = {

@@ -39,8 +39,7 @@ from helpers import configure, refusal
         ("--smart_steps 2", ("--smart_steps", "--NAME_smart")),
         ("--sst_smart 1 --cache_frozen", ("--sst_smart", "--cache_frozen")),
         ("--pcgrad --routine interleave", ("--pcgrad", "--routine")),
-        ("--routine joint --num_sst_trains 3", ("--num_sst_trains", "--routine")),
-        ("--routine joint --steps_per_epoch 3", ("--steps_per_epoch", "joint")),
+        ("--routine joint --steps_per_epoch 3 --num_sst_trains 3", ("--steps_per_epoch", "--num_sst_trains 3")),
         ("--routine joint --optimizers per-task", ("--optimizers per-task", "--routine joint")),
         ("--optimizers one", ("--optimizers one", "--sst_lr_multiplier 4 --para_lr_multiplier 5")),
         (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import DRAWING_ROUTINES, ROUTINES_WITHOUT_ROUNDS
+from config import DRAWING_ROUTINES
 from training.task_sampling import (
     ROUTINES,
     Plan,
@@ -218,7 +218,6 @@ def test_a_late_task_waits_for_its_epoch() -> None:
 
 def test_the_command_line_knows_the_drawing_routines() -> None:
     assert tuple(DRAWING) == DRAWING_ROUTINES
-    assert tuple(ROUTINES)[2:] == ROUTINES_WITHOUT_ROUNDS
 
 
 @pytest.mark.parametrize("routine", DRAWING)
@@ -283,3 +282,28 @@ def test_joint_takes_other_examples_of_the_large_tasks_in_each_epoch() -> None:
     assert all(len(rows) == 3 for rows in taken) and len(set(taken)) > 10
     assert frozenset.union(*taken) == frozenset(range(7))
     assert all(sorted(order(joint(ONCE, epoch), "sts")) == [0, 1, 2] for epoch in range(5))
+
+
+def test_joint_rounds_end_with_the_task_whose_rounds_are_over_first() -> None:
+    """Of 5, 7 and 3 examples in batches of 2: 3, 4 and 2 batches a round. The others begin again."""
+    steps = joint(replace(PLAN, rounds={"sst": 2, "para": 1, "sts": 5}), 0)
+    assert [trace([step]) for step in steps] == [
+        [("sst", 2), ("para", 2), ("sts", 2)],
+        [("sst", 2), ("para", 2), ("sts", 1)],
+        [("sst", 1), ("para", 2), ("sts", 2)],
+        [("sst", 2), ("para", 1), ("sts", 1)],
+    ]
+    assert sorted(order(steps, "para")) == list(range(7))
+
+
+LATE_ROUNDS = replace(PLAN, rounds={"sst": 1, "para": 1, "sts": 5}, from_epochs={"sts": 3})
+
+
+@pytest.mark.parametrize("plan", [replace(ONCE, steps_per_epoch=3), LATE_ROUNDS], ids=str)
+def test_joint_passes_go_on_across_epochs(plan: Plan) -> None:
+    epochs = [joint(plan, epoch) for epoch in range(12)]
+    assert all(len({batch.task for batch in step.batches}) == len(step.batches) for steps in epochs for step in steps)
+    assert counts_stay_even([batch for steps in epochs for step in steps for batch in step.batches], SIZES)
+    if plan.steps_per_epoch:
+        assert [len(steps) for steps in epochs] == [3] * 12
+        assert passes(plan, "joint", 4) == {"sst": 4.0, "para": 3.0, "sts": 6.0}
