@@ -168,7 +168,10 @@ class ModelOptions:
         None, "comma-separated features of a siamese pair (diff is v-u)", choices=PAIR_FEATURES
     )
     pair_layer: str | None = option(
-        None, "shared layer after the pair features", choices=("none", "plain", "batchnorm")
+        None,
+        "layer after the pair features that pair tasks share: one linear layer, or two with a ReLU between (plain) "
+        "and with batch normalisation (batchnorm)",
+        choices=("none", "linear", "plain", "batchnorm"),
     )
     clf: str | None = option(
         None,

@@ -71,13 +71,17 @@ class BatchNorm(nn.Module):
 
 
 class PairLayer(nn.Module):
-    """The feature layer that pair tasks share (R0, appendix I): Linear-[BN]-ReLU-Linear-[BN]."""
+    """The feature layer that pair tasks share (R0, appendix I).
 
-    def __init__(self, width_in: int, width_out: int, batchnorm: bool, stats: Sequence[str]) -> None:
+    `batchnorm`: Linear-BN-ReLU-Linear-BN. `plain`: Linear-ReLU-Linear. `linear`: Linear (R0, figure 7).
+    """
+
+    def __init__(self, width_in: int, width_out: int, kind: str, stats: Sequence[str]) -> None:
         super().__init__()
         self.stats = tuple(stats)
+        batchnorm = kind == "batchnorm"
         self.dense = Linear(width_in, width_out)
-        self.out = Linear(width_out, width_out)
+        self.out = None if kind == "linear" else Linear(width_out, width_out)
         self.norm = BatchNorm(width_out, stats) if batchnorm else None
         self.out_norm = BatchNorm(width_out, stats) if batchnorm else None
 
@@ -85,6 +89,8 @@ class PairLayer(nn.Module):
         """Map [B, width_in] to [B, width_out]."""
         stats = task if task in self.stats else self.stats[0]
         hidden = self.dense(features)
+        if self.out is None:
+            return hidden
         hidden = F.relu(hidden if self.norm is None else self.norm(hidden, stats))
         out = self.out(hidden)
         return out if self.out_norm is None else self.out_norm(out, stats)

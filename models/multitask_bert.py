@@ -50,7 +50,7 @@ class MultitaskBERT(nn.Module):
         self.pair_layer = None
         if pairs and options.pair_layer != "none":
             stats = ("all",) if options.shared_batchnorm_stats else pairs
-            self.pair_layer = PairLayer(feature_width, 2 * hidden, options.pair_layer == "batchnorm", stats)
+            self.pair_layer = PairLayer(feature_width, 2 * hidden, str(options.pair_layer), stats)
             feature_width = 2 * hidden
         self.heads = nn.ModuleDict()
         for name, task in tasks.items():

@@ -107,7 +107,7 @@ METHODS: dict[str, dict[str, str]] = {
         "late": "--sts_from_epoch 2",
     },
     "pair layer": {
-        **{name: f"--pair_layer {name}" for name in ("none", "plain", "batchnorm")},
+        **{name: f"--pair_layer {name}" for name in ("none", "linear", "plain", "batchnorm")},
         "shared statistics": "--pair_layer batchnorm --shared_batchnorm_stats",
     },
     "head": {

@@ -91,6 +91,7 @@ def test_padded_predictions_equal_packed_ones(arch: str) -> None:
         {"pair_encoding": "siamese", "pair_features": ("abs", "mul")},
         {"pooling": "mean"},
         {"pair_layer": "batchnorm"},
+        {"pair_layer": "linear"},
         {"clf": "conv"},
         {"clf": "mlp", "head_layers": 2},
         {"head_activation": "gelu"},
@@ -117,9 +118,14 @@ def test_overrides_change_what_they_name() -> None:
     assert pair_width(pair_encoding="cross") == H
     assert not make_model(pair_encoding="cross").is_siamese("para")
     assert make_model(pair_layer="none").pair_layer is None
-    for layer, norms in (("plain", 0), ("batchnorm", 2)):
+    for layer, linears, norms in (("linear", 1, 0), ("plain", 2, 0), ("batchnorm", 2, 2)):
         pair_layer = make_model(pair_layer=layer).pair_layer
         assert pair_layer is not None and len(modules_of(pair_layer, BatchNorm)) == norms
+        assert len(linear_widths(pair_layer)) == linears
+    features = torch.randn(3, 4 * H + 1)
+    linear = make_model(pair_layer="linear").pair_layer
+    assert linear is not None
+    torch.testing.assert_close(linear(features, "sts"), features @ linear.dense.weight.T + linear.dense.bias)
     assert isinstance(make_model(sts_head="cosine").heads["sts"], CosineHead)
     assert linear_widths(make_model(sts_head="cosine", sts_projection=True).heads["sts"]) == [(H, H)]
 
