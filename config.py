@@ -367,7 +367,9 @@ class TrainOptions:
     smart_epsilon: float = option(1e-5, "SMART: largest perturbation of an embedding's coordinate", above=0.0)
     smart_sigma: float = option(1e-5, "SMART: standard deviation of the noise at the start", low=0.0)
     smart_eta: float = option(1e-3, "SMART: length of the ascent steps", above=0.0)
-    smart_steps: int = option(1, "SMART: number of ascent steps, each with a forward and a backward pass", low=1)
+    smart_steps: int = option(
+        1, "SMART: number of ascent steps, each with a forward and a backward pass; 0 perturbs by noise alone", low=0
+    )
     clip: float | None = option(None, "largest norm of gradients; scale larger ones down (default: never)", above=0.0)
     seed: int = option(11711, "seed of initial weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev; the last epoch always has one", low=1)
@@ -542,6 +544,13 @@ class TaskOptions:
     )
     embedding_weight: float = option(1.0, "factor on the further loss", template="{task}_embedding_weight", above=0.0)
     smart: float = option(0.0, "weight of SMART's regularisation of {title}", template="{task}_smart", low=0.0)
+    smart_divergence: str | None = option(
+        None,
+        "distance of outputs of {title} in SMART and the Bregman loss: symmetric KL, where a single output is a logit, "
+        "or squared error (default: mse for similarities, else kl)",
+        template="{task}_smart_divergence",
+        choices=("kl", "mse"),
+    )
     bregman: float = option(
         0.0,
         "weight of the Bregman loss of {title}, which keeps the model close to a slow average of its weights",

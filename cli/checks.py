@@ -166,6 +166,11 @@ def check_training(config: Config) -> list[str]:
     for name in changed(train):
         if name.startswith("smart_") and not smart:
             problems.append(f"--{name} needs SMART; choose tasks for it with --NAME_smart, such as --sst_smart 1")
+    ascent = [name for name in changed(train) if name in ("smart_epsilon", "smart_eta")]
+    if train.smart_steps == 0 and ascent:
+        problems.append(f"--{ascent[0]} bounds ascent steps, but --smart_steps 0 makes none; drop one of the two")
+    if train.smart_steps == 0 and train.smart_sigma == 0.0:
+        problems.append("--smart_steps 0 and --smart_sigma 0 perturb nothing; raise one of the two")
     if smart and train.cache_frozen:
         problems.append(f"--{smart[0]}_smart perturbs the embeddings, which --cache_frozen skips; drop one of them")
     if train.cuda_graphs and not (config.compute.use_gpu and config.compute.amp):
@@ -195,6 +200,8 @@ def check_tasks(config: Config) -> list[str]:
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
     for name, options in config.tasks.items():
+        if options.smart_divergence is not None and not max(options.smart, options.bregman):
+            problems.append(f"--{name}_smart_divergence needs --{name}_smart or --{name}_bregman; add one or drop it")
         if options.from_epoch > train.epochs:
             problems.append(f"--{name}_from_epoch {options.from_epoch} is past --epochs {train.epochs}; lower it")
         if train.scaled_lr() * options.lr_multiplier > MAX_RATE:

@@ -19,31 +19,39 @@ from training.objective import AuxiliaryLoss, ForwardResult
 from utils.device import random_state, set_random_state
 
 
-def divergence(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean distance of outputs of a task of this `kind`, in fp32: symmetric, and 0 where they agree.
+def divergence(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean distance of the outputs `a` and `b`, in fp32: symmetric, and 0 where they agree.
 
-    KL(p, q) + KL(q, p) in nats of logits [B, C] (classes) or [B] (binary: of Bernoulli distributions; a softmax over
-    one logit would be 1 whatever it is); squared error of similarities [B].
+    `kl` is KL(p, q) + KL(q, p) in nats of logits [B, C], or of the Bernoulli distributions of logits [B], since a
+    softmax over one logit would be 1 whatever it is. `mse` is the squared error.
     """
     a, b = a.float(), b.float()
-    if kind == "classes":
-        p, q = F.log_softmax(a, dim=1), F.log_softmax(b, dim=1)
-        return ((p.exp() - q.exp()) * (p - q)).sum(dim=1).mean()
-    if kind == "binary":
+    if name == "mse":
+        return F.mse_loss(a, b)
+    if a.dim() == 1:
         return ((a.sigmoid() - b.sigmoid()) * (a - b)).mean()
-    return F.mse_loss(a, b)
+    p, q = F.log_softmax(a, dim=1), F.log_softmax(b, dim=1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(dim=1).mean()
 
 
-def ascend(run: Callable[[Tensor], Tensor], clean: Tensor, start: Tensor, kind: str, options: TrainOptions) -> Tensor:
+def divergence_of(result: ForwardResult) -> str:
+    """Return the name of the divergence of a batch's outputs: --NAME_smart_divergence, or that which suits the task."""
+    task = result.batch.task
+    by_kind = "mse" if result.objective.model.tasks[task].kind == "similarity" else "kl"
+    return result.objective.config.tasks[task].smart_divergence or by_kind
+
+
+def ascend(run: Callable[[Tensor], Tensor], clean: Tensor, start: Tensor, name: str, options: TrainOptions) -> Tensor:
     """Return the perturbation [T, H] after --smart_steps ascent steps from `start`: it moves run() away from `clean`.
 
+    `name` is that of the divergence. Without steps the perturbation is the noise of the start (R1, section 4.4).
     The largest coordinate of each token's step is --smart_eta; each step ends inside the cube of --smart_epsilon.
     Public versions normalise again after that, so that their epsilon has no effect.
     """
     noise = start
     for _ in range(options.smart_steps):
         noise = noise.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(divergence(kind, run(noise), clean.detach()), noise)
+        (gradient,) = torch.autograd.grad(divergence(name, run(noise), clean.detach()), noise)
         largest = gradient.abs().amax(dim=1, keepdim=True)  # [T, 1]
         # a token without any influence stays where it is
         step = torch.where(largest > 0, options.smart_eta * gradient / largest, 0.0)
@@ -70,10 +78,10 @@ def smart_loss(options: TrainOptions) -> AuxiliaryLoss:
                 return result.gather(model.outputs(batch.task, embedding))
 
             clean = run(hidden) if half else result.outputs
-            kind, fixed = model.tasks[batch.task].kind, hidden.detach()
+            name, fixed = divergence_of(result), hidden.detach()
             start = first_noise(hidden, options, objective.context.rank_seed(batch.number))
-            noise = ascend(lambda noise: run(fixed + noise), clean, start, kind, options)
-            return divergence(kind, run(hidden + noise), clean)
+            noise = ascend(lambda noise: run(fixed + noise), clean, start, name, options)
+            return divergence(name, run(hidden + noise), clean)
 
     return loss
 
@@ -92,7 +100,7 @@ def bregman_loss(result: ForwardResult) -> Tensor:
     with same_pass(result), torch.no_grad(), objective.momentum_model.averaged_weights():
         embedding = objective.embed(batch, batch.inputs)
         before = result.gather(objective.model.outputs(batch.task, embedding))
-    return divergence(objective.model.tasks[batch.task].kind, result.outputs, before)
+    return divergence(divergence_of(result), result.outputs, before)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_cached_features_are_counted(tiny_flags: list[str], tmp_path: Path, mode
     assert estimate == pytest.approx(whole / 1e9, abs=0.02)
 
 
-@pytest.mark.parametrize(("steps", "amp"), [(1, None), (3, torch.bfloat16)])
+@pytest.mark.parametrize(("steps", "amp"), [(0, None), (1, None), (3, torch.bfloat16)])
 def test_the_passes_of_smart_are_those_of_a_step(
     tiny_flags: list[str], tmp_path: Path, amp: torch.dtype | None, steps: int
 ) -> None:

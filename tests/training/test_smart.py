@@ -29,19 +29,19 @@ def test_divergences_of_the_kinds_of_outputs() -> None:
     p, q = a.log_softmax(1), b.log_softmax(1)
     kl = nn.functional.kl_div
     wanted = kl(q, p, reduction="batchmean", log_target=True) + kl(p, q, reduction="batchmean", log_target=True)
-    assert divergence("classes", a, b).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert divergence("classes", b, a).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert divergence("kl", a, b).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert divergence("kl", b, a).item() == pytest.approx(wanted.item(), rel=1e-5)
     a, b = normal(9), normal(9, seed=1)
     p, q = (torch.distributions.Bernoulli(logits=logits.double()) for logits in (a, b))
     wanted = (torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).mean()
-    assert wanted > 0.1 and divergence("binary", a, b).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert divergence("similarity", a, b).item() == pytest.approx(((a - b) ** 2).mean().item())
+    assert wanted > 0.1 and divergence("kl", a, b).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert divergence("mse", a, b).item() == pytest.approx(((a - b) ** 2).mean().item())
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("classes", (4, 5)), ("binary", (4,)), ("similarity", (4,))])
-def test_divergence_vanishes_where_nothing_differs(kind: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("kl", (4, 5)), ("kl", (4,)), ("mse", (4,))])
+def test_divergence_vanishes_where_nothing_differs(name: str, shape: tuple[int, ...]) -> None:
     a = (40 * normal(*shape)).requires_grad_()
-    value = divergence(kind, a, a.detach())
+    value = divergence(name, a, a.detach())
     value.backward()
     assert value.item() == 0 and a.grad is not None and not a.grad.any()
 
@@ -52,9 +52,9 @@ def test_a_linear_model_is_moved_to_the_corner_of_the_cube(width: int) -> None:
     w, epsilon = normal(width, seed=3), 1e-3
     options = replace(OPTIONS, smart_epsilon=epsilon, smart_sigma=1e-6, smart_eta=1.0, smart_steps=2)
     x = normal(1, width, seed=4)
-    noise = ascend(lambda d: (x + d) @ w, x @ w, 1e-6 * normal(1, width), "similarity", options)
+    noise = ascend(lambda d: (x + d) @ w, x @ w, 1e-6 * normal(1, width), "mse", options)
     assert noise.abs().tolist() == [pytest.approx([epsilon] * width)]
-    value = divergence("similarity", (x.double() + noise.double()) @ w.double(), x.double() @ w.double()).item()
+    value = divergence("mse", (x.double() + noise.double()) @ w.double(), x.double() @ w.double()).item()
     assert value == pytest.approx((epsilon * w.abs().sum().item()) ** 2, rel=1e-3)
 
 
@@ -66,16 +66,41 @@ def test_steps_follow_the_gradient_and_stay_in_the_cube() -> None:
         return ((clean_at + noise)[:3] @ weight).tanh()
 
     clean, wanted = run(torch.zeros_like(start)), start
-    found = ascend(run, clean, start, "classes", OPTIONS)
+    found = ascend(run, clean, start, "kl", OPTIONS)
     for _ in range(3):
         variable = wanted.clone().requires_grad_()
-        divergence("classes", run(variable), clean).backward()
+        divergence("kl", run(variable), clean).backward()
         assert variable.grad is not None
         steps = [0.2 * row / row.abs().max() for row in variable.grad[:3]] + [torch.zeros(6)]
         wanted = (wanted + torch.stack(steps)).clamp(-0.3, 0.3)
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found[3], start[3]) and not found.requires_grad
-    assert divergence("classes", run(found), clean) > divergence("classes", run(start), clean)
+    assert divergence("kl", run(found), clean) > divergence("kl", run(start), clean)
+
+
+def test_without_steps_the_perturbation_is_the_first_noise(tiny_flags: list[str], tmp_path: Path) -> None:
+    """R1, section 4.4: no ascent, and one more pass."""
+    flags = ["--arch", "v2", "--train_sst", "--sst_smart", 1, "--smart_steps", 0, "--smart_sigma", 0.1]
+    trainer = make_trainer(
+        tiny_flags, tmp_path / "run", *flags, "--backbone_dropout_prob", 0, "--hidden_dropout_prob", 0
+    )
+    result, backbone = forward_result(trainer, "sst", ROWS), trainer.model.backbone("sst")
+    assert isinstance(result.batch.inputs, PackedBatch)
+    hidden = backbone.embed(result.batch.inputs)
+    noisy = EncodedBatch(hidden + first_noise(hidden, trainer.config.train, 7), 0, result.batch.inputs)
+    wanted = divergence("kl", trainer.model("sst", noisy), result.outputs)
+    assert wanted > 0 and smart_loss(trainer.config.train)(result).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kl", "mse"])
+def test_a_task_can_choose_its_divergence(tiny_flags: list[str], tmp_path: Path, name: str) -> None:
+    """R3 tried both for STS."""
+    flags = ["--train_sts", "--sts_smart", 1, "--sts_smart_divergence", name, "--smart_sigma", 0.1, "--smart_steps", 0]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--arch", "v2", *flags)
+    result, other = forward_result(trainer, "sts", ROWS), {"kl": "mse", "mse": "kl"}[name]
+    found = smart_loss(trainer.config.train)(result).item()
+    trainer.config.tasks["sts"].smart_divergence = None if name == "mse" else other
+    assert (smart_loss(trainer.config.train)(result).item() == found) == (name == "mse")
 
 
 def test_the_first_noise_is_gaussian_seeded_and_another_one_each_batch() -> None:
@@ -129,7 +154,7 @@ def test_the_gradient_is_that_of_both_passes(tiny_flags: list[str], tmp_path: Pa
 
     start = first_noise(hidden, OPTIONS, result.batch.number)
     noise = ascend(lambda noise: run(fixed.detach() + noise), result.outputs, start, "classes", OPTIONS)
-    wanted = divergence("classes", run(hidden + noise), run(hidden))
+    wanted = divergence("kl", run(hidden + noise), run(hidden))
     found = smart_loss(OPTIONS)(result)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4) and wanted.item() > 1e-6
     names = ("word_embedding.weight", "bert_layers.0.interm_dense.weight", "bert_layers.1.out_dense.bias")
