@@ -370,6 +370,15 @@ class TrainOptions:
     smart_steps: int = option(
         1, "SMART: number of ascent steps, each with a forward and a backward pass; 0 perturbs by noise alone", low=0
     )
+    ranking_scale: float = option(
+        20.0, "--NAME_embedding_loss ranking: factor on cosines before the softmax (R4 has 1)", above=0.0
+    )
+    contrastive_margin: float = option(
+        1.0, "--NAME_embedding_loss contrastive: distance from which on different texts cost nothing", above=0.0
+    )
+    simcse_temperature: float = option(
+        0.05, "--NAME_embedding_loss simcse: divisor of cosines before the softmax", above=0.0
+    )
     clip: float | None = option(None, "largest norm of gradients; scale larger ones down (default: never)", above=0.0)
     seed: int = option(11711, "seed of initial weights, order and dropout", low=0, high=2**63 - 1)
     eval_every: int = option(1, "epochs between evaluations on dev; the last epoch always has one", low=1)
@@ -543,6 +552,12 @@ class TaskOptions:
         choices=("none", "contrastive", "simcse", "ranking", "cosine"),
     )
     embedding_weight: float = option(1.0, "factor on the further loss", template="{task}_embedding_weight", above=0.0)
+    mixed_weight: float | None = option(
+        None,
+        "factor on the squared error in the loss mixed of {title} (default: 0.1 of classes, 0.5 of similarities)",
+        template="{task}_mixed_weight",
+        low=0.0,
+    )
     smart: float = option(0.0, "weight of SMART's regularisation of {title}", template="{task}_smart", low=0.0)
     smart_divergence: str | None = option(
         None,

@@ -28,6 +28,12 @@ USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
     "export_peft": ("pretrained",),
     "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
 }
+# The options of a single embedding loss.
+EMBEDDING_LOSS_OPTIONS = {
+    "ranking_scale": "ranking",
+    "contrastive_margin": "contrastive",
+    "simcse_temperature": "simcse",
+}
 
 
 def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
@@ -255,10 +261,17 @@ def flag_of(key: str) -> str:
 
 
 def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
-    """Return what is wrong with --NAME_embedding_loss."""
-    problems = []
+    """Return what is wrong with --NAME_embedding_loss and the numbers in losses."""
     pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
+    used = {options.embedding_loss for options in config.tasks.values()}
+    problems = [
+        f"--{name} needs a task with --NAME_embedding_loss {loss}; add that or drop it"
+        for name, loss in EMBEDDING_LOSS_OPTIONS.items()
+        if name in changed(config.train) and loss not in used
+    ]
     for name, options in config.tasks.items():
+        if options.mixed_weight is not None and options.loss != "mixed":
+            problems.append(f"--{name}_mixed_weight needs --{name}_loss mixed, not {options.loss}; add that or drop it")
         flag = f"--{name}_embedding_loss {options.embedding_loss}"
         two_embeddings = tasks[name].is_pair and pairs == "siamese"
         if options.embedding_loss == "none" and options.embedding_weight != 1.0:

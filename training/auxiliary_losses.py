@@ -12,13 +12,14 @@ from training.smart import bregman_loss, smart_loss
 def contrastive_loss(result: ForwardResult) -> Tensor:
     """Return `contrastive` of a siamese pair batch; a similarity counts as its share of the highest label."""
     first, second = result.gather_texts(result.embedding).chunk(2)  # [B, H] each
-    return contrastive(first, second, label_shares(result))
+    return contrastive(first, second, label_shares(result), result.objective.config.train.contrastive_margin)
 
 
 def simcse_loss(result: ForwardResult) -> Tensor:
     """Return `simcse` of the batch's embeddings and of those of a second pass with other dropout masks."""
     again = result.objective.embed(result.batch, result.batch.inputs, view=1)
-    return simcse(result.gather_texts(result.embedding), result.gather_texts(again))
+    temperature = result.objective.config.train.simcse_temperature
+    return simcse(result.gather_texts(result.embedding), result.gather_texts(again), temperature)
 
 
 # As shares of the highest similarity: 4, 3.5 and 1 of 5 (R4, section 4.3).
@@ -44,7 +45,8 @@ def ranking_loss(result: ForwardResult) -> Tensor:
     first, second = result.gather_texts(result.embedding).chunk(2)  # [B, H] each
     a, b = result.gather_texts(text_hashes(result.batch.inputs)).chunk(2)
     same = (a[:, None] == a) | (b[:, None] == b) | (a[:, None] == b) | (b[:, None] == a)
-    return multiple_negatives_ranking(first, second, label_shares(result) >= EQUIVALENT, same)
+    scale = result.objective.config.train.ranking_scale
+    return multiple_negatives_ranking(first, second, label_shares(result) >= EQUIVALENT, same, scale)
 
 
 def cosine_loss(result: ForwardResult) -> Tensor:

@@ -6,10 +6,13 @@ To add one, write the function, name it in `LOSSES`, and list the name in the `l
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import TaskOptions
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,19 +68,21 @@ def log_cosh(predictions: Tensor, labels: Tensor) -> Tensor:
     return (error + F.softplus(-2 * error) - math.log(2)).mean()  # cosh itself overflows from 90 on
 
 
-def mixed(outputs: Tensor, labels: Tensor) -> Tensor:
+def mixed(outputs: Tensor, labels: Tensor, weight: float | None = None) -> Tensor:
     """Return one of R0's two mixed losses (F.2, listing 4), in fp32; the outputs' dimensions decide which.
 
     Logits [B, C] against classes [B]: binary cross-entropy + 0.1 x squared error of the expected class, which counts
     from 0 as the labels do (R0's scores count from 1). Predictions [B] against similarities [B]: Pearson loss + 0.5 x
-    squared error.
+    squared error. `weight` replaces 0.1 and 0.5.
     """
     outputs = outputs.float()
     if outputs.dim() == 1:
-        return pearson(outputs, labels) + 0.5 * mean_squared_error(outputs, labels)
+        factor = 0.5 if weight is None else weight
+        return pearson(outputs, labels) + factor * mean_squared_error(outputs, labels)
     scores = torch.arange(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
     expected = (outputs.softmax(dim=1) * scores).sum(dim=1)
-    return binary_cross_entropy(outputs, labels) + 0.1 * mean_squared_error(expected, labels)
+    factor = 0.1 if weight is None else weight
+    return binary_cross_entropy(outputs, labels) + factor * mean_squared_error(expected, labels)
 
 
 def contrastive(first: Tensor, second: Tensor, labels: Tensor, margin: float = 1.0, eps: float = 1e-6) -> Tensor:
@@ -145,3 +150,9 @@ LOSSES: dict[str, Loss] = {
     "log-cosh": log_cosh,
     "mixed": mixed,
 }
+
+
+def task_loss(options: TaskOptions) -> Loss:
+    """Return the loss that --NAME_loss names, with --NAME_mixed_weight."""
+    loss = LOSSES[options.loss]
+    return loss if options.mixed_weight is None else partial(loss, weight=options.mixed_weight)

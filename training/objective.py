@@ -13,7 +13,7 @@ from training.averaging import MomentumModel
 from training.distributed import DistributedContext
 from training.grad_cache import GradCache
 from training.loader import LoadedBatch
-from training.losses import LOSSES
+from training.losses import task_loss
 from utils.device import Device, random_state
 
 
@@ -73,7 +73,7 @@ class Objective:
             if state is not None:
                 result = ForwardResult(self, batch, embedding, outputs, state)
                 auxiliary = [auxiliary_loss(result) for auxiliary_loss in auxiliary_losses]
-        loss = options.weight * LOSSES[options.loss](outputs, batch.labels)
+        loss = options.weight * task_loss(options)(outputs, batch.labels)
         return sum(auxiliary, start=loss), outputs.detach()
 
     def embed(self, batch: LoadedBatch, inputs: Batch, view: int = 0) -> Tensor:

@@ -23,6 +23,14 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
+NUMBERS: dict[str, list[object]] = {
+    "contrastive": ["--contrastive_margin", 20],
+    "simcse": ["--simcse_temperature", 0.2],
+    "ranking": ["--ranking_scale", 3],
+    "cosine": [],
+}
+
+
 @pytest.mark.parametrize(
     ("task", "kind"),
     [("sts", "contrastive"), ("para", "contrastive"), ("sst", "simcse"), ("sts", "ranking"), ("para", "ranking"),
@@ -31,7 +39,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 def test_an_auxiliary_loss_adds_its_weighted_gradient(
     tiny_flags: list[str], tmp_path: Path, task: str, kind: str
 ) -> None:
-    flags = [f"--{task}_embedding_loss", kind, f"--{task}_embedding_weight", 0.25]
+    flags = [f"--{task}_embedding_loss", kind, f"--{task}_embedding_weight", 0.25, *NUMBERS[kind]]
     trainer = make_ready(tiny_flags, tmp_path / "run", "--arch", "r4", *flags)
     model, rows = trainer.model, np.array([3, 0, 7, 5, 11, 2, 14, 16, 9, 18, 1, 6, 19, 12])
     batch = load_batch(trainer, task, rows)
@@ -43,13 +51,13 @@ def test_an_auxiliary_loss_adds_its_weighted_gradient(
     embedding = model.embed(task, batch.inputs)
     loss = loss_of(model.outputs(task, embedding), batch.labels)
     if kind == "simcse":
-        extra = simcse(embedding, model.embed(task, batch.inputs))
+        extra = simcse(embedding, model.embed(task, batch.inputs), 0.2)
     else:
         first, second = embedding.chunk(2)
         share = batch.labels / (5 if task == "sts" else 1)
         extra = {
-            "contrastive": lambda: contrastive(first, second, share),
-            "ranking": lambda: multiple_negatives_ranking(first, second, share >= 0.8, torch.eye(len(rows)) > 0),
+            "contrastive": lambda: contrastive(first, second, share, 20.0),
+            "ranking": lambda: multiple_negatives_ranking(first, second, share >= 0.8, torch.eye(len(rows)) > 0, 3.0),
             "cosine": lambda: cosine_embedding(first, second, share >= 0.7, share < 0.2),
         }[kind]()
     (loss + 0.25 * extra).backward()

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import pearsonr
 from torch import Tensor, nn
 
+from config import TaskOptions
 from tasks import TASKS, Task
 from training.losses import (
     LOSSES,
@@ -24,6 +25,7 @@ from training.losses import (
     ordinal_cross_entropy,
     pearson,
     simcse,
+    task_loss,
 )
 
 SIZES = (1, 2, 7, 64)  # a last batch is often ragged, and may be of one
@@ -172,6 +174,14 @@ def test_losses_at_perfect_outputs() -> None:
     assert pearson(labels, labels).item() == pytest.approx(0.0, abs=1e-6)
     assert mixed(labels, labels).item() == pytest.approx(0.0, abs=1e-6)
     assert mixed(120 * torch.eye(5) - 60, torch.arange(5)).item() == pytest.approx(0.0, abs=1e-6)  # not scores from 1
+
+
+def test_the_weight_of_the_squared_error_in_a_mixed_loss_can_be_chosen() -> None:
+    loss, x, y, z = task_loss(TaskOptions(loss="mixed", mixed_weight=3.0)), normal(9), similarities(9), normal(9, 5)
+    assert loss(x, y).item() == pytest.approx((mixed(x, y) + 2.5 * mean_squared_error(x, y)).item())
+    expected = z.softmax(1) @ torch.arange(5.0)
+    wanted = mixed(z, classes(9, 5)) + 2.9 * mean_squared_error(expected, classes(9, 5))
+    assert loss(z, classes(9, 5)).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_ordinal_is_least_at_the_truth_and_grows_with_the_distance() -> None:
