@@ -114,11 +114,8 @@ def check_adapters(config: Config) -> list[str]:
             problems.append(f"--{whole} sets all that {others} sets; give one or the other")
     if adapters and not {"lora_mode", "lora_dict", "init_peft"} & set(adapters):
         problems.append(f"--{adapters[0]} needs adapters; choose them with --lora_mode")
-    if config.train.init_from is not None and adapters:
-        problems.append(
-            f"--init_from starts from weights that no --pretrained holds, but --{adapters[0]} would save adapters "
-            "without them; drop one of the two"
-        )
+    if config.train.init_from is not None and lora.init_peft is not None:
+        problems.append("--init_peft starts from adapters of the base weights, which --init_from replaces; drop one")
     if lora.dora_norm != "row" and not lora.dora and lora.lora_dict is None:
         problems.append("--dora_norm needs --dora; add that or drop it")
     return problems

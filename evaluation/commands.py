@@ -54,6 +54,11 @@ def export(config: Config) -> None:
                 f"--export_peft: in {config.run.evaluate} more of the backbone trained than adapters; "
                 "--export writes the whole backbones with merged adapters"
             )
+        if saved.train.init_from is not None:
+            raise UserError(
+                f"--export_peft: the adapters of {config.run.evaluate} are on weights that --init_from gave, which no "
+                "--pretrained holds; --export writes the whole backbones with merged adapters"
+            )
     for flag in ("export", "export_peft"):
         if (out := getattr(config.run, flag)) is not None:
             probe_folder(Path(out), f"--{flag}")

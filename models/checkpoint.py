@@ -97,9 +97,10 @@ def model_checkpoint(
     """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
     A model with adapters leaves out the tokenizer and the pretrained weights that never train, since loading needs the
-    folder of the base weights anyway. `base_sha256` and `tokenizer_sha256` identify them.
+    folder of the base weights anyway. `base_sha256` and `tokenizer_sha256` identify them. But what began with
+    --init_from has no such folder, and nothing is left out.
     """
-    frozen = model.frozen_parameter_names(config.train.fine_tune_mode)
+    frozen = model.frozen_parameter_names(config.train)
     return {
         "format": FORMAT,
         "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in frozen},
@@ -107,13 +108,18 @@ def model_checkpoint(
         "config": config.to_dict(),
         "bert_config": model.bert_config.to_dict(),
         "tasks": list(model.tasks),
-        "tokenizer": tokenizer.to_json() if model.lora is None else None,
+        "tokenizer": None if needs_base(config, model.lora) else tokenizer.to_json(),
         "tokenizer_sha256": tokenizer.sha256,
         "scores": dict(scores),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "seed": config.train.seed,
     }
+
+
+def needs_base(config: Config, lora: LoRAConfig | None) -> bool:
+    """Return whether a checkpoint leaves out what is in a folder of base weights."""
+    return lora is not None and config.train.init_from is None
 
 
 def check_state_dict(wanted: StateDict, found: Any, source: Path, may_lack: Set[str]) -> None:
@@ -156,8 +162,9 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
 
 
 def init_from_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
-    """Load the weights of a checkpoint, adapters merged, into `model` for --init_from. `say` prints what stays new.
+    """Load the weights of a checkpoint into `model` for --init_from. `say` prints what stays new.
 
+    Adapters are taken as they are if the model has the same. Otherwise they are merged, and the model's are fresh.
     The checkpoint may lack heads of masked words, PALs, and what serves only tasks that it does not know. It may hold
     no tensor of the model's tasks that the model lacks. A checkpoint of --mlm never trained its heads, so they are not
     taken. Raises UserError, and leaves the model unchanged, if anything else is missing or of another shape, or if the
@@ -168,7 +175,10 @@ def init_from_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, path: Path,
         raise UserError(f"--init_from {path}: was trained with another tokenizer than --pretrained has; name its own")
     untrained = ("heads.", "pair_layer.") if source_config.train.mlm else ()
     state_dict = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(untrained)}
-    for backbone, module in source.backbones.items():
+    adapters = model.lora
+    if adapters is not None and adapters != source.lora:
+        model.remove_adapters()  # until the weights below them are there
+    for backbone, module in source.backbones.items() if model.lora is None else ():
         state_dict |= {f"backbones.{backbone}.{name}": tensor for name, tensor in merged_state_dict(module).items()}
     new_tasks = [task for task in model.tasks if task not in source.tasks]
     known = {*source.backbones, *(model.backbone_of[task] for task in model.tasks if task not in new_tasks)}
@@ -185,6 +195,8 @@ def init_from_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, path: Path,
     of_tasks = tuple(f"{part}.{task}." for part in ("heads", "pals") for task in model.tasks)
     taken = {name: tensor for name, tensor in state_dict.items() if name in wanted or name.startswith(of_tasks)}
     load_model_state_dict(model, taken, Path(f"--init_from {path}"), may_lack)
+    if adapters is not None and model.lora is None:
+        model.add_adapters(adapters)
     if new_tasks:
         kept = f", and backbone {' and '.join(new_backbones)} as --pretrained has it" if new_backbones else ""
         say(
@@ -212,13 +224,15 @@ def load_model(
     content = content or load(path)
     tasks, config = _tasks_of(content, path), saved_config(content, path)
     shape, lora, frozen = _check_content(content, config, tasks, path)
-    if lora is not None:
+    if lora is not None and needs_base(config, lora):
         model, tokenizer = _model_on_base(content, config, tasks, shape, lora, base, path)
     else:
         model = MultitaskBERT(config.model, shape, tasks)
+        if lora is not None:
+            model.add_adapters(lora)
         tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
         if base is not None:
-            raise UserError(f"--pretrained {base}: {path} has no adapters, and holds all of its weights; drop it")
+            raise UserError(f"--pretrained {base}: {path} holds all of its weights; drop it")
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.vocab_size} words, its weights only {shape.vocab_size}")
     _add_parts(model, config)
@@ -264,7 +278,7 @@ def _check_content(
                 for backbone in model.backbones.values():
                     inject(backbone, lora)
             _add_parts(model, config)
-        frozen = model.frozen_parameter_names(config.train.fine_tune_mode)
+        frozen = model.frozen_parameter_names(config.train)
     except UserError:
         raise
     except Exception as error:  # options that no command line allows may fail anywhere

@@ -160,10 +160,14 @@ class MultitaskBERT(nn.Module):
             for backbone in self.backbones.values():
                 load_adapter_state_dict(backbone, state, source)
         except UserError:
-            for backbone in self.backbones.values():
-                restore(backbone)
-            self.lora, self.base_sha256 = None, ""
+            self.remove_adapters()
             raise
+
+    def remove_adapters(self) -> None:
+        """Put back the plain linear layers with their base weights."""
+        for backbone in self.backbones.values():
+            restore(backbone)
+        self.lora, self.base_sha256 = None, ""
 
     def add_pals(self, options: PalOptions) -> None:
         """Give all tasks, or those in `options.pal_tasks`, projected attention layers beside their backbones."""
@@ -193,12 +197,15 @@ class MultitaskBERT(nn.Module):
             head.load_state_dict(weights)
         return True
 
-    def frozen_parameter_names(self, fine_tune_mode: str) -> set[str]:
-        """Return the names of the backbones' tensors that adapters keep as pretrained; checkpoints leave them out."""
+    def frozen_parameter_names(self, options: TrainOptions) -> set[str]:
+        """Return the names of the backbones' tensors that adapters keep as pretrained; checkpoints leave them out.
+
+        There are none with --init_from, whose weights no folder holds.
+        """
         names: set[str] = set()
-        if self.lora is not None:
+        if self.lora is not None and options.init_from is None:
             for name, backbone in self.backbones.items():
-                last_layer = fine_tune_mode == "last-layer"
+                last_layer = options.fine_tune_mode == "last-layer"
                 frozen = base_state_dict(backbone) if last_layer else frozen_by_adapters(backbone, self.lora)
                 names |= {f"backbones.{name}.{parameter}" for parameter in frozen}
         return names

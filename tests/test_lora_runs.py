@@ -34,9 +34,9 @@ def test_only_what_may_train_changes_and_is_saved(
     dora = ["--dora"] * (mode == "all-lin")
     more = ["--lora_mode", mode, "--lora_rank", "2", "--fine_tune_mode", fine_tune_mode, "--epochs", "5", *dora]
     best = run(tiny_flags, tmp_path / "run", *more)
-    model, _, _ = load_model(best)
+    model, _, config = load_model(best)
     content, pretrained = load(best), load_weights(tiny_bert, model.bert_config)
-    saved, frozen = set(content["weights"]), model.frozen_parameter_names(fine_tune_mode)
+    saved, frozen = set(content["weights"]), model.frozen_parameter_names(config.train)
     assert frozen and saved == model.state_dict().keys() - frozen
     assert content["tokenizer"] is None  # it stands beside the base weights, which are needed anyway
     for name, backbone in model.backbones.items():
@@ -120,6 +120,24 @@ def test_adapters_are_exported_only_where_nothing_else_trained(tiny_flags: list[
     best = run(tiny_flags, tmp_path / "run", "--lora_mode", "attn", "--fine_tune_mode", "full-model", "--epochs", "1")
     with pytest.raises(UserError, match="--export_peft.*--export"):
         multitask_classifier.main(["--evaluate", str(best), "--export_peft", str(tmp_path / "peft")])
+
+
+def test_adapters_on_weights_of_another_run(tiny_flags: list[str], tiny_bert: Path, tmp_path: Path) -> None:
+    """Nothing is left out of the checkpoint, since no folder has what the adapters are on (R4, figure 6)."""
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    flags = [*tiny_flags, "--pretrained", str(base), "--epochs", "1", "--fine_tune_mode", "full-model"]
+    stage = run(flags, tmp_path / "stage", "--lr", "1e-2")
+    more = ["--init_from", stage, "--lora_mode", "attn-only", "--lora_rank", 2, "--dora"]
+    best = run(flags, tmp_path / "run", *more)
+    shutil.rmtree(base)
+    stage.unlink()
+    model, tokenizer, _ = load_model(best)
+    assert load(best)["weights"].keys() == model.state_dict().keys() and tokenizer.max_length == 64
+    assert any(tensor.any() for name, tensor in model.state_dict().items() if name.endswith("lora_B"))
+    multitask_classifier.main(["--evaluate", str(best), "--export", str(tmp_path / "merged")])
+    with pytest.raises(UserError, match="--export_peft.*--init_from.*--export"):
+        multitask_classifier.main(["--evaluate", str(best), "--export_peft", str(tmp_path / "peft")])
+    assert "--pretrained" in refusal(load_model, best, None, str(base))
 
 
 def test_a_state_is_for_the_start_weights_that_it_leaves_out(

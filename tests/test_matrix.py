@@ -161,7 +161,6 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("cache: cache", "fine-tuning: last-layer", "adapters: *"), ("--cache_frozen", "--lora_mode", "use")),
     (("cache: cache", "pal: *"), ("--cache_frozen", "--pal", "drop")),
     (("cache: cache", "smart: *"), ("--cache_frozen", "--sst_smart", "drop")),
-    (("start: checkpoint", "adapters: *"), ("--init_from", "--lora_", "drop")),
     (("pre-training: mlm", "cache: cache"), ("--cache_frozen", "--mlm", "drop")),
     (("pre-training: mlm", "smart: *"), ("--sst_smart", "--mlm", "drop")),
     (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),

@@ -41,7 +41,7 @@ def average_bytes(model: MultitaskBERT, config: Config) -> int:
 
 def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
     """Return about the most that checkpoints take on disk: best.pt, two states, and one that is being written."""
-    frozen_names = model.frozen_parameter_names(config.train.fine_tune_mode)
+    frozen_names = model.frozen_parameter_names(config.train)
     best = weight_bytes(parameter for name, parameter in model.named_parameters() if name not in frozen_names)
     resume = best + optimizer_bytes(model, config) + average_bytes(model, config)
     return int(1.05 * (best + 3 * resume)) + (1 << 20)  # with room for what surrounds the tensors

@@ -74,9 +74,7 @@ class Checkpointer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.run, self.context, self.say = run, context, say
         self.interval = CheckpointInterval(config.run.save_every)
-        self.frozen_names = model.frozen_parameter_names(
-            config.train.fine_tune_mode
-        )  # of the weights that files leave out
+        self.frozen_names = model.frozen_parameter_names(config.train)  # of the weights that files leave out
 
     def save_best(self, scores: Scores, epoch: int, batches: int) -> None:
         """Write best.pt and --filepath. Raises UserError if a weight is not finite."""
@@ -117,7 +115,8 @@ class Checkpointer:
         """
         with self.context.main_process_first():  # it may rename the files
             content = newest_state(self.run, self.say)
-        check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
+        if self.frozen_names:
+            check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.load_weights(content["weights"], self.run.resume)
         return content
 

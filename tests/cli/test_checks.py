@@ -74,7 +74,7 @@ from helpers import configure, refusal
         ("--task sst", ("--task", "--predict")),
         ('--lora_rank 2 --lora_dict {"r":1}', ("--lora_dict", "--lora_rank")),
         ("--lora_rank 2", ("--lora_rank", "--lora_mode")),
-        ("--lora_mode attn --init_from a.pt", ("--init_from", "--lora_mode")),
+        ("--init_peft a --init_from a.pt", ("--init_from", "--init_peft")),
         ("--lora_mode attn --dora_norm column", ("--dora_norm", "--dora")),
         ("--benchmark a.csv --profile", ("--profile", "--benchmark")),
         ("--save_every often", ("--save_every often", "30m")),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import configure, make_bert, make_trainer, refusal
+from helpers import changed, configure, copied, interrupted, make_bert, make_trainer, refusal
 
 import multitask_classifier
 from models.build import build_model
@@ -113,6 +113,31 @@ def test_adapters_are_merged_into_the_start(tiny_flags: list[str], tmp_path: Pat
     model, _, _ = load_model(tmp_path / "lora" / "best.pt")
     batch = again.loader.train["sst"].batch(np.arange(9))
     torch.testing.assert_close(again.model.eval()("sst", batch), model.eval()("sst", batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [["--lora_rank", 5], ["--lora_rank", 3, "--dora"], ["--lora_rank", 3]], ids=str)
+def test_other_adapters_start_on_merged_ones_and_the_same_go_on(
+    tiny_flags: list[str], tmp_path: Path, more: list[object]
+) -> None:
+    """The model computes what the checkpoint does, with fresh adapters unless it has the same ones."""
+    flags = ["--arch", "v2", "--train_sst", "--fine_tune_mode", "full-model", "--lr", 1e-2, "--lora_mode", "all-lin"]
+    saved = train(tiny_flags, tmp_path / "lora", *flags, "--lora_rank", 3)
+    next_run = make_trainer(tiny_flags, tmp_path / "next", *flags, *more, "--init_from", tmp_path / "lora" / "best.pt")
+    model, _, _ = load_model(tmp_path / "lora" / "best.pt")
+    batch = next_run.loader.train["sst"].batch(np.arange(9))
+    torch.testing.assert_close(next_run.model.eval()("sst", batch), model.eval()("sst", batch), rtol=0, atol=2e-6)
+    found = next_run.model.state_dict()
+    updates = [name for name in saved if name.endswith("lora_B")]
+    if more == ["--lora_rank", 3]:
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    else:
+        assert updates and not any(found[name].any() for name in updates)
+    interrupted(next_run, 1)
+    again = make_trainer(
+        tiny_flags, tmp_path / "next", *flags, *more, "--init_from", tmp_path / "lora" / "best.pt", "--resume"
+    )
+    again.restore()
+    assert changed(copied(next_run.model), copied(again.model)) == set()
 
 
 def test_pals_may_be_new_but_not_left_over(tiny_flags: list[str], finished_runs: Path, tmp_path: Path) -> None:

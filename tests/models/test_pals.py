@@ -12,7 +12,7 @@ from helpers import TINY, make_batch, make_model, make_texts, model_options, ran
 from torch import Tensor, nn
 
 import multitask_classifier
-from config import BertConfig, PalOptions
+from config import BertConfig, PalOptions, TrainOptions
 from lora import LoRAConfig
 from models.checkpoint import load
 from models.multitask_bert import MultitaskBERT
@@ -220,7 +220,7 @@ def test_pals_train_whatever_is_frozen_and_are_never_wrapped() -> None:
     model.add_adapters(LoRAConfig("all-lin"))
     model.set_trainable_layers(0)
     assert all(p.requires_grad for p in model.pals.parameters())
-    frozen = model.frozen_parameter_names("last-layer")
+    frozen = model.frozen_parameter_names(TrainOptions(fine_tune_mode="last-layer"))
     assert frozen and not any(name.startswith("pals.") for name in frozen)
     assert not any("lora_" in name for name in model.pals.state_dict())
     parts = dict(model.parts())
