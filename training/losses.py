@@ -153,6 +153,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def task_loss(options: TaskOptions) -> Loss:
-    """Return the loss that --NAME_loss names, with --NAME_mixed_weight."""
-    loss = LOSSES[options.loss]
-    return loss if options.mixed_weight is None else partial(loss, weight=options.mixed_weight)
+    """Return the loss that --NAME_loss names. Only `mixed` can have --NAME_mixed_weight."""
+    if options.mixed_weight is None:
+        return LOSSES[options.loss]
+    return partial(mixed, weight=options.mixed_weight)
