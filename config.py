@@ -432,6 +432,11 @@ class ComputeOptions:
         low=1,
         high=MAX_THREADS,
     )
+    amp_dtype: str = option(
+        "auto",
+        "type of --amp: bf16 if the device has it, else fp16 (auto), or always one",
+        choices=("auto", "bf16", "fp16"),
+    )
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
 

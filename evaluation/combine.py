@@ -54,7 +54,7 @@ def combine(members: Sequence[Member], splits: Splits, options: EnsembleOptions,
         scores = score_dev(values, dev)
         return scores | {half: score_dev(values, dev, rows)["score"] for half, rows in rows_of_half.items()}
 
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
     predictor = Predictor(Path(options.cache), device, compute.eval_batch_size)
     outputs = [predictor.outputs(member, splits) for member in members]
     member_names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]

@@ -83,7 +83,8 @@ def predict_lines(config: Config) -> None:
     if task.name not in model.tasks:
         known = ", ".join(model.tasks)
         raise UserError(f"--task {config.run.task}: {config.run.evaluate} was not trained on it; choose from {known}")
-    device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
+    compute = config.compute
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
     model.to(device.device)
     texts = read_lines(str(config.run.predict), task)
     ids = [str(i) for i in range(len(texts))]

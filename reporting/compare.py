@@ -185,7 +185,7 @@ def compare_checkpoints(
     """
     tasks = shared_tasks(paths)
     dev = load_splits(data, files, tasks, ["dev"], say)["dev"]
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
     a, b = (predict_dev(path, dev, device, compute.eval_batch_size) for path in paths)
     pairs = [pair_predictions(dev[name], a.predictions[name], b.predictions[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]

@@ -105,7 +105,7 @@ def assign_topics(
     examples: Examples, topics: Mapping[str, Topic], pretrained: str, compute: ComputeOptions
 ) -> np.ndarray:
     """Return the name [N] of the topic whose words are nearest to each example. All its texts count equally."""
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say)
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
     folder = resolve_pretrained(pretrained)
     config = read_config(folder)
     model = BertModel(config)

@@ -43,7 +43,8 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     LoRAConfig.from_options(config.lora)
     with context.main_process_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
-        device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
+        compute = config.compute
+        device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks, say)
         data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
@@ -131,7 +132,8 @@ def report(
 def evaluate(config: Config, context: DistributedContext) -> None:
     """Score dev and predict dev and test with the checkpoint that --evaluate names."""
     path = Path(str(config.run.evaluate))
-    device = choose_device(config.compute.use_gpu, config.compute.amp, config.compute.threads, say)
+    compute = config.compute
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
     model, tokenizer, saved = trained_model(config)
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from utils.errors import UserError
+
 # How many kernels oneDNN keeps: it compiles one of up to 3 MB for each shape of a product. A training step needs about
 # 20, but each packed batch has new shapes, so oneDNN's default of 1024 would take gigabytes.
 KERNELS = 64
@@ -120,10 +122,20 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def choose_device(use_gpu: bool, amp: bool, threads: int | None, say: Callable[[str], None]) -> Device:
+def has_bf16(kind: str) -> bool:
+    """Return whether devices of a kind multiply bf16 fast."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and cpu_has_bf16()
+
+
+def choose_device(
+    use_gpu: bool, amp: bool, threads: int | None, say: Callable[[str], None], amp_dtype: str = "auto"
+) -> Device:
     """Return what --use_gpu, --amp and --threads ask for, as far as this machine has it, and set the threads.
 
-    `say` gets a line for each thing that is missing. Of several GPUs, the current one of this process is taken.
+    `say` gets a line for each thing that is missing. Of several GPUs, the current one of this process is taken. Raises
+    UserError if the device lacks the type that --amp_dtype names.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -135,12 +147,16 @@ def choose_device(use_gpu: bool, amp: bool, threads: int | None, say: Callable[[
         if kind == "cpu":
             say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    if amp_dtype != "auto" and not amp:
+        raise UserError(f"--amp_dtype {amp_dtype} is the type of --amp; add that or drop it")
     if not amp:
         return Device(device)
-    if kind == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device(device, torch.bfloat16 if bf16 else torch.float16, scaled=not bf16)
-    if kind == "cpu" and cpu_has_bf16():
+    bf16, fp16 = has_bf16(kind), kind == "cuda"
+    if not {"auto": True, "bf16": bf16, "fp16": fp16}[amp_dtype]:
+        raise UserError(f"--amp_dtype {amp_dtype}: this {kind} has no fast {amp_dtype}; use auto or another device")
+    if bf16 and amp_dtype != "fp16":
         return Device(device, torch.bfloat16)
+    if fp16:
+        return Device(device, torch.float16, scaled=True)
     say(f"--amp: this {kind} has no fast half precision; mixed precision is off")
     return Device(device)

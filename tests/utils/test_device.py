@@ -1,10 +1,45 @@
-"""How much memory is free, in containers and batch jobs too."""
+"""The precision of a run, and how much memory is free, in containers and batch jobs too."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import refusal
 
-from utils.device import free_memory
+from utils import device as device_module
+from utils.device import choose_device, free_memory
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "dtype", "wanted"),
+    [
+        (True, True, "auto", torch.bfloat16),
+        (True, False, "auto", torch.float16),
+        (True, True, "fp16", torch.float16),
+        (True, False, "bf16", "this cuda has no fast bf16"),
+        (False, True, "auto", torch.bfloat16),
+        (False, True, "bf16", torch.bfloat16),
+        (False, False, "auto", None),
+        (False, False, "bf16", "this cpu has no fast bf16"),
+        (False, True, "fp16", "this cpu has no fast fp16"),
+    ],
+)
+def test_the_type_of_mixed_precision(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, bf16: bool, dtype: str, wanted: torch.dtype | str | None
+) -> None:
+    """What a device lacks is refused if it was named, and replaced if it was not; only fp16 has a scaler."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device_module, "has_bf16", lambda kind: bf16)
+    if isinstance(wanted, str):
+        assert wanted in refusal(choose_device, gpu, True, None, print, dtype)
+        return
+    found = choose_device(gpu, True, None, print, dtype)
+    assert (found.amp, found.scaled) == (wanted, wanted is torch.float16)
+
+
+def test_a_type_of_mixed_precision_needs_it() -> None:
+    assert "--amp; add" in refusal(choose_device, False, False, None, print, "bf16")
 
 
 @pytest.mark.parametrize(
