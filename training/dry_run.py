@@ -159,12 +159,13 @@ def describe(
     plan = Plan.of(options, config.tasks, {name: len(examples) for name, examples in data.items()})
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     late = " (the last one)" if max(plan.from_epochs.values()) > 1 or options.routine in DRAWING_ROUTINES else ""
-    freezing = freezing_course(model, options)
+    freezing, heads = freezing_course(model, options), config.heads_of_tasks()
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
+            *(["except " + ", ".join(f"--{name} {value}" for name, value in heads.items())] if heads else []),
             "",
             tasks_table(config, model, data, plan, steps),
             "steps are those of an epoch, tokens those of an example on average",
