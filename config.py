@@ -497,7 +497,13 @@ class TaskOptions:
     )
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
-    num_trains: int = option(1, "passes over {title} in an epoch", template="num_{task}_trains", low=0, high=1_000)
+    num_trains: int = option(
+        1,
+        "passes over {title} in an epoch; with 0 the task is not trained, but scored with its new head",
+        template="num_{task}_trains",
+        low=0,
+        high=1_000,
+    )
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")

@@ -27,7 +27,8 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Return the bytes of the optimizers' states once everything trains that will. Each optimizer has its states."""
     count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained_parameters(config.train).values())
-    reached = [p for name in model.tasks for p in model.task_parameters(name) if p in trains]
+    trained = [name for name in model.tasks if config.tasks[name].num_trains]
+    reached = [p for name in trained for p in model.task_parameters(name) if p in trains]
     if config.train.routine == "joint":  # one optimizer for all tasks
         reached = list(dict.fromkeys(reached))
     return count * weight_bytes(reached)

@@ -14,6 +14,7 @@ from utils.device import Device, process_peak
 MODES = {
     "everything": ["--fine_tune_mode", "full-model"],
     "one optimizer for all": ["--fine_tune_mode", "full-model", "--routine", "joint"],
+    "one task of three": ["--fine_tune_mode", "full-model", "--num_para_trains", 0, "--num_sts_trains", 0],
     "heads": ["--fine_tune_mode", "last-layer"],
     "up to half of the layers": ["--fine_tune_mode", "iterative", "--epochs", 3],
     "adapters and heads": ["--lora_mode", "attn-only", "--fine_tune_mode", "full-model"],
