@@ -13,7 +13,7 @@ from reporting.predictions import DevSets, Predictions, load_predictions
 from reporting.sources import Run
 from reporting.tables import Column, Table, Value
 from reporting.titles import titles_of
-from reporting.trials import footnote_of, format_commits
+from reporting.trials import COSTS, footnote_of, format_commits
 from tasks import TASKS, Task
 from training.logger import class_names
 from utils.errors import UserError
@@ -41,8 +41,7 @@ def runs_item(runs: Sequence[Run]) -> ReportItem:
         Column("dev score", ".4f"),
         Column("with r itself", ".4f"),
         *(Column(f"{name} {metric}", ".4f") for name, metric in metrics),
-        Column("training time (s per epoch)", ",.1f"),
-        Column("peak memory (GB)", ".3f"),
+        *(Column(cost.name, cost.format) for cost in COSTS),
         Column("trainable parameters", ",d"),
     ]
     trials = [run.trial for run in runs]
@@ -53,7 +52,7 @@ def runs_item(runs: Sequence[Run]) -> ReportItem:
         row: list[Value] = [run.name, None if trial is None else next(titles), len(run.metrics) or None, run.best_epoch]
         row += [scores.get("score"), scores.get("score_raw_r")]
         row += [scores.get(name, {}).get(metric) for name, metric in metrics]
-        row += [None, None] if trial is None else [trial.seconds, trial.memory and trial.memory / 1e9]
+        row += [None if trial is None else cost.read(trial) for cost in COSTS]
         row.append(run.metrics[-1].get("trainable_parameters") if run.metrics else None)
         rows.append(row)
     return ReportItem("runs", "All runs", runs_footnote(runs), Table(columns, rows).without_empty_columns())

@@ -23,6 +23,9 @@ STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes be
     **{f"{name}_seconds_per_epoch": Column(f"{name} time (s per epoch)", ",.1f") for name in TASKS},
     **{f"{name}_peak_memory_bytes": Column(f"{name} peak memory (MB)", ",.1f") for name in TASKS},
     "peak_memory_bytes": Column("peak memory (MB)", ",.1f"),
+    "gpu_utilization": Column("GPU utilization (%)", ",.1f"),
+    "minutes": Column("training time (min)", ",.1f"),
+    "minutes_without_evaluation": Column("training time without evaluation (min)", ",.1f"),
     "tokens_per_second": Column("tokens per second", ",.0f"),
     "trainable_parameters": Column("trainable parameters", ",.0f"),
     "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
@@ -49,6 +52,10 @@ class Metric:
 SCORE = Metric("dev score", ".4f", lambda trial: trial.score, "score")
 SECONDS = Metric("training time (s per epoch)", ",.1f", lambda trial: trial.seconds, "time")
 MEMORY = Metric("peak memory (GB)", ".3f", lambda trial: trial.memory and trial.memory / 1e9, "memory")
+MINUTES = Metric("training time (min)", ",.1f", lambda trial: trial.minutes)
+STEP_MINUTES = Metric("training time without evaluation (min)", ",.1f", lambda trial: trial.step_minutes)
+UTILIZATION = Metric("GPU utilization (%)", ",.1f", lambda trial: trial.gpu_utilization)
+COSTS = (SECONDS, MEMORY, MINUTES, STEP_MINUTES, UTILIZATION)
 
 
 def metric_of_task(task: Task) -> Metric:
@@ -301,7 +308,7 @@ def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 
 def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
     """Return mean and deviation of each metric by configuration, and changes against the baseline if there is one."""
-    compared = (SCORE, SECONDS, MEMORY)
+    compared = (SCORE, *COSTS)
     columns = [Column("configuration"), Column("seeds")]
     rows: list[list[Value]] = [[title, len(group)] for title, group in groups.items()]
     for metric in (*compared, *map(metric_of_task, TASKS.values())):

@@ -1,6 +1,7 @@
 """Figures and tables of runs show what the runs' files say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,13 @@ def test_runs_are_compared(finished_runs: Path) -> None:
     saved = json.loads((finished_runs / "yin" / "scores.json").read_text())
     assert rows[3][rows[0].index("sts pearson")] == f"{saved['dev']['sts']['pearson']:.4f}"
     assert rows[3][rows[0].index("epoch kept")] == str(saved["epoch"])
+    timing = [json.loads(line) for line in (finished_runs / "yin" / "timing.jsonl").read_text().splitlines()]
+    assert rows[3][rows[0].index("training time (min)")] == f"{sum(line['seconds'] for line in timing) / 60:,.1f}"
+    steps = sum(line["seconds_without_evaluation"] for line in timing) / 60
+    assert rows[3][rows[0].index("training time without evaluation (min)")] == f"{steps:,.1f}"
+    assert not any("GPU" in name for name in rows[0])  # a CPU has no such column
+    trial = replace(several[2], timing=[{**line, "gpu_utilization": 50.0 + n} for n, line in enumerate(timing)]).trial
+    assert trial is not None and trial.gpu_utilization == 50.5
 
 
 def test_of_many_runs_the_best_are_drawn() -> None:

@@ -338,6 +338,16 @@ def test_the_table_of_all_trials(tmp_path: Path) -> None:
     assert "relative to full-model" not in cells_of(trials_item(study(tmp_path, ROWS[:5])))[0]
 
 
+def test_costs_of_a_gpu_stand_in_the_tables(tmp_path: Path) -> None:
+    """R2, tables 7 and 8."""
+    more = {"gpu_utilization": 53.91, "minutes_without_evaluation": 110.04}
+    trials = study(tmp_path, [row(0.5, more=more, lora_mode="none", seed=seed) for seed in (1, 2)])
+    for item in (trials_item(trials), seeds_item("study", trials.trials)):
+        header, first, *_ = cells_of(item)
+        assert first[header.index("GPU utilization (%)")] == "53.9"
+        assert first[header.index("training time without evaluation (min)")] == "110.0"
+
+
 def test_the_footnote_has_commits_device_and_shared_flags(tmp_path: Path) -> None:
     trials = study(tmp_path, ROWS).trials
     assert footnote_of(trials) == f"commit 0123456789ab; cpu (x86_64, 1 threads); python multitask_classifier.py {BASE}"
