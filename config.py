@@ -189,7 +189,9 @@ class ModelOptions:
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
     sts_head: str | None = option(None, "similarity from a head or from a cosine", choices=("regression", "cosine"))
-    sts_projection: bool | None = option(None, "one linear layer and activation before the cosine")
+    sts_projection: bool | None = option(
+        None, "one linear layer and activation before the cosine (--NAME_head_layers: several)"
+    )
     hidden_dropout_prob: float = option(0.3, "dropout in the heads", low=0.0, high=0.99)
     output_dropout_prob: float | None = option(
         None, "dropout before the last layer of mlp heads (default: --hidden_dropout_prob)", low=0.0, high=0.99
@@ -508,6 +510,13 @@ class EnsembleOptions:
     cache: str = option("runs/ensemble-cache", "folder that keeps the predictions of each member", metavar="DIR")
 
 
+def option_of_one_task(name: str) -> Any:
+    """Return a field of `TaskOptions`: what the task has instead of an option of `ModelOptions`, or None."""
+    metadata = dict(ModelOptions.__dataclass_fields__[name].metadata)
+    metadata |= {"help": f"--{name} for {{title}} alone (default: --{name})", "template": f"{{task}}_{name}"}
+    return option(None, **metadata)
+
+
 @dataclass
 class TaskOptions:
     """The options of one task; the flags carry its name."""
@@ -517,7 +526,13 @@ class TaskOptions:
     )
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
-    num_trains: int = option(1, "passes over {title} in an epoch", template="num_{task}_trains", low=0, high=1_000)
+    num_trains: int = option(
+        1,
+        "passes over {title} in an epoch; with 0 the task is not trained, but scored with its new head",
+        template="num_{task}_trains",
+        low=0,
+        high=1_000,
+    )
     loss: str = option("", "loss of {title}", template="{task}_loss")
     train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
@@ -577,6 +592,30 @@ class TaskOptions:
         template="{task}_bregman",
         low=0.0,
     )
+    pooling: str | None = option_of_one_task("pooling")
+    clf: str | None = option_of_one_task("clf")
+    head_layers: int | None = option_of_one_task("head_layers")
+    head_width: int | None = option_of_one_task("head_width")
+    head_batchnorm: bool | None = option_of_one_task("head_batchnorm")
+    head_activation: str | None = option_of_one_task("head_activation")
+    hidden_dropout_prob: float | None = option_of_one_task("hidden_dropout_prob")
+    output_dropout_prob: float | None = option_of_one_task("output_dropout_prob")
+
+    def model_options(self) -> dict[str, Any]:
+        """Return the options of `ModelOptions` that this task has for itself."""
+        names = [spec.name for spec in fields(self) if spec.name in ModelOptions.__dataclass_fields__]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def resolved(self, model: ModelOptions) -> "TaskOptions":
+        """Return a copy with what the arch says of a head of this task's own kind, where the others' kind has none.
+
+        `model` holds the options of all tasks and is not resolved yet.
+        """
+        head, of_all = replace(model, **self.model_options()).resolved(), model.resolved()
+        names = [name for name in ("head_layers", "head_batchnorm") if getattr(self, name) is None]
+        return replace(
+            self, **{name: getattr(head, name) for name in names if getattr(head, name) and not getattr(of_all, name)}
+        )
 
 
 @dataclass
@@ -601,6 +640,14 @@ class Config:
         groups = self.to_dict()
         tasks = {f"tasks.{name}": options for name, options in groups.pop("tasks").items()}
         return {f"{name}.{key}": value for name, group in (groups | tasks).items() for key, value in group.items()}
+
+    def heads_of_tasks(self) -> dict[str, Any]:
+        """Return by its flag's name each option that a task has instead of one of the model's."""
+        return {
+            TaskOptions.__dataclass_fields__[name].metadata["template"].format(task=task): value
+            for task, options in self.tasks.items()
+            for name, value in options.model_options().items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":

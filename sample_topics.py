@@ -5,8 +5,16 @@
 
 Each line of --topics is a topic: its name, its number of examples, and words that describe it, as in
 `Finance: 600: money, bank, loans`. An example belongs to the topic whose words are nearest to its texts, by the mean
-embeddings of --pretrained. If the training file has a column `topic`, its entries are used instead of a model, so that
-labels of another classifier can be used (R2 used BART). --out has this column too.
+embeddings of --pretrained. Labels of another classifier can be used instead: those of --labels, or a column `topic` of
+the training file. --out has this column too. R2 asked BART, about the first questions for example:
+
+    import json
+    from transformers import pipeline
+    classify = pipeline("zero-shot-classification", model="facebook/bart-large-mnli", device=0)
+    with open("topics.jsonl", "w") as file:
+        file.writelines(json.dumps(found) + "\\n" for found in classify(questions, names_of_topics))
+
+and then --labels topics.jsonl.
 
 --seed alone decides which examples of a topic are drawn. The quota of one topic does not change the draw of another.
 The sample is an ordinary training file. Its examples are in the order of the original file.
@@ -30,6 +38,12 @@ class TopicOptions:
 
     topics: str = option(
         "", "file with a line for each topic: NAME: COUNT: WORDS, such as Finance: 600: money, bank", metavar="FILE"
+    )
+    labels: str | None = option(
+        None,
+        "what transformers' pipeline zero-shot-classification says of each first text, or of both texts with a space "
+        "between them: json lines, or a list, of sequence, labels and scores",
+        metavar="FILE",
     )
     out: str = option("", "file to write the sample into, a training file for --NAME_train", metavar="FILE")
     task: str = option("para", "task whose training file is sampled", metavar="NAME")
@@ -65,12 +79,23 @@ def write_sample(
     Raise UserError if a file cannot be used or a quota cannot be filled.
     """
     # torch takes seconds to import, so this comes after the command line is known to be right.
-    from studies.topics import assign_topics, draw, format_training_file, read_topics, read_training_file
+    from studies.topics import (
+        assign_topics,
+        draw,
+        format_training_file,
+        labelled_topics,
+        read_labels,
+        read_topics,
+        read_training_file,
+    )
 
     topics, out = read_topics(Path(options.topics)), Path(options.out)
+    labels = None if options.labels is None else read_labels(Path(options.labels))
     examples, names = read_training_file(data, files, task, out)
     probe_file(out, "--out")
-    if names is None:
+    if labels is not None:
+        names = labelled_topics(examples, labels)
+    elif names is None:
         names = assign_topics(examples, topics, options.pretrained, compute)
     chosen = draw(names, topics, options.seed)
     write_text(out, format_training_file(examples.at(chosen), names[chosen]))

@@ -158,7 +158,7 @@ def trainer_from_flags(
     device = requested_device(options, say)
     folder, bert_config, tokenizer = load_start(options.pretrained)
     splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], say)
-    model = MultitaskBERT(config.model, bert_config, tasks)
+    model = MultitaskBERT(config.model, bert_config, tasks, config.tasks)
     model.load_backbones(load_weights(folder, bert_config))
     train, dev = tokenise(splits, tokenizer, "siamese", False, say).values()
     return Trainer.from_config(config, model, tokenizer, train, dev, device, NO_RUN, say=ignore)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from config import (
@@ -40,6 +40,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """Return what is wrong with a combination of options. `config.model` must not be resolved yet."""
     return [
         *check_model(config.model),
+        *check_task_heads(config, tasks),
         *check_adapters(config),
         *check_run(config, tasks),
         *check_training(config),
@@ -59,23 +60,63 @@ def changed(options: Any) -> list[str]:
 def check_model(given: ModelOptions) -> list[str]:
     """Return what is wrong with the options of the model."""
     model = given.resolved()
-    problems = check_pair_encoding(given, model)
-    if given.head_layers is not None and model.clf not in ("conv", "mlp"):
-        problems.append(f"--head_layers works with --clf conv and mlp, not {model.clf}; drop one of the two")
-    hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(model.clf), model.head_layers)
-    if given.head_width is not None and not hidden_layers:
-        problems.append("--head_width sets hidden layers, but this head has none; see --clf and --head_layers")
-    if given.output_dropout_prob is not None and not (model.clf == "mlp" and model.head_layers):
-        problems.append("--output_dropout_prob needs --clf mlp with --head_layers 1 or more; drop one of them")
-    if given.head_batchnorm and model.clf not in ("nonlinear", "conv"):
-        problems.append(f"--head_batchnorm works with --clf nonlinear and conv, not {model.clf}; drop one of the two")
+    problems = [*check_pair_encoding(given, model), *check_head(given, model, "--")]
     if given.shared_batchnorm_stats and model.pair_layer != "batchnorm":
         problems.append("--shared_batchnorm_stats needs --pair_layer batchnorm; add that or drop it")
-    if model.clf == "conv" and model.pair_layer == "none" and set(model.pair_features or ()) == {"cos"}:
+    if model.clf == "conv":
+        problems += check_convolution(model, "--clf")
+    return problems
+
+
+def check_head(given: ModelOptions | TaskOptions, model: ModelOptions, prefix: str) -> list[str]:
+    """Return which options `given` have no use in a head of `model`, which is resolved. Flags begin with `prefix`."""
+    problems = []
+    if given.head_layers is not None and model.clf not in ("conv", "mlp"):
         problems.append(
-            "--clf conv looks at three neighbouring features, but --pair_features cos is only one; "
-            "add others or choose another --clf"
+            f"{prefix}head_layers works with {prefix}clf conv and mlp, not {model.clf}; drop one of the two"
         )
+    hidden_layers = {"linear": 0, "nonlinear": 1}.get(str(model.clf), model.head_layers)
+    if given.head_width is not None and not hidden_layers:
+        problems.append(
+            f"{prefix}head_width sets hidden layers, but this head has none; see {prefix}clf and {prefix}head_layers"
+        )
+    if given.output_dropout_prob is not None and not (model.clf == "mlp" and model.head_layers):
+        problems.append(
+            f"{prefix}output_dropout_prob needs {prefix}clf mlp with {prefix}head_layers 1 or more; drop one of them"
+        )
+    if given.head_batchnorm and model.clf not in ("nonlinear", "conv"):
+        problems.append(
+            f"{prefix}head_batchnorm works with {prefix}clf nonlinear and conv, not {model.clf}; drop one of the two"
+        )
+    return problems
+
+
+def check_convolution(model: ModelOptions, flag: str) -> list[str]:
+    """Return what is wrong with a convolution, which `flag` asks for, over the features of a pair."""
+    if model.pair_layer != "none" or set(model.pair_features or ()) != {"cos"}:
+        return []
+    return [
+        f"{flag} conv looks at three neighbouring features, but --pair_features cos is only one; "
+        f"add others or choose another {flag}"
+    ]
+
+
+def check_task_heads(config: Config, tasks: Mapping[str, Task]) -> list[str]:
+    """Return what is wrong with the options that a task has instead of those of the model."""
+    problems = []
+    for name, options in config.tasks.items():
+        model = replace(config.model, **options.model_options()).resolved()
+        if tasks[name].has_cosine_head(str(model.sts_head)):
+            problems += [
+                f"--{name}_{unused} shapes a regression head, but the similarity of {name} is a cosine; drop it or "
+                "choose --sts_head regression"
+                for unused in ("clf", "head_width", "head_batchnorm", "output_dropout_prob")
+                if getattr(options, unused) is not None
+            ]
+            continue
+        problems += check_head(options, model, f"--{name}_")
+        if options.clf == "conv" and tasks[name].is_pair:
+            problems += check_convolution(model, f"--{name}_clf")
     return problems
 
 

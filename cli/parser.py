@@ -205,6 +205,7 @@ def build_config(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
     if config.pal.pal_tasks is not None:
         names = task_by_alias(tasks)
         config.pal.pal_tasks = tuple(dict.fromkeys(names[name] for name in config.pal.pal_tasks))
+    config.tasks = {name: options.resolved(config.model) for name, options in config.tasks.items()}
     config.model = config.model.resolved()
     return config
 

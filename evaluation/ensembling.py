@@ -141,7 +141,9 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
                 "products; leave --soup out, predictions can be averaged"
             )
         texts = {"extra_clean": config.data.extra_clean}
-        facts[path] = _facts_of_weights(content, vars(config.model) | vars(config.pal) | texts)
+        facts[path] = _facts_of_weights(
+            content, vars(config.model) | config.heads_of_tasks() | vars(config.pal) | texts
+        )
     first, wanted = next(iter(facts.items()))
     for path, found in facts.items():
         differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
@@ -155,9 +157,9 @@ def check_alike(contents: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def _facts_of_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must be equal before weights can be averaged, by the name that a message uses."""
-    free = ("arch", "hidden_dropout_prob", "output_dropout_prob", "backbone_dropout_prob")  # arch stands for others
     return {
-        **{f"--{name}": value for name, value in options.items() if name not in free},
+        # --arch only stands for other options.
+        **{f"--{key}": value for key, value in options.items() if key != "arch" and not key.endswith("dropout_prob")},
         **{name: value for name, value in content["bert_config"].items() if "dropout" not in name},
         "tasks": ",".join(content["tasks"]),
         "tokenizer": content["tokenizer_sha256"][:12],

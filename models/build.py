@@ -29,7 +29,7 @@ def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], Non
         )
     torch.manual_seed(config.train.seed)
     weights = load_weights(folder, bert_config)  # first: config.json may ask for a model of any size
-    model = MultitaskBERT(config.model, bert_config, tasks)
+    model = MultitaskBERT(config.model, bert_config, tasks, config.tasks)
     model.load_backbones(weights)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     add_parts(config, model, folder, say)

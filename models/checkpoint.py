@@ -227,7 +227,7 @@ def load_model(
     if lora is not None and needs_base(config, lora):
         model, tokenizer = _model_on_base(content, config, tasks, shape, lora, base, path)
     else:
-        model = MultitaskBERT(config.model, shape, tasks)
+        model = MultitaskBERT(config.model, shape, tasks, config.tasks)
         if lora is not None:
             model.add_adapters(lora)
         tokenizer = Tokenizer.from_json(content.get("tokenizer"), config.data.max_length, str(path))
@@ -272,7 +272,7 @@ def _check_content(
             raise TypeError("base_sha256")
         weights, _ = content["weights"], content["tokenizer_sha256"]
         with torch.device("meta"):
-            model = MultitaskBERT(config.model, shape, tasks)
+            model = MultitaskBERT(config.model, shape, tasks, config.tasks)
             if lora is not None:
                 model.lora = lora
                 for backbone in model.backbones.values():
@@ -312,7 +312,7 @@ def _model_on_base(
             f"there again (--evaluate takes another place too, by --pretrained): {error}"
         ) from error
     pretrained = load_weights(folder, shape)  # before the model, since `shape` may ask for a model of any size
-    model = MultitaskBERT(config.model, shape, tasks)
+    model = MultitaskBERT(config.model, shape, tasks, config.tasks)
     model.load_backbones(pretrained)
     model.add_adapters(lora)
     check_base_weights(model, content["base_sha256"], base, path)

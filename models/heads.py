@@ -111,16 +111,16 @@ class Convolution(nn.Conv1d):
 
 
 class CosineHead(nn.Module):
-    """Similarity as the cosine of two embeddings, after an optional linear layer and activation (R3, R4).
+    """Similarity as the cosine of two embeddings, after optional linear layers, each with an activation (R3, R4).
 
-    A cosine of 1 gives the label `highest`.
+    `layers` is their number, by default one with --sts_projection. A cosine of 1 gives the label `highest`.
     """
 
-    def __init__(self, width: int, options: ModelOptions, highest: float) -> None:
+    def __init__(self, width: int, options: ModelOptions, highest: float, layers: int | None = None) -> None:
         super().__init__()
         self.highest = highest
         self.projection = nn.Sequential(Dropout(options.hidden_dropout_prob))
-        if options.sts_projection:
+        for _ in range(int(bool(options.sts_projection)) if layers is None else layers):
             self.projection.extend([Linear(width, width), ACTIVATIONS[str(options.head_activation)]()])
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
         width = CONV_CHANNELS * (width - CONV_WIDTH + 1)
     inner = options.head_width or (hidden if options.clf == "mlp" else hidden // 2)
     dropouts = [options.hidden_dropout_prob] * depth
-    if options.output_dropout_prob is not None:
+    if depth and options.output_dropout_prob is not None:
         dropouts[-1] = options.output_dropout_prob
     for dropout in dropouts:
         layers += [Linear(width, inner)]

@@ -1,13 +1,14 @@
 """MultitaskBERT: the backbones, the shared pair layer and the heads of all tasks, built from options and task table."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from base_bert import load_mlm_head
 from bert import Adapter, BertModel
-from config import BertConfig, ModelOptions, PalOptions, TrainOptions
+from config import BertConfig, ModelOptions, PalOptions, TaskOptions, TrainOptions
 from lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -29,12 +30,20 @@ from utils.errors import UserError
 class MultitaskBERT(nn.Module):
     """Backbones of the shape `bert_config`, a pair layer that pair tasks share, and one head for each task.
 
-    Only the backbones and heads that `tasks` need are built.
+    Only the backbones and heads that `tasks` need are built. `options` hold for all tasks, unless those of a task in
+    `task_options` say otherwise. `options` must be resolved.
     """
 
-    def __init__(self, options: ModelOptions, bert_config: BertConfig, tasks: Mapping[str, Task]) -> None:
+    def __init__(
+        self,
+        options: ModelOptions,
+        bert_config: BertConfig,
+        tasks: Mapping[str, Task],
+        task_options: Mapping[str, TaskOptions] | None = None,
+    ) -> None:
         super().__init__()
         self.options = options
+        self.options_of: dict[str, ModelOptions] = {}  # by task
         self.bert_config = bert_config
         self.tasks = dict(tasks)
         self.lora: LoRAConfig | None = None
@@ -54,11 +63,13 @@ class MultitaskBERT(nn.Module):
             feature_width = 2 * hidden
         self.heads = nn.ModuleDict()
         for name, task in tasks.items():
+            given = task_options[name].model_options() if task_options and name in task_options else {}
+            of_task = self.options_of[name] = replace(options, **given)
             if self._has_cosine_head(task):
-                self.heads[name] = CosineHead(hidden, options, task.label_range[1])
+                self.heads[name] = CosineHead(hidden, of_task, task.label_range[1], given.get("head_layers"))
             else:
                 width = feature_width if task.is_pair else hidden
-                self.heads[name] = build_head(options, width, hidden, task.num_outputs)
+                self.heads[name] = build_head(of_task, width, hidden, task.num_outputs)
         self.pals = nn.ModuleDict()  # by task
         self.mlm = nn.ModuleDict()  # by backbone
 
@@ -67,13 +78,17 @@ class MultitaskBERT(nn.Module):
         return names[str(self.options.backbones)]
 
     def _has_cosine_head(self, task: Task) -> bool:
-        return task.is_pair and task.kind == "similarity" and self.options.sts_head == "cosine"
+        return task.has_cosine_head(str(self.options.sts_head))
 
     def backbone(self, task: str) -> BertModel:
         """Return the backbone that serves a task."""
         module = self.backbones[self.backbone_of[task]]
         assert isinstance(module, BertModel)
         return module
+
+    def pooling(self, task: str) -> str:
+        """Return how a task makes one embedding of a sequence: cls or mean."""
+        return str(self.options_of[task].pooling)
 
     def is_siamese(self, task: str) -> bool:
         """Return whether a batch of B examples holds 2B sequences, with all first texts before all second texts."""
@@ -85,7 +100,7 @@ class MultitaskBERT(nn.Module):
 
     def embed(self, task: str, batch: Batch) -> Tensor:
         """Return sentence embeddings [B, H], or [2B, H] for siamese pairs, with the first texts before the second."""
-        return self.backbone(task).sentence_embedding(batch, str(self.options.pooling), self.adapters(task))
+        return self.backbone(task).sentence_embedding(batch, self.pooling(task), self.adapters(task))
 
     def adapters(self, task: str) -> list[Adapter]:
         """Return what the task adds to each layer of its backbone, or an empty list if it adds nothing."""
@@ -268,6 +283,6 @@ class MultitaskBERT(nn.Module):
         compared = self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task])
         if self.pair_layer is not None and compared and not self.mlm:
             reached.append(self.pair_layer)
-        pools = self.options.pooling == "cls" and not self.mlm
+        pools = self.pooling(task) == "cls" and not self.mlm
         unused = set() if pools else set(self.backbone(task).pooler_dense.parameters())
         return [parameter for module in reached for parameter in module.parameters() if parameter not in unused]

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lora import MODES
+from reporting.tables import Column
 from reporting.titles import Method
 from training.logger import draw_confusion
 
@@ -205,6 +206,18 @@ def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[fl
     return figure
 
 
+def bars_figure(names: Sequence[str], panels: Mapping[Column, Sequence[float | None]], footnote: str) -> Figure:
+    """Draw a bar, with its number, in each row of each panel. An unknown figure has no bar."""
+    figure, all_axes = new_figure(footnote, 0.1 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    for axes, (column, values) in zip(all_axes, panels.items(), strict=True):
+        bars = axes.barh(range(len(names)), [value or 0.0 for value in values], 0.7, color=colours)
+        axes.bar_label(bars, [column.text(value) for value in values], fontsize=FOOTNOTE_SIZE, padding=2)
+        axes.margins(x=0.25 if any((value or 0.0) < 0 for value in values) else 0.14)  # room for the numbers
+        label_rows(axes, names, column.name)
+    return figure
+
+
 def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None, footnote: str) -> Figure:
     """Draw a run's training losses by task, and above them its training (dashed) and dev (solid) metrics.
 
@@ -236,16 +249,36 @@ def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: i
     return figure
 
 
-def scores_figure(curves: Curves, footnote: str) -> Figure:
-    """Draw dev scores over epochs, a line for each of at most eight runs."""
-    figure, (axes,) = new_figure(footnote, 2.4 + 0.1 * len(curves))
+def runs_figure(panels: Mapping[str, Curves], footnote: str) -> Figure:
+    """Draw curves over epochs: a panel for each axis, and in it a line for each of at most eight runs."""
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure, all_axes = new_figure(footnote, 0.7 + 1.7 * len(panels) + 0.1 * len(names), len(panels))
+    styles = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
+    for axes, (axis, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, points in curves.items():
+            colour, marker = styles[name]
+            axes.plot(list(points), list(points.values()), marker=marker, **line_style(False, colour))
+        label_epochs(axes, "epoch" if axes is all_axes[-1] else "", axis)
     entries = []
-    for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-        axes.plot(list(points), list(points.values()), marker=marker, **line_style(False, colour))
+    for name, (colour, marker) in styles.items():
         label = name if len(name) <= 60 else f"{name[:29]}{ELLIPSIS}{name[-29:]}"  # many names differ at their ends
         entries.append(Line2D([], [], marker=marker, label=escape_dollars(label), **line_style(False, colour)))
-    label_epochs(axes, "epoch", "dev score")
-    add_legend(figure, entries, 1 if max(map(len, curves)) > 24 else 2)
+    add_legend(figure, entries, 1 if max(map(len, names)) > 24 else 2)
+    figure.align_ylabels()
+    return figure
+
+
+def timeline_figure(
+    points: Sequence[tuple[float, float]], marks: Sequence[float], x: str, y: str, footnote: str
+) -> Figure:
+    """Draw a height that holds from each of `points` (place, height) to the next, and dotted lines at `marks`."""
+    figure, (axes,) = new_figure(footnote, 2.0)
+    places, heights = zip(*points, strict=True)
+    axes.step(places, heights, where="post", color=COLOURS[0], linewidth=0.7)
+    for mark in marks:
+        axes.axvline(mark, color="0.6", linewidth=0.7, linestyle=":")
+    axes.set_ylim(bottom=0)
+    label_axes(axes, x, y)
     return figure
 
 

@@ -5,29 +5,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evaluation.metrics import confusion, correlation, linear_fit
-from reporting.commands import shared_command
-from reporting.figures import confusion_figure, curves_figure, scatter_figure, scores_figure
+from reporting.figures import Curves, confusion_figure, curves_figure, runs_figure, scatter_figure
 from reporting.measures import RESAMPLES, binary_rates, errors_with_deviations, fit_to_labels
 from reporting.page import ReportItem, Section
 from reporting.predictions import DevSets, Predictions, load_predictions
+from reporting.profiles import memory_item
 from reporting.sources import Run
 from reporting.tables import Column, Table, Value
 from reporting.titles import titles_of
-from reporting.trials import footnote_of, format_commits
+from reporting.trials import COSTS, runs_footnote
 from tasks import TASKS, Task
 from training.logger import class_names
 from utils.errors import UserError
 
 MOST_CURVES = 8  # runs in one figure, one for each colour
 METRIC_NAMES = {"accuracy": "accuracy", "pearson": "Pearson r"}
-
-
-def runs_footnote(runs: Sequence[Run]) -> str:
-    """Return where figures of these runs come from."""
-    if trials := [run.trial for run in runs if run.trial is not None]:
-        return footnote_of(trials)
-    command = shared_command([run.command for run in runs if run.command])
-    return f"{format_commits(runs)}; {command}" if command else format_commits(runs)
 
 
 def runs_item(runs: Sequence[Run]) -> ReportItem:
@@ -41,8 +33,7 @@ def runs_item(runs: Sequence[Run]) -> ReportItem:
         Column("dev score", ".4f"),
         Column("with r itself", ".4f"),
         *(Column(f"{name} {metric}", ".4f") for name, metric in metrics),
-        Column("training time (s per epoch)", ",.1f"),
-        Column("peak memory (GB)", ".3f"),
+        *(Column(cost.name, cost.format) for cost in COSTS),
         Column("trainable parameters", ",d"),
     ]
     trials = [run.trial for run in runs]
@@ -53,7 +44,7 @@ def runs_item(runs: Sequence[Run]) -> ReportItem:
         row: list[Value] = [run.name, None if trial is None else next(titles), len(run.metrics) or None, run.best_epoch]
         row += [scores.get("score"), scores.get("score_raw_r")]
         row += [scores.get(name, {}).get(metric) for name, metric in metrics]
-        row += [None, None] if trial is None else [trial.seconds, trial.memory and trial.memory / 1e9]
+        row += [None if trial is None else cost.read(trial) for cost in COSTS]
         row.append(run.metrics[-1].get("trainable_parameters") if run.metrics else None)
         rows.append(row)
     return ReportItem("runs", "All runs", runs_footnote(runs), Table(columns, rows).without_empty_columns())
@@ -68,15 +59,46 @@ def scores_item(runs: Sequence[Run]) -> ReportItem | str:
             curves[run.name] = scores
     if len(curves) < 2:
         return "no dev scores of several runs, which need two runs with two evaluated epochs"
-    best = sorted(curves, key=lambda name: -max(curves[name].values()))[:MOST_CURVES]
-    shown = {name: points for name, points in curves.items() if name in best}
-    text = f"The {MOST_CURVES} best of {len(curves)} runs." if len(shown) < len(curves) else ""
+    shown, text = best_curves(curves)
     rows: list[list[Value]] = [
         [name, epoch, score] for name, scores in curves.items() for epoch, score in scores.items()
     ]
     table = Table([Column("run"), Column("epoch"), Column("dev score", ".4f")], rows)
-    figure = scores_figure(shown, runs_footnote([run for run in runs if run.name in shown]))
+    figure = runs_figure({"dev score": shown}, runs_footnote([run for run in runs if run.name in shown]))
     return ReportItem("scores", "Dev score over epochs", text, table, figure)
+
+
+def best_curves(curves: Curves) -> tuple[Curves, str]:
+    """Return the curves that rise highest, as many as a figure shows, and a sentence if there are more."""
+    best = sorted(curves, key=lambda name: -max(curves[name].values()))[:MOST_CURVES]
+    text = f"The {MOST_CURVES} best of {len(curves)} runs." if len(best) < len(curves) else ""
+    return {name: points for name, points in curves.items() if name in best}, text
+
+
+def task_curves_item(task: Task, runs: Sequence[Run]) -> ReportItem | str:
+    """Return one task's dev metric and training loss over epochs, with a line for each run (R0, figures 4 to 19)."""
+    axis = f"dev {METRIC_NAMES[task.metric]}"
+    dev, losses = (
+        {run.name: points for run in runs for points in metric_curves(run, part, {task.name: metric}).values()}
+        for part, metric in (("dev", task.metric), ("train", "loss"))
+    )
+    dev, losses = ({name: points for name, points in curves.items() if len(points) > 1} for curves in (dev, losses))
+    if len(dev) < 2:
+        return f"no curves of several runs on {task.title}, which need two runs with two evaluated epochs"
+    shown, text = best_curves(dev)
+    panels = {axis: shown, "training loss": {name: points for name, points in losses.items() if name in shown}}
+    figure = runs_figure(
+        {name: curves for name, curves in panels.items() if curves},
+        runs_footnote([run for run in runs if run.name in shown]),
+    )
+    rows: list[list[Value]] = [
+        [name, epoch, losses.get(name, {}).get(epoch), dev[name].get(epoch)]
+        for name in dev
+        for epoch in sorted({*dev[name], *losses.get(name, {})})
+    ]
+    columns = [Column("run"), Column("epoch"), Column("training loss", ".4f"), Column(axis, ".4f")]
+    table = Table(columns, rows).without_empty_columns()
+    return ReportItem(f"runs-{task.name}-curves", f"{task.title}: curves of all runs", text, table, figure)
 
 
 def errors_item(task: Task, by_run: Mapping[str, Predictions]) -> ReportItem:
@@ -187,6 +209,11 @@ def run_section(run: Run, dev_sets: DevSets) -> tuple[Section, dict[str, Predict
     """Return the section of one run, and its predictions by task."""
     section = Section(run.name)
     section.add(curves_item(run))
+    try:
+        if (memory := memory_item(run)) is not None:
+            section.add(memory)
+    except UserError as error:
+        section.left_out.append(str(error))
     by_task = {}
     for name, task in TASKS.items():
         if name not in (run.scores or {}):
@@ -216,6 +243,9 @@ def run_sections(runs: Sequence[Run], dev_sets: DevSets) -> tuple[Section, list[
         summary.add(runs_item(finished))
     if len(runs) > 1:
         summary.add(scores_item(runs))
+        evaluated = {name for run in runs for line in run.metrics for name in line["dev"]}
+        for task in (task for name, task in TASKS.items() if name in evaluated):
+            summary.add(task_curves_item(task, runs))
     for name, by_run in by_task.items():
         if by_run and TASKS[name].kind == "binary":
             summary.add(rates_item(TASKS[name], by_run))

@@ -16,7 +16,7 @@ from config import Config, LoraOptions
 from lora import LoRAConfig
 from models.checkpoint import load
 from reporting.commands import command_of, config_of
-from studies.results import FIGURES, per_task
+from studies.results import FIGURES, gpu_utilization, minutes, minutes_without_evaluation, per_task
 from tasks import TASKS
 from utils.errors import UserError, first_line
 from utils.untrusted import read_json
@@ -29,9 +29,10 @@ STUDY_COLUMNS = {"trial", "status", "score", "cause", "command", "commit"}  # ev
 class Trial:
     """A finished training run: a row of a study's table, or a run directory.
 
-    `by_task` has each task's metric on dev. `seconds` is the training time per epoch of all tasks together, and
-    `memory` the peak in bytes. Both are None if unknown. In `config` adapters are given by `lora_mode` and the other
-    single options, never by `lora_dict`.
+    `by_task` has each task's metric on dev. Costs are None if unknown: `seconds` of training per epoch of all tasks
+    together, `memory`, the peak in bytes, `gpu_utilization` in percent, and minutes of the whole run, with evaluations
+    (`minutes`) and without (`step_minutes`). In `config` adapters are given by `lora_mode` and the other single
+    options, never by `lora_dict`.
     """
 
     name: str
@@ -40,6 +41,9 @@ class Trial:
     by_task: Mapping[str, float]
     seconds: float | None
     memory: float | None
+    gpu_utilization: float | None
+    minutes: float | None
+    step_minutes: float | None
     command: str
     commit: str
     device: str
@@ -88,6 +92,9 @@ class Run:
             by_task={n: float(self.scores[n][task.metric]) for n, task in TASKS.items() if n in self.scores},
             seconds=sum(seconds.values()) if seconds else None,
             memory=max((float(line["peak_memory_bytes"]) for line in self.timing), default=None),
+            gpu_utilization=gpu_utilization(self.timing),
+            minutes=minutes(self.timing) if self.timing else None,
+            step_minutes=minutes_without_evaluation(self.timing) if self.timing else None,
             command=self.command,
             commit=self.commit,
             device=self.timing[-1]["device"] if self.timing else "",
@@ -211,6 +218,9 @@ def trial_of_row(row: Mapping[str, str]) -> Trial:
         by_task={name: figures[column] for name, column in metrics.items() if column in figures},
         seconds=sum(seconds) if seconds else None,
         memory=figures.get("peak_memory_bytes"),
+        gpu_utilization=figures.get("gpu_utilization"),
+        minutes=figures.get("minutes"),
+        step_minutes=figures.get("minutes_without_evaluation"),
         command=row["command"],
         commit=row["commit"],
         device=row.get("device", ""),
@@ -271,7 +281,8 @@ def numbers_in_timing(line: Mapping[str, Any]) -> list[Any]:
     """Return what must be numbers in a line of timing.jsonl. Raise an error if a needed figure is missing."""
     if not isinstance(line["device"], str):
         raise TypeError("the device has no name")
-    return [line["epoch"], line["peak_memory_bytes"], *line["train_seconds"].values()]
+    figures = [line["epoch"], line["seconds"], line["peak_memory_bytes"], line.get("gpu_utilization", 0.0)]
+    return [*figures, *line["train_seconds"].values()]
 
 
 def read_epochs(

@@ -19,9 +19,12 @@ OPTIONS: dict[str, Field[Any]] = {
 # In how many options a word is a choice. A title does not name the option of a word that only one option has.
 CHOICE_COUNTS = Counter(
     word
-    for group in (*GROUPS.values(), TaskOptions)
-    for spec in fields(group)
-    for word in spec.metadata.get("choices", ())
+    for choices in {
+        spec.name: spec.metadata.get("choices", ())  # an option that tasks have too counts once
+        for group in (*GROUPS.values(), TaskOptions)
+        for spec in fields(group)
+    }.values()
+    for word in choices
 )
 CHOICE_COUNTS["one"] += 1  # says nothing without its option, --optimizers
 WITHOUT_EFFECT = ("use_gpu", "threads", "eval_batch_size", "max_bad_rows")  # options that change no result

@@ -8,7 +8,7 @@ from statistics import mean
 
 from config import Config
 from reporting.commands import shared_command
-from reporting.figures import Lines, amp_figure, batches_figure, costs_figure, ranks_figure, seeds_figure
+from reporting.figures import Lines, amp_figure, bars_figure, batches_figure, costs_figure, ranks_figure, seeds_figure
 from reporting.measures import mean_and_deviation
 from reporting.page import ReportItem, Section
 from reporting.sources import Run, Study, Trial
@@ -23,6 +23,9 @@ STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes be
     **{f"{name}_seconds_per_epoch": Column(f"{name} time (s per epoch)", ",.1f") for name in TASKS},
     **{f"{name}_peak_memory_bytes": Column(f"{name} peak memory (MB)", ",.1f") for name in TASKS},
     "peak_memory_bytes": Column("peak memory (MB)", ",.1f"),
+    "gpu_utilization": Column("GPU utilization (%)", ",.1f"),
+    "minutes": Column("training time (min)", ",.2f"),
+    "minutes_without_evaluation": Column("training time without evaluation (min)", ",.2f"),
     "tokens_per_second": Column("tokens per second", ",.0f"),
     "trainable_parameters": Column("trainable parameters", ",.0f"),
     "checkpoint_bytes": Column("checkpoint (MB)", ",.1f"),
@@ -49,6 +52,10 @@ class Metric:
 SCORE = Metric("dev score", ".4f", lambda trial: trial.score, "score")
 SECONDS = Metric("training time (s per epoch)", ",.1f", lambda trial: trial.seconds, "time")
 MEMORY = Metric("peak memory (GB)", ".3f", lambda trial: trial.memory and trial.memory / 1e9, "memory")
+MINUTES = Metric("training time (min)", ",.2f", lambda trial: trial.minutes)
+STEP_MINUTES = Metric("training time without evaluation (min)", ",.2f", lambda trial: trial.step_minutes)
+UTILIZATION = Metric("GPU utilization (%)", ",.1f", lambda trial: trial.gpu_utilization)
+COSTS = (SECONDS, MEMORY, MINUTES, STEP_MINUTES, UTILIZATION)
 
 
 def metric_of_task(task: Task) -> Metric:
@@ -69,6 +76,14 @@ def footnote_of(trials: Sequence[Trial]) -> str:
     if devices:
         parts.append(", ".join(devices))
     return "; ".join([*parts, shared_command([trial.command for trial in trials])])
+
+
+def runs_footnote(runs: Sequence[Run]) -> str:
+    """Return where figures of these runs come from."""
+    if trials := [run.trial for run in runs if run.trial is not None]:
+        return footnote_of(trials)
+    command = shared_command([run.command for run in runs if run.command])
+    return f"{format_commits(runs)}; {command}" if command else format_commits(runs)
 
 
 def other_differences(trials: Sequence[Trial], shown: Collection[str]) -> str:
@@ -301,7 +316,7 @@ def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 
 def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
     """Return mean and deviation of each metric by configuration, and changes against the baseline if there is one."""
-    compared = (SCORE, SECONDS, MEMORY)
+    compared = (SCORE, *COSTS)
     columns = [Column("configuration"), Column("seeds")]
     rows: list[list[Value]] = [[title, len(group)] for title, group in groups.items()]
     for metric in (*compared, *map(metric_of_task, TASKS.values())):
@@ -316,7 +331,41 @@ def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> 
     return Table(columns, rows).without_empty_columns()
 
 
+def bars_item(name: str, trials: Sequence[Trial], title: str, metrics: Sequence[Metric]) -> ReportItem | str:
+    """Return bars of some metrics, with a row for each configuration: the mean over its seeds, of which one will do."""
+    groups = sorted(group_trials(trials, ("seed",)), key=lambda group: sort_key(group[0].config))
+    if len(groups) < 2:
+        return f"no bars of {title.lower()}, which need two configurations"
+    by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
+    means = {metric: [mean_and_deviation(metric.values(group))[0] for group in groups] for metric in metrics}
+    means = {metric: values for metric, values in means.items() if any(value is not None for value in values)}
+    if not means:
+        return f"no bars of {title.lower()}, which were not recorded"
+    columns = {Column(metric.name, metric.format): values for metric, values in means.items()}
+    rows: list[list[Value]] = [
+        [configuration, len(group), *figures]
+        for (configuration, group), *figures in zip(by_title.items(), *columns.values(), strict=True)
+    ]
+    best = sorted(by_title, key=lambda title: -mean(SCORE.values(by_title[title])))[:FIGURE_ROWS]
+    drawn = [i for i, configuration in enumerate(by_title) if configuration in best]
+    panels = {column: [values[i] for i in drawn] for column, values in columns.items()}
+    figure = bars_figure([list(by_title)[i] for i in drawn], panels, footnote_of(trials))
+    text = f"The figure shows the {FIGURE_ROWS} best of {len(rows)} configurations." if len(drawn) < len(rows) else ""
+    table = Table([Column("configuration"), Column("seeds"), *columns], rows)
+    return ReportItem(f"{name}-{title.lower()}", f"{title} by configuration", text, table, figure)
+
+
+def scores_bars_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
+    """Return bars of the scores (R2, figure 7)."""
+    return bars_item(name, trials, "Scores", (SCORE, *map(metric_of_task, TASKS.values())))
+
+
+def costs_bars_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
+    """Return bars of what training took (R0, figure 22; R2, figure 8)."""
+    return bars_item(name, trials, "Resources", COSTS)
+
+
 def compare_trials(section: Section, name: str, trials: Sequence[Trial]) -> None:
     """Add all comparisons of trials to a section. `name` begins the names of their files."""
-    for item in (ranks_item, costs_item, batches_item, amp_item, seeds_item):
+    for item in (ranks_item, costs_item, batches_item, amp_item, seeds_item, scores_bars_item, costs_bars_item):
         section.add(item(name, trials))

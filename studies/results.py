@@ -24,6 +24,8 @@ FIGURES = (
     *(f"{task.name}_{task.metric}" for task in TASKS.values()),
     *(f"{name}_{cost}" for cost in ("seconds_per_epoch", "peak_memory_bytes") for name in TASKS),
     "peak_memory_bytes",
+    "gpu_utilization",
+    "minutes_without_evaluation",
     "tokens_per_second",
     "trainable_parameters",
     "checkpoint_bytes",
@@ -48,6 +50,22 @@ def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
+def minutes(timing: Sequence[Mapping[str, Any]]) -> float:
+    """Return the minutes of a run from its timing.jsonl, evaluations included."""
+    return sum(line["seconds"] for line in timing) / 60
+
+
+def minutes_without_evaluation(timing: Sequence[Mapping[str, Any]]) -> float:
+    """Return the minutes of a run's steps from its timing.jsonl."""
+    return sum(sum(line["train_seconds"].values()) for line in timing) / 60
+
+
+def gpu_utilization(timing: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean percentage of time in which a run's GPU was at work; None where it was not measured."""
+    measured = [line["gpu_utilization"] for line in timing if "gpu_utilization" in line]
+    return sum(measured) / len(measured) if measured else None
+
+
 def figures(folder: Path) -> dict[str, Any]:
     """Return what a run directory says of a run, finished or not, as columns of a table."""
     metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
@@ -56,6 +74,9 @@ def figures(folder: Path) -> dict[str, Any]:
         row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
         row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
         row["device"] = timing[-1]["device"]
+        row["minutes_without_evaluation"] = round(minutes_without_evaluation(timing), 3)
+        if (utilization := gpu_utilization(timing)) is not None:
+            row["gpu_utilization"] = round(utilization, 1)
         counted = [line for line in timing if "tokens" in line]  # a resumed run may have begun before tokens were
         tokens, seconds = (sum(sum(line[key].values()) for line in counted) for key in ("tokens", "train_seconds"))
         row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from text.packing import pack, ragged_rows
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.console import progress, say
 from utils.device import Device, choose_device
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 COLUMN = "topic"
 EXAMPLE_LINE = "`Finance: 600: money, bank`"
@@ -52,6 +53,37 @@ def read_topics(path: Path) -> dict[str, Topic]:
     if not topics:
         raise UserError(f"--topics {path}: has no topic; write a line for each as {EXAMPLE_LINE}")
     return topics
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Return the best label of each text in a file of results of transformers' pipeline zero-shot-classification.
+
+    The file has a result in each line, or is a list of them. Raise UserError if it is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        results = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n")]
+        best = [result["labels"][int(np.argmax(result["scores"]))] for result in results]
+        return {" ".join(result["sequence"].split()): str(label) for result, label in zip(results, best, strict=True)}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"--labels {path}: cannot be read ({first_line(error):.80}); give json lines with sequence, labels, scores"
+        ) from error
+
+
+def labelled_topics(examples: Examples, labels: Mapping[str, str]) -> np.ndarray:
+    """Return the label [N] of each example's first text, or of all its texts together.
+
+    Raise UserError if some examples have none.
+    """
+    found = [labels.get(texts[0]) or labels.get(" ".join(texts)) for texts in zip(*examples.texts, strict=True)]
+    if None in found:
+        text = examples.texts[0][found.index(None)]
+        raise UserError(
+            f"--labels: lacks {found.count(None):,} of {len(found):,} examples, such as {text[:60]!r}; label the first "
+            "text of each"
+        )
+    return np.array(found)
 
 
 def draw(topic_names: np.ndarray, topics: Mapping[str, Topic], seed: int) -> np.ndarray:

@@ -27,7 +27,8 @@ def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
 def optimizer_bytes(model: MultitaskBERT, config: Config) -> int:
     """Return the bytes of the optimizers' states once everything trains that will. Each optimizer has its states."""
     count, trains = len(OPTIMIZERS[config.train.optim].states), set(model.trained_parameters(config.train).values())
-    reached = [p for name in model.tasks for p in model.task_parameters(name) if p in trains]
+    trained = [name for name in model.tasks if config.tasks[name].num_trains]
+    reached = [p for name in trained for p in model.task_parameters(name) if p in trains]
     if config.train.has_one_optimizer():
         reached = list(dict.fromkeys(reached))
     return count * weight_bytes(reached)
@@ -160,12 +161,13 @@ def describe(
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     uneven = max(plan.from_epochs.values()) > 1 or min(plan.fractions.values()) < 1.0
     late = " (the last one)" if uneven or options.routine in DRAWING_ROUTINES else ""
-    freezing = freezing_course(model, options)
+    freezing, heads = freezing_course(model, options), config.heads_of_tasks()
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [
             f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
             f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
+            *(["except " + ", ".join(f"--{name} {value}" for name, value in heads.items())] if heads else []),
             "",
             tasks_table(config, model, data, plan, steps),
             "steps are those of an epoch, tokens those of an example on average",

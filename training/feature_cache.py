@@ -167,9 +167,12 @@ class FeatureCache:
         device: Device,
         say: Callable[[str], None],
     ) -> None:
-        pooling, size = str(config.model.pooling), config.compute.eval_batch_size
+        size = config.compute.eval_batch_size
         self.train, self.dev = (
-            {name: CachedData(data, model.backbone(name), pooling, device, size) for name, data in split.items()}
+            {
+                name: CachedData(data, model.backbone(name), model.pooling(name), device, size)
+                for name, data in split.items()
+            }
             for split in (train, dev)
         )
         self.all = [*self.train.values(), *self.dev.values()]

@@ -60,6 +60,8 @@ def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> s
     footer = (
         f"{epoch.seconds:.0f} s, {epoch.examples_per_second:.0f} examples/s, {epoch.peak_memory / 1e9:.1f} GB at most"
     )
+    if epoch.gpu_utilization is not None:
+        footer += f", GPU at work {epoch.gpu_utilization:.0f}% of the time"
     if epoch.conflicts is not None:
         footer += f", {epoch.conflicts:.0%} of the pairs of tasks in conflict"
     if epoch.skipped_steps:
@@ -125,12 +127,14 @@ def timing_line(epoch: EpochRecord) -> dict[str, Any]:
     return {
         "epoch": epoch.number,
         "seconds": round(epoch.seconds, 3),
+        "seconds_without_evaluation": round(epoch.seconds_without_evaluation, 3),
         "train_seconds": seconds,
         "tokens": {name: done.tokens for name, done in epoch.tasks.items()},
         "examples_per_second": round(epoch.examples_per_second, 2),
         "peak_memory_bytes": epoch.peak_memory,
         "device": epoch.device,
         **({"train_peak_memory_bytes": peaks} if peaks else {}),
+        **({} if epoch.gpu_utilization is None else {"gpu_utilization": round(epoch.gpu_utilization, 1)}),
     }
 
 
@@ -201,6 +205,7 @@ class Logger:
         self.profiler = Profiler(run.path, device, say) if config.run.profile and is_main_process else None
         self.meters: dict[str, TaskMeter] = {}  # of the tasks of the epoch at hand
         self.unchecked: list[Tensor] = []  # losses that nobody has looked at yet
+        self.utilization: list[int] = []  # of the GPU in percent, at points of the curves of the epoch at hand
         self.writer: Any = None
 
     def open(self) -> None:
@@ -247,6 +252,8 @@ class Logger:
             self.meters[batch.task].add(number + i, done, len(batch.indices), lr, share, peak_memory)
             self.unchecked.append(done.loss)
             if due:
+                if (percent := self.device.utilization()) is not None:
+                    self.utilization.append(percent)
                 self.check_losses()
                 self.bar.set_postfix_str(f"{batch.task} loss {done.loss.item():.3f}", refresh=False)
                 self._curves(batches_before + i, batch.task, done.loss.item(), lr, result.norm)
@@ -282,7 +289,7 @@ class Logger:
 
     def end_epoch(self, epoch: EpochRecord, dev: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Record an epoch. `dev` maps tasks to values and labels on dev, for the figures."""
-        self.meters = {}
+        self.meters, self.utilization = {}, []
         self.run.append_json("metrics.jsonl", metrics_line(epoch))
         self.run.append_json("timing.jsonl", timing_line(epoch))
         if self.writer is None:
@@ -292,6 +299,7 @@ class Logger:
                 self._scalars(f"{name}/train", figures.train, epoch.batches)
         scalars = {
             "speed/examples_per_second": epoch.examples_per_second,
+            "speed/gpu_utilization": epoch.gpu_utilization,
             "memory/peak_gigabytes": epoch.peak_memory / 1e9,
             "gradients/conflicting_pairs": epoch.conflicts,
             "gradients/skipped_steps": epoch.skipped_steps,

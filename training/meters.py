@@ -44,6 +44,7 @@ class EpochRecord:
     dev: Scores = field(default_factory=dict)
     seconds: float = 0.0
     peak_memory: int = 0
+    gpu_utilization: float | None = None  # percent during the steps; None where it is not known
     trainable_parameters: int = 0
     device: str = ""
     is_best: bool = False
@@ -51,10 +52,14 @@ class EpochRecord:
     skipped_steps: int | None = None  # because their gradients overflowed fp16; None where nothing is scaled
 
     @property
+    def seconds_without_evaluation(self) -> float:
+        """Return the seconds of the steps."""
+        return sum(task.seconds for task in self.tasks.values())
+
+    @property
     def examples_per_second(self) -> float:
         """Return the training examples per second of training, without evaluation."""
-        seconds = sum(task.seconds for task in self.tasks.values())
-        return sum(task.examples for task in self.tasks.values()) / max(seconds, 1e-9)
+        return sum(task.examples for task in self.tasks.values()) / max(self.seconds_without_evaluation, 1e-9)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from utils.console import format_table
 from utils.device import Device
 
+TRACE = "profile.pt.trace.json.gz"  # in the run directory
 WAIT, WARMUP, ACTIVE = 1, 2, 5  # steps that pass, that run with the profiler on, and that are recorded
 ROWS = 8  # operations in a table
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class Profiler:
     """
 
     def __init__(self, folder: Path, device: Device, say: Callable[[str], None]) -> None:
-        self.trace, self.device, self.say = folder / "profile.pt.trace.json.gz", device, say
+        self.trace, self.device, self.say = folder / TRACE, device, say
         self.on_gpu = device.device.type == "cuda"
         self.done = False
 

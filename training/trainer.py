@@ -401,7 +401,11 @@ class Trainer:
         self.progress.conflicts, self.progress.pairs = 0.0, 0
         record.skipped_steps = self.optimizers.scaler.take_skipped()
         record.seconds = time.perf_counter() - self.started
-        record.peak_memory = max([self.device.peak_memory(), *(task.peak_memory for task in record.tasks.values())])
+        peak = max([self.device.peak_memory(), *(task.peak_memory for task in record.tasks.values())])
+        samples = self.logger.utilization
+        utilization = round(10 * sum(samples) / len(samples)) if samples else -1  # in tenths of a percent
+        record.peak_memory, utilization = self.context.all_reduce_max(peak, utilization)  # as R2 has them, section 5.2
+        record.gpu_utilization = None if utilization < 0 else utilization / 10
         self.logger.end_epoch(record, dev)
 
     def save_if_new(self) -> None:

@@ -57,6 +57,19 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak()
 
+    def utilization(self) -> int | None:
+        """Return in how many percent of the last fraction of a second a GPU was at work.
+
+        The driver answers, so nothing waits for the device. Return None for other devices, and where the driver does
+        not say or the package nvidia-ml-py, which asks it, is missing.
+        """
+        if self.device.type != "cuda":
+            return None
+        try:
+            return torch.cuda.utilization(self.device)
+        except Exception:  # the package has errors of its own, which cannot be named without it
+            return None
+
 
 def process_peak() -> int:
     """Return the largest number of bytes of main memory that this process took."""

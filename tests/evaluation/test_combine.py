@@ -340,9 +340,21 @@ def edited(members: Path, path: Path, edit: Callable[[dict[str, Any]], object]) 
         (lambda c: c["weights"].pop("pair_layer.dense.bias"), ["weight pair_layer.dense.bias None instead of [64]"]),
         (lambda c: c["config"]["lora"].update(lora_mode="attn"), ["has adapters", "predictions can be averaged"]),
         (lambda c: c["config"]["pal"].update(pal_heads=6), ["--pal_heads 6 instead of 12"]),
+        (lambda c: c["config"]["tasks"]["sts"].update(pooling="mean"), ["--sts_pooling mean instead of None"]),
         (lambda c: c["config"]["model"].update(wings=2), ["wings", "save it anew"]),
     ],
-    ids=["arch", "start weights", "shape", "tokenizer", "tasks", "weights", "adapters", "pals", "unknown option"],
+    ids=[
+        "arch",
+        "start weights",
+        "shape",
+        "tokenizer",
+        "tasks",
+        "weights",
+        "adapters",
+        "pals",
+        "pooling",
+        "unknown option",
+    ],
 )
 def test_only_alike_members_make_a_soup(
     combine: Run, members: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], wanted: list[str]

@@ -1,6 +1,8 @@
 """Figures and tables of runs show what the runs' files say."""
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from evaluation.metrics import correlation
 from evaluation.prediction_files import write_predictions
 from reporting.page import ReportItem
 from reporting.predictions import DevSets, Predictions, load_predictions, read_prediction_file
+from reporting.profiles import memory_item
 from reporting.runs import (
     MOST_CURVES,
     confusion_item,
@@ -27,6 +30,7 @@ from reporting.runs import (
     runs_item,
     scatter_item,
     scores_item,
+    task_curves_item,
 )
 from reporting.sources import Run, read_run
 from tasks import PARA, SST, STS, TASKS, Task
@@ -159,6 +163,70 @@ def test_runs_are_compared(finished_runs: Path) -> None:
     saved = json.loads((finished_runs / "yin" / "scores.json").read_text())
     assert rows[3][rows[0].index("sts pearson")] == f"{saved['dev']['sts']['pearson']:.4f}"
     assert rows[3][rows[0].index("epoch kept")] == str(saved["epoch"])
+    timing = [json.loads(line) for line in (finished_runs / "yin" / "timing.jsonl").read_text().splitlines()]
+    assert rows[3][rows[0].index("training time (min)")] == f"{sum(line['seconds'] for line in timing) / 60:,.2f}"
+    steps = sum(line["seconds_without_evaluation"] for line in timing) / 60
+    assert rows[3][rows[0].index("training time without evaluation (min)")] == f"{steps:,.2f}"
+    assert not any("GPU" in name for name in rows[0])  # a CPU has no such column
+    trial = replace(several[2], timing=[{**line, "gpu_utilization": 50.0 + n} for n, line in enumerate(timing)]).trial
+    assert trial is not None and trial.gpu_utilization == 50.5
+
+
+def test_curves_of_a_task_have_a_line_for_each_run() -> None:
+    """R0, figures 4 to 19: dev metric above, training loss below. A run may have been scored or trained alone."""
+
+    def lines(loss: float | None, accuracy: float | None) -> list[dict[str, Any]]:
+        train = {} if loss is None else {"sst": {"loss": loss}}
+        dev = {} if accuracy is None else {"sst": {"accuracy": accuracy}}
+        return [{"epoch": epoch, "train": train, "dev": dev} for epoch in (1, 2, 4)]
+
+    runs = [bare_run("adam", lines(1.0, 0.5)), bare_run("sgd", lines(2.0, 0.3)), bare_run("other", lines(3.0, None))]
+    runs.append(bare_run("untrained", lines(None, 0.2)))
+    item = task_curves_item(SST, runs)
+    above, below = figure_of(item).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[0.5] * 3, [0.3] * 3, [0.2] * 3]
+    assert [list(line.get_ydata()) for line in below.lines] == [[1.0] * 3, [2.0] * 3]
+    assert all(list(line.get_xdata()) == [1, 2, 4] for line in (*above.lines, *below.lines))
+    colours = [[to_rgb(line.get_color()) for line in axes.lines] for axes in (above, below)]
+    assert colours[0][:2] == colours[1] and len(set(colours[0])) == 3
+    assert (above.get_ylabel(), below.get_ylabel()) == ("dev accuracy", "training loss")
+    assert cells_of(item)[1] == ["adam", "1", "1.0000", "0.5000"] and len(cells_of(item)) == 10
+    assert "two runs" in str(task_curves_item(STS, runs))
+    check_layout(figure_of(item))
+
+
+def trace_of(folder: Path, *events: dict[str, Any]) -> Run:
+    """Return a run of two profiled steps, of 2 and of 3 ms, with these further events."""
+    steps = [
+        {"name": f"ProfilerStep#{n}", "cat": "user_annotation", "ts": 1e9 + start, "dur": length}
+        for n, start, length in ((3, 0, 2e3), (4, 2e3, 3e3))
+    ]
+    content = json.dumps({"traceEvents": [*steps, *events]}).encode()
+    (folder / "profile.pt.trace.json.gz").write_bytes(gzip.compress(content))
+    return Run(folder, "r", None, [], [], None, None, "")
+
+
+def allocation(time: float, size: float, kind: int) -> dict[str, Any]:
+    """Return the event of an allocation, after which a kind of device has `size` bytes."""
+    return {"name": "[memory]", "ts": 1e9 + time, "args": {"Device Type": kind, "Total Allocated": size}}
+
+
+def test_memory_over_the_steps_that_were_profiled(tmp_path: Path) -> None:
+    """R2, figure 10: of the GPU, where there is one."""
+    on_cpu = [allocation(500, 4e6, 0), allocation(2500, 9e6, 0), allocation(9000, 99e6, 0)]
+    item = memory_item(trace_of(tmp_path, *on_cpu))
+    (axes,) = figure_of(item).axes
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 4], [2.5, 9]]
+    assert [line.get_xdata()[0] for line in axes.lines[1:]] == [0, 2] and "CPU" in item.text
+    assert [row[2:] for row in cells_of(item)[1:]] == [["2.0", "4.0"], ["3.0", "9.0"]]
+    item = memory_item(trace_of(tmp_path, *on_cpu, allocation(100, 7e9, 1)))
+    assert figure_of(item).axes[0].lines[0].get_xydata().tolist() == [[0.1, 7000]] and "CPU" not in item.text
+    check_layout(figure_of(item))
+    assert isinstance(memory_item(trace_of(tmp_path)), str)
+    (tmp_path / "profile.pt.trace.json.gz").write_bytes(gzip.compress(b"{"))
+    assert "profile.pt.trace.json.gz: is damaged" in refusal(memory_item, bare_run(str(tmp_path), []))
+    (tmp_path / "profile.pt.trace.json.gz").unlink()
+    assert memory_item(bare_run(str(tmp_path), [])) is None
 
 
 def test_of_many_runs_the_best_are_drawn() -> None:

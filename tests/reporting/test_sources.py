@@ -67,7 +67,8 @@ def test_a_folder_of_runs(finished_runs: Path, tmp_path: Path, capsys: pytest.Ca
     printed = print_of(capsys, finished_runs, "--out", out)
     page = read_page(out)
     wanted = {f"{run}-{kind}" for run in ("yin", "cross") for kind in {"curves", *PREDICTIONS}}
-    assert stems(out) == {*wanted, "sst-sst-confusion", "scores"}
+    of_all = {"scores", "runs-scores", "runs-resources", *(f"runs-{task}-curves" for task in ("sst", "para", "sts"))}
+    assert stems(out) == {*wanted, "sst-sst-confusion", *of_all}
     assert {"runs", "scores", "sts-errors", "para-rates", "yin-curves"} <= stems(out, "*.csv")
     assert all(title in page.text for title in ("Runs", "Learning curves", "Left out")) and "Not read" not in page.text
     assert "sst: no learning curves, which need two epochs" in printed

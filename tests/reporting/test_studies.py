@@ -14,7 +14,17 @@ import report
 from reporting.figures import METHOD_STYLES, seeds_figure, tick_labels
 from reporting.page import ReportItem
 from reporting.sources import Study, read_study
-from reporting.trials import amp_item, batches_item, costs_item, footnote_of, ranks_item, seeds_item, trials_item
+from reporting.trials import (
+    amp_item,
+    batches_item,
+    costs_bars_item,
+    costs_item,
+    footnote_of,
+    ranks_item,
+    scores_bars_item,
+    seeds_item,
+    trials_item,
+)
 from studies.results import COLUMNS
 
 FLAGS = ["lora_mode", "lora_rank", "dora", "fine_tune_mode", "batch_size", "amp", "seed"]
@@ -264,6 +274,26 @@ def test_seeds_have_means_deviations_and_changes_against_the_baseline(tmp_path: 
     assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == titles
 
 
+def test_configurations_with_one_seed_have_bars(tmp_path: Path) -> None:
+    """R0, figure 22, and R2, figures 7 and 8: a row for each, with its number; what a row lacks has no bar."""
+    more = {**cost(3, 1.5), "gpu_utilization": 54.0}
+    rows = [row(0.5, more=more, lora_mode="none"), row(0.4, more={"sts_pearson": -0.1, **more}, **LORA)]
+    trials = study(tmp_path, [*rows, row(0.6, more={"gpu_utilization": ""}, **DORA, seed=3)]).trials
+    names = ["full-model", "LoRA attn r2", "DoRA attn r2"]
+    scores, sst, sts = figure_of(scores_bars_item("study", trials)).axes
+    assert [label.get_text() for label in scores.get_yticklabels()] == names
+    assert [bar.get_width() for bar in scores.patches] == [0.5, 0.4, 0.6]
+    assert [text.get_text() for text in sts.texts] == ["0.8000", "-0.1000", "0.8000"]
+    assert [axes.get_xlabel() for axes in (scores, sst, sts)] == ["dev score", "sst accuracy", "sts pearson"]
+    seconds, memory, utilization = figure_of(costs_bars_item("study", trials)).axes
+    assert [bar.get_width() for bar in memory.patches] == [1.5] * 3
+    assert [text.get_text() for text in utilization.texts] == ["54.0", "54.0", ""]
+    assert cells_of(costs_bars_item("study", trials))[0][:2] == ["configuration", "seeds"]
+    assert isinstance(scores_bars_item("study", trials[:1]), str)
+    for item in (scores_bars_item("study", trials), costs_bars_item("study", trials)):
+        check_layout(figure_of(item))
+
+
 def test_methods_over_seeds_are_named_by_what_distinguishes_them(tmp_path: Path) -> None:
     rows = [row(0.5 + seed / 100, seed=seed) for seed in (1, 2) for _ in METHODS]
     for trial, flags in zip(rows, [*METHODS.values()] * 2, strict=True):
@@ -338,6 +368,16 @@ def test_the_table_of_all_trials(tmp_path: Path) -> None:
     assert "relative to full-model" not in cells_of(trials_item(study(tmp_path, ROWS[:5])))[0]
 
 
+def test_costs_of_a_gpu_stand_in_the_tables(tmp_path: Path) -> None:
+    """R2, tables 7 and 8."""
+    more = {"gpu_utilization": 53.91, "minutes_without_evaluation": 110.04}
+    trials = study(tmp_path, [row(0.5, more=more, lora_mode="none", seed=seed) for seed in (1, 2)])
+    for item in (trials_item(trials), seeds_item("study", trials.trials)):
+        header, first, *_ = cells_of(item)
+        assert first[header.index("GPU utilization (%)")] == "53.9"
+        assert first[header.index("training time without evaluation (min)")] == "110.04"
+
+
 def test_the_footnote_has_commits_device_and_shared_flags(tmp_path: Path) -> None:
     trials = study(tmp_path, ROWS).trials
     assert footnote_of(trials) == f"commit 0123456789ab; cpu (x86_64, 1 threads); python multitask_classifier.py {BASE}"
@@ -356,9 +396,14 @@ def test_the_script(tmp_path: Path) -> None:
         "Study ranks: no memory over batch size",
         "Study ranks: no comparison of mixed precision",
     ]
-    names = ["ranks-trials.csv", "ranks-ranks.csv", "ranks-ranks.png", "ranks-costs.csv", "ranks-costs.png",
-             "ranks-seeds.csv", "ranks-seeds.png", "report.html", "report.md"]  # fmt: skip
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    figures = [f"ranks-{kind}" for kind in ("ranks", "costs", "seeds", "scores", "resources")]
+    names = {
+        "ranks-trials.csv",
+        "report.html",
+        "report.md",
+        *(f"{n}.{ending}" for n in figures for ending in ("csv", "png")),
+    }
+    assert {path.name for path in out.iterdir()} == names
     assert imread(out / "ranks-ranks.png").shape[1] == 3.3 * 300
     found = read_page(out)
     assert all(line in found.text for line in left_out) and "Made by python report.py" in found.text

@@ -55,6 +55,8 @@ def test_figures_are_means_over_epochs(benchmark: Path) -> None:
     row = read_csv(benchmark / "tables" / "runs.csv")[0]
     timing = read_jsonl(benchmark / "plain" / "timing.jsonl")
     assert len(timing) == 2
+    steps = sum(line["seconds_without_evaluation"] for line in timing) / 60
+    assert float(row["minutes_without_evaluation"]) == pytest.approx(steps, abs=1e-3) and row["gpu_utilization"] == ""
     for task in ("sst", "sts"):
         seconds = [line["train_seconds"][task] for line in timing]
         peaks = [line["train_peak_memory_bytes"][task] for line in timing]

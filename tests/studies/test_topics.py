@@ -1,5 +1,6 @@
 """sample_topics.py: exact quotas, drawn by the seed, from topics that a column or the embeddings give."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -95,6 +96,27 @@ def test_a_column_of_topics_is_found_and_used(tmp_path: Path, source: Path, topi
     source.write_text("\ufeff" + text if how != "quoted" else text.replace("topic\t", '"topic"\t', 1), encoding="utf-8")
     sample("--topics", topics, "--para_train", source, "--out", tmp_path / "out.csv", "--pretrained", "/nowhere")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "both texts"])
+def test_labels_of_a_zero_shot_classifier(tmp_path: Path, small_data: Path, topics: Path, form: str) -> None:
+    """In the form that R2's classifier gives them; the likeliest label counts, in whatever order."""
+    pairs = zip(*read(small_data / "quora-train.csv").texts, strict=True)
+    results = [
+        {"sequence": f"{a} {b}" if form == "both texts" else f" {a}\n", "labels": ["Fish", label], "scores": [0.3, 0.7]}
+        for (a, b), label in zip(pairs, LABELS, strict=True)
+    ]
+    text = json.dumps(results) if form == "list" else "\n".join(map(json.dumps, results))
+    words = ["--topics", topics, "--data_dir", small_data, "--pretrained", "/nowhere", "--labels"]
+    sample(*words, write(tmp_path / "labels", text), "--out", tmp_path / "out.csv")
+    source = labelled(tmp_path, small_data, LABELS)
+    sample("--topics", topics, "--para_train", source, "--out", tmp_path / "wanted.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "wanted.csv").read_bytes()
+    write(tmp_path / "labels", "\n".join(map(json.dumps, results[1:])))
+    assert "lacks 1 of 20" in refusal(sample, *words, tmp_path / "labels", "--out", tmp_path / "o.csv")
+    for damaged in ("", "{}", "[3]", json.dumps({**results[0], "scores": []})):
+        message = refusal(sample, *words, write(tmp_path / "labels", damaged), "--out", tmp_path / "o.csv")
+        assert message.startswith(f"--labels {tmp_path / 'labels'}: cannot be read")
 
 
 def test_the_seed_decides(tmp_path: Path, source: Path, topics: Path) -> None:

@@ -18,6 +18,7 @@ MODES = {
     "everything": ["--fine_tune_mode", "full-model"],
     "joint steps": ["--fine_tune_mode", "full-model", "--routine", "joint"],
     "one optimizer for all": ["--fine_tune_mode", "full-model", *ONE_OPTIMIZER],
+    "one task of three": ["--fine_tune_mode", "full-model", "--num_para_trains", 0, "--num_sts_trains", 0],
     "heads": ["--fine_tune_mode", "last-layer"],
     "up to half of the layers": ["--fine_tune_mode", "iterative", "--epochs", 3],
     "adapters and heads": ["--lora_mode", "attn-only", "--fine_tune_mode", "full-model"],

@@ -67,6 +67,7 @@ def assert_same(flags: list[str], folder: Path, *more: object) -> Trainer:
     [
         ("last-layer", ["--arch", "yin-yang"]),  # siamese, cls, two backbones, heads with batch norm and dropout
         ("last-layer", ["--arch", "v2", "--pooling", "mean"]),  # cross, one backbone
+        ("last-layer", ["--arch", "baseline", "--pooling", "mean", "--sst_pooling", "cls"]),
         ("iterative", ["--arch", "v2", "--average", "ema", "--ema_decay", 0.9]),
         ("iterative", ["--arch", "r4"]),  # siamese, mean, three backbones; a bare cosine, so that STS begins in epoch 2
         ("iterative", ["--arch", "v2", "--lora_mode", "attn", "--lora_rank", 2, "--dora"]),  # frozen ones are merged

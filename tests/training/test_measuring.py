@@ -5,15 +5,19 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
+from helpers import make_trainer
 
 import multitask_classifier
 from cli.parser import parse
 from datasets import load_splits, tokenise
 from models.checkpoint import load_model
 from tasks import SST, TASKS
+from training.distributed import DistributedContext
+from training.logger import epoch_table
 from training.meters import BatchResult, StepTimer, SyncedStepTimer, TaskMeter
 from utils.device import Device
 
@@ -42,6 +46,44 @@ def test_each_measured_step_has_its_own_peak_of_memory() -> None:
         torch.ones(size, 250_000)  # a million bytes for each
         peaks.append(timer.stop()[1])
     assert peaks[1] - peaks[0] > 280e6 and peaks[1] - peaks[2] > 280e6
+
+
+class Busy(Device):
+    """A device that is at work in more and more of the time."""
+
+    def utilization(self) -> int:
+        Busy.samples.append(10 * len(Busy.samples) + 10)
+        return Busy.samples[-1]
+
+    samples: ClassVar[list[int]] = []
+
+
+def test_an_epoch_has_the_mean_utilization_and_peak_memory_of_the_busiest_rank(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the seconds with and without evaluation."""
+    Busy.samples.clear()
+    trainer = make_trainer(tiny_flags, tmp_path / "run", device=Busy(CPU))
+    monkeypatch.setattr(DistributedContext, "all_reduce_max", lambda self, *numbers: [2 * n for n in numbers])
+    records = [trainer.train_epoch(), trainer.train_epoch()]
+    assert Busy.samples == [10, 20, 30, 40, 50, 60]  # one for each task's first batch
+    lines = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert [line["gpu_utilization"] for line in lines] == [2 * 20, 2 * 50]
+    for line, record in zip(lines, records, strict=True):
+        assert line["peak_memory_bytes"] == record.peak_memory > 1.9 * Device(CPU).peak_memory()
+        assert line["seconds_without_evaluation"] == pytest.approx(sum(line["train_seconds"].values()), abs=2e-3)
+        assert line["seconds_without_evaluation"] < line["seconds"]
+        assert "GPU at work" in epoch_table(trainer.model.tasks, record, 2)
+
+
+def test_without_a_gpu_or_its_package_nothing_is_known_of_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: torch.device) -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", missing)
+    assert Device(CPU).utilization() is None and Device(torch.device("cuda", 0)).utilization() is None
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 54)
+    assert Device(CPU).utilization() is None and Device(torch.device("cuda", 0)).utilization() == 54
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_examples() -> None:

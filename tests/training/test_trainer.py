@@ -11,6 +11,7 @@ import torch
 from helpers import (
     ask_the_allocator,
     changed,
+    copied,
     digest,
     load_batch,
     make_ready,
@@ -137,6 +138,22 @@ def test_a_last_batch_of_one_trains(tiny_flags: list[str], tmp_path: Path, arch:
     trainer.fit()
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     assert metrics(tmp_path / "run")[1]["train"]["sts"]["steps"] == 2
+
+
+@pytest.mark.parametrize("routine", ["sequential", "annealed", "joint"])
+def test_a_task_without_passes_is_scored_with_an_untrained_head(
+    tiny_flags: list[str], tmp_path: Path, routine: str
+) -> None:
+    """As in the reports' rows for one training task, which print the scores of all three."""
+    flags = [*tiny_flags, "--routine", routine, "--num_para_trains", "0", "--num_sts_trains", "0"]
+    trainer = make_trainer(flags, tmp_path / "run", "--fine_tune_mode", "full-model", "--epochs", 1)
+    before = copied(trainer.model)
+    trained = {batch.task for step in steps_of(trainer) for batch in step.batches}
+    assert trained == {"sst"}
+    trainer.fit()
+    moved = changed(before, copied(trainer.model))
+    assert moved and all(name.startswith(("backbones.sentiment.", "heads.sst.")) for name in moved)
+    assert metrics(tmp_path / "run")[-1]["dev"].keys() == {"sst", "para", "sts", "score", "score_raw_r"}
 
 
 def test_one_seed_gives_identical_metrics(tiny_flags: list[str], tmp_path: Path) -> None:
