@@ -18,10 +18,23 @@ VERDICTS = {  # verdict -> its words in docs/reports.md
     "differs": "differs because",
     "impossible": "cannot be reproduced because",
 }
-COSTS = ("seconds_per_epoch", "minutes", "peak_memory_gb", "gpu_utilization", "trainable_parameters")
-FIGURES = (*(f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics), "score", "score_raw_r")
-TIME = re.compile(r"(\d+:)?\d+:\d\d(\.\d+)?")
-Reported = int | float | str  # a time is written as the report prints it: "1:41:34"
+FIGURES = (
+    *(f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics), "score", "score_raw_r",
+    "seconds_per_epoch", "minutes", "minutes_without_evaluation", "peak_memory_gb", "gpu_utilization",
+    "trainable_parameters",
+    "score_gain_percent", "time_saved_percent", "memory_saved_percent",  # against the first row of the table
+)  # fmt: skip
+# What a report prints and results.csv does not have.
+OTHER_FIGURES = (
+    "trainable_percent", "true_label", "dora_label", "best_label",
+    *(f"sts_{error}{kind}" for error in ("mse", "rmse", "mae", "r2") for kind in ("", "_std")),
+    *(f"para_{truth}_{label}_rate" for truth in ("true", "false") for label in ("positive", "negative")),
+)  # fmt: skip
+TIMES = (  # as the reports print them: 1:41:34, 44:13, 10.18h, 6h 25m, 16m 5s
+    re.compile(r"(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d\d)"),
+    re.compile(r"(?=\d)(?:(?P<h>[\d.]+)h)? ?(?:(?P<m>[\d.]+)m)? ?(?:(?P<s>[\d.]+)s)?"),
+)
+Reported = int | float | str  # a string is a time
 
 
 @dataclass(frozen=True)
@@ -132,8 +145,11 @@ def problem_of(row: Row, table: ReportTable) -> str | None:
         return f"its verdict is {row.verdict}; because is for the other verdicts, which need it"
     if unknown:
         return f"it reports {unknown[0]}, which is no column of the table"
-    wrong = [value for value in row.reported.values() if isinstance(value, str) and not TIME.fullmatch(value)]
-    return f'it reports {wrong[0]!r}; write a number, or a time such as "1:41:34"' if wrong else None
+    try:
+        list(map(number_of, row.reported.values()))
+    except ValueError as error:
+        return f"it reports something else than numbers ({error}); mend it"
+    return None
 
 
 def read_table(file: Path, values: Mapping[str, Any]) -> ReportTable:
@@ -149,7 +165,7 @@ def read_table(file: Path, values: Mapping[str, Any]) -> ReportTable:
         table = ReportTable(file, **others, columns=columns, rows=tuple(rows))
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: cannot be read ({first_line(error)}); compare it with another one") from error
-    known = (*FIGURES, *COSTS)
+    known = (*FIGURES, *OTHER_FIGURES)
     if strange := [name for name in columns if name not in known]:
         raise UserError(f"{place}: has the column {strange[0]}; choose from {', '.join(known)}")
     for row in rows:
@@ -180,11 +196,13 @@ def all_tables(recipes: Path = RECIPES) -> list[ReportTable]:
 
 
 def number_of(reported: Reported) -> float:
-    """Return a reported figure as a number; a time, such as "1:41:34", in minutes."""
+    """Return a reported figure as a number; a time in minutes. Raises ValueError for a string that is no time."""
     if not isinstance(reported, str):
         return float(reported)
-    parts = [float(part) for part in reported.split(":")]
-    return sum(part * 60.0**power for part, power in zip(reversed(parts), range(-1, 3), strict=False))
+    found = TIMES[0].fullmatch(reported) or TIMES[1].fullmatch(reported)
+    if found is None:
+        raise ValueError(f"{reported!r} is no time such as 1:41:34, 10.18h or 16m 5s")
+    return 60 * float(found["h"] or 0) + float(found["m"] or 0) + float(found["s"] or 0) / 60
 
 
 def list_tables(tables: Sequence[ReportTable]) -> Iterator[str]:

@@ -21,7 +21,8 @@ from utils.files import write_text
 FIGURES = (
     "score",
     "score_raw_r",
-    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
+    *(f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics),
+    "minutes",
     *(f"{name}_{cost}" for cost in ("seconds_per_epoch", "peak_memory_bytes") for name in TASKS),
     "peak_memory_bytes",
     "tokens_per_second",
@@ -56,6 +57,7 @@ def figures(folder: Path) -> dict[str, Any]:
         row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
         row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
         row["device"] = timing[-1]["device"]
+        row["minutes"] = round(sum(line["seconds"] for line in timing) / 60, 3)  # with the evaluations
         counted = [line for line in timing if "tokens" in line]  # a resumed run may have begun before tokens were
         tokens, seconds = (sum(sum(line[key].values()) for line in counted) for key in ("tokens", "train_seconds"))
         row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
@@ -67,7 +69,8 @@ def figures(folder: Path) -> dict[str, Any]:
     if (folder / "scores.json").exists():
         dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
         row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
-        row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
+        scored = [(name, metric) for name, task in TASKS.items() for metric in task.metrics if name in dev]
+        row |= {f"{name}_{metric}": dev[name][metric] for name, metric in scored}
     return row
 
 
