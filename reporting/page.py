@@ -24,7 +24,7 @@ a { color: #0059a0; }
 img { display: block; width: 31rem; max-width: 100%; height: auto; margin: .5rem 0; }
 .table { overflow-x: auto; margin: .8rem 0; } table { border-collapse: collapse; font-size: .8rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { white-space: nowrap; } td { min-width: 3rem; }
+th { white-space: nowrap; } td { min-width: 3rem; } td:first-child { min-width: 9rem; }
 .about { color: #555; font-size: .8rem; }
 """
 PAGE = """<!DOCTYPE html>

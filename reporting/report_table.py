@@ -93,7 +93,8 @@ def lines_of(row: StudyRow, ours: Mapping[str, Sequence[float]], note: str) -> l
     }
     kept = {kind: values for kind, values in lines.items() if kind == "reported" or any(v is not None for v in values)}
     notes = [note, *[""] * (len(kept) - 1)]
-    return [[row.name, row.split, kind, *kept[kind], note] for kind, note in zip(kept, notes, strict=True)]
+    name = row.name if row.split == "dev" else f"{row.name}, {row.split}"
+    return [[name, kind, *kept[kind], note] for kind, note in zip(kept, notes, strict=True)]
 
 
 def column_of(name: str) -> Column:
@@ -106,7 +107,7 @@ def report_table_item(study: Study, table: StudyTable) -> ReportItem:
     trials = {row["trial"]: row for row in study.rows}
     ours = [{name: our_figures(row, name, trials, table.rows[0]) for name in table.columns} for row in table.rows]
     both = list(zip(table.rows, ours, strict=True))
-    columns = [Column("row"), Column("set"), Column(""), *map(column_of, table.columns), Column(NOTE)]
+    columns = [Column("row"), Column(""), *map(column_of, table.columns), Column(NOTE)]
     whole = Table(columns, [line for row, values in both for line in lines_of(row, values, note_of(row, trials))])
     drawn = [(row, values) for row, values in both if any(values[name] for name in row.reported)]
     panels = {
@@ -124,5 +125,5 @@ def report_table_item(study: Study, table: StudyTable) -> ReportItem:
 def printed(title: str, table: Table) -> str:
     """Return the table as plain text, with the notes below it."""
     header, *rows = table.cells()
-    notes = [f"{row[0]} ({row[1]}): {row[-1]}" for row in rows if row[-1]]
+    notes = [f"{row[0]}: {row[-1]}" for row in rows if row[-1]]
     return "\n".join(["", title, format_table(header[:-1], [row[:-1] for row in rows]), *notes, ""])

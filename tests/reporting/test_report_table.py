@@ -51,20 +51,20 @@ def item_of(folder: Path) -> ReportItem:
 
 def test_the_table_has_the_reports_order_and_columns(study: Path) -> None:
     header, *lines = cells_of(item_of(study))
-    assert header == ["row", "set", "", "sst accuracy", "sts pearson", "score", "training time (min)", "note"]
+    assert header == ["row", "", "sst accuracy", "sts pearson", "score", "training time (min)", "note"]
     assert lines[:4] == [
-        ["Baseline", "dev", "reported", "0.500", "0.860", "0.715", "90.5", ""],
-        ["Baseline", "dev", "ours (2 seeds)", "0.520", "0.800", "0.720", "12.5", ""],
-        ["Baseline", "dev", "deviation", "0.028", "0.000", "0.028", "0.0", ""],
-        ["Baseline", "dev", "difference", "0.020", "-0.060", "0.005", "-78.0", ""],
+        ["Baseline", "reported", "0.500", "0.860", "0.715", "90.5", ""],
+        ["Baseline", "ours (2 seeds)", "0.520", "0.800", "0.720", "12.5", ""],
+        ["Baseline", "deviation", "0.028", "0.000", "0.028", "0.0", ""],
+        ["Baseline", "difference", "0.020", "-0.060", "0.005", "-78.0", ""],
     ]
-    assert [line[:1] + line[2:3] for line in lines[4:]] == [
+    assert [line[:2] for line in lines[4:]] == [
         ["STS first | then both", "reported"], ["STS first | then both", "ours (1 seed)"],
         ["STS first | then both", "difference"], ["STS first, more dropout", "reported"],
         ["Ensemble", "reported"], ["Ensemble", "ours (1 seed)"], ["Ensemble", "difference"],
-        ["Baseline", "reported"], ["With lost data", "reported"],
+        ["Baseline, test", "reported"], ["With lost data", "reported"],
     ]  # fmt: skip
-    assert lines[10][3:7] == ["", "", "0.030", ""]  # the report has no other figure of the ensemble
+    assert lines[10][2:6] == ["", "", "0.030", ""]  # the report has no other figure of the ensemble
     assert [line[-1] for line in lines if line[-1]] == [
         "Our heads train.; 1 of 2 trials have not run yet",
         "1 of 2 trials have not run yet; failed: error: a loss is not finite",
@@ -92,7 +92,7 @@ def test_the_script_prints_and_writes_it(study: Path, tmp_path: Path, capsys: py
     report.main([str(study), "--out", str(tmp_path / "report")])
     printed = capsys.readouterr().out
     assert "R9 Table 1: A task first, dev and test\nrow " in printed
-    assert "With lost data (dev): The report does not say which data.\n" in printed
+    assert "With lost data: The report does not say which data.\n" in printed
     page = read_page(tmp_path / "report")
     assert "R9 Table 1: A task first" in page.text and "Not read" not in page.text
     rows = list(csv.DictReader((tmp_path / "report" / "r9-table-1-table.csv").open()))
@@ -116,5 +116,5 @@ def test_a_table_is_trained_and_reported(
     votes = (folder / "trials" / "row=both,seed=3" / "log.txt").read_text()
     assert "row=base,seed=3/best.pt (2 votes)" in votes
     item = item_of(folder)
-    ours = [line[2] for line in cells_of(item) if line[2].startswith("ours")]
+    ours = [line[1] for line in cells_of(item) if line[1].startswith("ours")]
     assert ours == ["ours (1 seed)"] * 4
