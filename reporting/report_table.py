@@ -8,7 +8,7 @@ from reporting.page import ReportItem
 from reporting.sources import Study
 from reporting.tables import Column, Table, Value
 from reporting.trials import footnote_of
-from studies.study_table import StudyRow, StudyTable
+from studies.study_table import StudyRow, StudyTable, label_of
 from tasks import TASKS
 from utils.console import format_table
 
@@ -93,8 +93,8 @@ def lines_of(row: StudyRow, ours: Mapping[str, Sequence[float]], note: str) -> l
     }
     kept = {kind: values for kind, values in lines.items() if kind == "reported" or any(v is not None for v in values)}
     notes = [note, *[""] * (len(kept) - 1)]
-    name = row.name if row.split == "dev" else f"{row.name}, {row.split}"
-    return [[name, kind, *kept[kind], note] for kind, note in zip(kept, notes, strict=True)]
+    label = label_of(row.name, row.split)
+    return [[label, kind, *kept[kind], note] for kind, note in zip(kept, notes, strict=True)]
 
 
 def column_of(name: str) -> Column:

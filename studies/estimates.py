@@ -12,6 +12,7 @@ from statistics import mean
 import torch
 
 from config import Config
+from studies.study_table import label_of
 from studies.trials import SCRIPT, Plan, Trial, grid_name
 from training import task_sampling
 from training.commands import load_inputs
@@ -139,7 +140,9 @@ def describe_plan(plan: Plan, out: Path) -> str:
         rows.append([*row, *[""] * (6 - len(row))])
     table = format_table(["trial", "runs", "to do", "steps", "memory (GB)", "hours a run"], rows)
     impossible = (
-        [f"{row.name}: cannot be run: {row.because}" for row in plan.table.rows if not row.trials] if plan.table else []
+        [f"{label_of(row.name, row.split)}: cannot be run: {row.because}" for row in plan.table.rows if not row.trials]
+        if plan.table
+        else []
     )
     total = f"{left:.2f} hours for what is to do, one run after another; ensembles, which only predict, not counted"
     return "\n".join([table, *problems, *impossible, total, source])

@@ -5,9 +5,11 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from studies.study_table import label_of
 from tasks import TASKS
 from utils.console import run_script, say
 from utils.errors import UserError, first_line
@@ -34,7 +36,7 @@ TIMES = (  # as the reports print them: 1:41:34, 44:13, 10.18h, 6h 25m, 16m 5s
     re.compile(r"(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d\d)"),
     re.compile(r"(?=\d)(?:(?P<h>[\d.]+)h)? ?(?:(?P<m>[\d.]+)m)? ?(?:(?P<s>[\d.]+)s)?"),
 )
-Reported = int | float | str  # a string is a time
+Reported = int | Decimal | str  # a string is a time; a Decimal has the digits that the report prints
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def read_table(file: Path, values: Mapping[str, Any]) -> ReportTable:
 def read_tables(file: Path) -> list[ReportTable]:
     """Return the tables of a report. Raises UserError that names the file, and where it can, the table and the row."""
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
         entries = content["table"]
         if list(content) != ["table"] or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError("it has something else than tables")
@@ -209,13 +211,9 @@ def list_tables(tables: Sequence[ReportTable]) -> Iterator[str]:
     """Yield two lines for each table: what it is, and the command that trains it."""
     for table in tables:
         runnable = sum(bool(row.systems) for row in table.rows)
-        yield f"{table.report} {table.label}: {table.title} ({len(table.rows)} rows, {runnable} can be run)"
+        count = f"{len(table.rows)} row{'s' * (len(table.rows) != 1)}, {runnable} can be run"
+        yield f"{table.report} {table.label}: {table.title} ({count})"
         yield f"    {table.command}"
-
-
-def describe_reported(row: Row, columns: Sequence[str]) -> str:
-    """Return a row's reported figures as text."""
-    return ", ".join(f"{name} {row.reported[name]}" for name in columns if name in row.reported)
 
 
 def markdown(tables: Sequence[ReportTable]) -> str:
@@ -234,10 +232,13 @@ def markdown(tables: Sequence[ReportTable]) -> str:
             report = table.report
             lines += ["", f"## {report}"]
         lines += ["", f"### {table.label}: {table.title}", "", f"`{table.command}`", ""]
-        lines += ["| row | set | reported | verdict |", "|-|-|-|-|"]
+        header = ["row", *(name.replace("_", " ") for name in table.columns), "verdict"]
+        lines += [f"| {' | '.join(header)} |", "|" + "-|" * len(header)]
         for row in table.rows:
             verdict = f"{VERDICTS[row.verdict]} {row.because}".strip()
-            cells = [row.name, row.split, describe_reported(row, table.columns), verdict]
+            reported = [row.reported.get(name, "") for name in table.columns]
+            figures = [value if isinstance(value, str) else f"{value:,}" for value in reported]
+            cells = [label_of(row.name, row.split), *figures, verdict]
             lines.append(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

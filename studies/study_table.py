@@ -11,6 +11,11 @@ from utils.untrusted import read_json
 FILE = "table.json"
 
 
+def label_of(name: str, split: str) -> str:
+    """Return the name of a row, with the split where that is not dev and the name does not say so."""
+    return name if split in ("dev", *name.split()) else f"{name}, {split}"
+
+
 @dataclass(frozen=True)
 class StudyRow:
     """A row: the figures that the report prints, and the trials that give ours, one for each seed.

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT, refusal
 
 import sweep
-from studies.report_tables import RECIPES, all_tables, list_tables, markdown, number_of, read_tables
+from studies.report_tables import RECIPES, Reported, all_tables, list_tables, markdown, number_of, read_tables
 from studies.trials import Plan
 
 FILE = ROOT / "tests" / "r9" / "tables.toml"
@@ -130,8 +130,10 @@ def test_the_list_of_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_page_has_every_row_with_one_verdict() -> None:
     page = markdown(read_tables(FILE)).splitlines()
     assert "## R9" in page and "### Table 1: A task first, dev and test" in page and "### Figure 2: " in "\n".join(page)
-    assert "| STS first / then both | dev | sst_accuracy 0.523, score 0.7 | differs because Our heads train. |" in page
-    assert "| Baseline | test | score 0.702 | reproduced by this command |" in page
+    assert "| row | sst accuracy | sts pearson | score | minutes | verdict |" in page
+    assert "| Baseline | 0.5 | 0.860 | 0.715 | 1:30:30 | reproduced by this command |" in page  # the report's digits
+    assert "| STS first / then both | 0.523 |  | 0.7 |  | differs because Our heads train. |" in page
+    assert "| Baseline, test |  |  | 0.702 |  | reproduced by this command |" in page
     assert "`python sweep.py --tables recipes/r9/tables.toml --table figure-2 --out runs/r9-figure-2`" in page
 
 
@@ -156,12 +158,12 @@ def test_every_row_of_the_reports_can_be_planned(table: object) -> None:
     assert [name for name, start in starts.items() if start and not start.startswith("out/")] == []
 
 
-def is_printed(name: str, value: int | float | str, text: str, numbers: set[float]) -> bool:
+def is_printed(name: str, value: Reported, text: str, numbers: set[float]) -> bool:
     """Whether a report prints a figure, in this unit or another usual one. A time stands there as it is."""
     if isinstance(value, str):
         return value in text
     units = UNITS.get(name, (1.0, 100.0))
-    return any(abs(abs(value) * unit - number) < 1e-9 * max(1.0, number) for unit in units for number in numbers)
+    return any(abs(abs(float(value)) * unit - number) < 1e-9 * max(1.0, number) for unit in units for number in numbers)
 
 
 @pytest.mark.parametrize("report", sorted({table.report for table in TABLES}))
