@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
 
-.PHONY: help demo test test-odd test-even test-all gpu-check gpu-rehearsal lint clean
+.PHONY: help demo tables test test-odd test-even test-all gpu-check gpu-rehearsal lint clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -45,6 +45,14 @@ $(R0)/%/scores.json: | $(VENV)/run.done
 ensemble-%: recipes/ensembles/%.args $(VENV)/run.done
 	$(MAKE) --no-print-directory $$(sed -n 's,^\($(R0)/.*\)\.pt$$,\1/scores.json,p' $< | sort -u)
 	$(BIN)/python ensemble.py @$< --data_dir $(DATA)
+
+# make tables   list the tables of the reports, each with the command that trains its rows
+tables: $(VENV)/run.done
+	@for file in recipes/r?/tables.toml; do $(BIN)/python sweep.py --tables $$file; done
+
+# make docs/reports.md   make the page of all tables again, after a change in recipes/r?/tables.toml
+docs/reports.md: $(wildcard recipes/r?/tables.toml) | $(VENV)/run.done
+	$(BIN)/python -m studies.report_tables > $@
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

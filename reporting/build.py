@@ -9,6 +9,7 @@ from config import DataOptions, TaskOptions
 from models.checkpoint import git_commit
 from reporting.page import Report, Section, write_report
 from reporting.predictions import DevSets
+from reporting.report_table import report_table_item
 from reporting.runs import run_sections
 from reporting.sources import collect_sources
 from reporting.trials import compare_trials, trials_item
@@ -24,7 +25,10 @@ def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping
     sources = collect_sources(paths)
     sections = []
     for study in sources.studies:
-        sections.append(Section(f"Study {study.name}", [trials_item(study)]))
+        sections.append(Section(f"Study {study.name}"))
+        if study.table is not None:
+            sections[-1].add(report_table_item(study, study.table))
+        sections[-1].add(trials_item(study))
         compare_trials(sections[-1], study.name, study.trials)
     runs = [run for run in sources.runs if run.scores or len(run.metrics) > 1]
     if runs:
@@ -41,10 +45,11 @@ def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping
 
 
 def publish(report: Report, stem: str, out: Path, argv: Sequence[str]) -> None:
-    """Print what a report lacks, write its files into `out`, and print the paths of the page and the markdown."""
+    """Print what a report lacks and its main tables, write its files into `out`, and print the paths of its texts."""
     command, commit = shlex.join(["python", "report.py", *argv]), git_commit() or "not recorded"
     report = replace(report, about=f"{report.about} Made by {command}; commit {commit[:12]}.".strip())
-    for line in [*report.problems, *report.left_out]:
+    printed = [item.printed for section in report.sections for item in section.items if item.printed]
+    for line in [*report.problems, *report.left_out, *printed]:
         say(line)
     for path in write_report(report, out, stem):
         say(str(path))

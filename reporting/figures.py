@@ -218,6 +218,30 @@ def bars_figure(names: Sequence[str], panels: Mapping[Column, Sequence[float | N
     return figure
 
 
+def report_figure(
+    names: Sequence[str], panels: Mapping[str, Sequence[tuple[float | None, Sequence[float]]]], footnote: str
+) -> Figure:
+    """Draw a hollow diamond for the figure that a report prints, a dot for each of our seeds and a bar at their mean.
+
+    Each row of the report's table has a row in each panel.
+    """
+    figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
+    dot: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ls": "none", "markersize": 4, "markeredgewidth": 0}
+    bar: dict[str, Any] = {"color": "black", "marker": "|", "ls": "none", "markersize": 9, "markeredgewidth": 1.4}
+    diamond: dict[str, Any] = {"color": COLOURS[1], "marker": "D", "ls": "none", "markersize": 5, "fillstyle": "none"}
+    for axes, (name, rows) in zip(all_axes, panels.items(), strict=True):
+        for i, (reported, ours) in enumerate(rows):
+            if reported is not None:
+                axes.plot([reported], [i], **diamond)
+            if ours:
+                axes.plot(ours, [i] * len(ours), alpha=0.8, **dot)
+                axes.plot([float(np.mean(ours))], [i], **bar)
+        label_rows(axes, names, name)
+    kinds = {"reported": diamond, "ours, a seed": dot, "ours, mean": bar}
+    add_legend(figure, [Line2D([], [], label=label, **style) for label, style in kinds.items()], 3)
+    return figure
+
+
 def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None, footnote: str) -> Figure:
     """Draw a run's training losses by task, and above them its training (dashed) and dev (solid) metrics.
 

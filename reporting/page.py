@@ -24,7 +24,7 @@ a { color: #0059a0; }
 img { display: block; width: 31rem; max-width: 100%; height: auto; margin: .5rem 0; }
 .table { overflow-x: auto; margin: .8rem 0; } table { border-collapse: collapse; font-size: .8rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { white-space: nowrap; } td { min-width: 3rem; }
+th { white-space: nowrap; } td { min-width: 3rem; } td:first-child { min-width: 9rem; }
 .about { color: #555; font-size: .8rem; }
 """
 PAGE = """<!DOCTYPE html>
@@ -51,13 +51,17 @@ PAGE = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class ReportItem:
-    """A figure, the table of its numbers, or both, under one title. `name` names its files."""
+    """A figure, the table of its numbers, or both, under one title. `name` names its files.
+
+    `printed` is what report.py prints of it. The table of such an item is never folded.
+    """
 
     name: str
     title: str
     text: str = ""
     table: Table | None = None
     figure: Figure | None = None
+    printed: str = ""
 
 
 @dataclass
@@ -181,6 +185,6 @@ def item_html(item: ReportItem, image: bytes | None) -> str:
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     if item.table is not None:
         table = item.table.to_html()
-        folded = image is not None or len(item.table.rows) > FOLDED_ROWS
+        folded = not item.printed and (image is not None or len(item.table.rows) > FOLDED_ROWS)
         parts.append(f"<details><summary>In numbers</summary>\n{table}\n</details>" if folded else table)
     return "\n".join(parts)

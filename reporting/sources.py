@@ -17,6 +17,8 @@ from lora import LoRAConfig
 from models.checkpoint import load
 from reporting.commands import command_of, config_of
 from studies.results import FIGURES, gpu_utilization, minutes, minutes_without_evaluation, per_task
+from studies.study_table import FILE, StudyTable, read_study_table
+from studies.table_plan import ENSEMBLE
 from tasks import TASKS
 from utils.errors import UserError, first_line
 from utils.untrusted import read_json
@@ -51,11 +53,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """A table of sweep.py: all its rows, and the finished ones as trials."""
+    """A table of sweep.py: all its rows, and the finished trainings as trials.
+
+    `table` is the report's table that the study runs, if it runs one.
+    """
 
     name: str
     rows: Sequence[Mapping[str, str]]
     trials: Sequence[Trial]
+    table: StudyTable | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
         return None
     trials = []
     for number, row in enumerate(rows, start=2):
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not row["command"].startswith(f"python {ENSEMBLE} "):
             try:
                 trials.append(trial_of_row(row))
             except (UserError, ValueError) as error:
@@ -203,7 +209,13 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     if not trials:
         problems.append(f"{path}: no trial has finished yet; run the study first")
         return None
-    return Study(name, rows, trials)
+    table = None
+    if (path.parent / FILE).exists():
+        try:
+            table = read_study_table(path.parent)
+        except UserError as error:
+            problems.append(str(error))
+    return Study(name, rows, trials, table)
 
 
 def trial_of_row(row: Mapping[str, str]) -> Trial:

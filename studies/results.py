@@ -21,7 +21,8 @@ from utils.files import write_text
 FIGURES = (
     "score",
     "score_raw_r",
-    *(f"{task.name}_{task.metric}" for task in TASKS.values()),
+    *(f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics),
+    "minutes",
     *(f"{name}_{cost}" for cost in ("seconds_per_epoch", "peak_memory_bytes") for name in TASKS),
     "peak_memory_bytes",
     "gpu_utilization",
@@ -74,6 +75,7 @@ def figures(folder: Path) -> dict[str, Any]:
         row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
         row["peak_memory_bytes"] = max(line["peak_memory_bytes"] for line in timing)
         row["device"] = timing[-1]["device"]
+        row["minutes"] = round(minutes(timing), 3)
         row["minutes_without_evaluation"] = round(minutes_without_evaluation(timing), 3)
         if (utilization := gpu_utilization(timing)) is not None:
             row["gpu_utilization"] = round(utilization, 1)
@@ -88,7 +90,8 @@ def figures(folder: Path) -> dict[str, Any]:
     if (folder / "scores.json").exists():
         dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
         row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
-        row |= {f"{name}_{task.metric}": dev[name][task.metric] for name, task in TASKS.items() if name in dev}
+        scored = [(name, metric) for name, task in TASKS.items() for metric in task.metrics if name in dev]
+        row |= {f"{name}_{metric}": dev[name][metric] for name, metric in scored}
     return row
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from utils.errors import OUT_OF_MEMORY, UserError, first_line
 from utils.files import probe_folder
 from utils.untrusted import read_json
 
-SCRIPT_PATH = Path(__file__).parent.with_name(SCRIPT)
+SCRIPTS = Path(__file__).parent.parent  # the folder of the scripts that trials run
 PRUNERS = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner()}
 POLL = 0.5  # seconds between looks at the running trials and at the storage
 ERROR = re.compile(r"error: |[\w.]+(Error|Exception|Interrupt)\b|[\w.]+: error: ")
@@ -87,6 +87,8 @@ class Sweep:
         """Open table and storage. Raises UserError where one cannot be used or has other trials than the plan's."""
         self.options, self.plan, self.out = options, plan, Path(options.out)
         probe_folder(self.out, "--out")
+        if plan.table is not None:
+            plan.table.save(self.out)
         flags = [*plan.ranges, *(flag for trial in plan.trials.values() for flag in trial.flags)]
         self.table = Table(self.out / "results.csv", list(dict.fromkeys(["trial", "status", *flags, *COLUMNS])))
         self.place, rows = options.storage or str(self.out / "study.journal"), self.rows()
@@ -108,6 +110,13 @@ class Sweep:
         sampled = [item for record in self.shared.records() for item in record.distributions.items()]
         if any(self.plan.ranges.get(flag) != values for flag, values in sampled):
             raise UserError(f"--range: {self.out} searches other ranges; repeat them or choose another folder")
+        needed = [name for trial in self.plan.trials.values() if trial.name not in rows for name in trial.needs]
+        ended = [name for name in dict.fromkeys(needed) if name in rows and rows[name]["status"] == "ok"]
+        if gone := [name for name in ended if not self.checkpoint(name).exists()]:
+            raise UserError(
+                f"--out {self.out}: other trials need the checkpoints of {', '.join(gone)}, which are gone; to train "
+                f"them again, delete their rows in {self.table.path}, their folders and study.journal"
+            )
         for name in filter(rows.__contains__, self.plan.trials):
             before, command = rows[name]["command"], self.plan.trial(name, rows[name]).command
             if before != command:
@@ -116,15 +125,29 @@ class Sweep:
                     "repeat the flags or choose another folder"
                 )
 
+    def checkpoint(self, name: str) -> Path:
+        """Return the checkpoint of a trial."""
+        return self.out / "trials" / name / "best.pt"
+
     def rows(self) -> dict[str, Mapping[str, Any]]:
         """Return the rows of the table by trial."""
         return {row["trial"]: row for row in self.table.rows()}
 
     def update(self) -> list[str]:
-        """Copy the rows of the storage into the table; return the names of the trials that have none yet."""
+        """Copy the rows of the storage into the table; return the names of the trials that have none yet.
+
+        A trial whose stage or member has not ended well is refused, and so is what needs it in turn.
+        """
         shared = self.shared.rows()
         self.table.add([shared[name] for name in self.plan.trials if name in shared], key="trial")
         known = self.rows()
+        for trial in self.plan.trials.values():
+            ended = [known[name] for name in trial.needs if name in known]
+            bad = [row for row in ended if row["status"] != "ok"]
+            if bad and trial.name not in known:
+                cause = f"needs {bad[0]['trial']}, which is {bad[0]['status']}: {bad[0]['cause']}"
+                known[trial.name] = row_of(trial, "refused", cause, git_commit())
+                self.table.add([known[trial.name]], key="trial")
         return [name for name in self.plan.trials if name not in known]
 
     def run(self) -> "Counter[str]":
@@ -164,6 +187,7 @@ class Sweep:
                         with bar.external_write_mode():
                             say(self.finish(job))
                 left = self.update()
+                self.drop_checkpoints([name for name in todo if name not in left], left)
                 bar.update(len(todo) - len(left))
                 todo = left
         finally:
@@ -175,26 +199,28 @@ class Sweep:
 
     def start(self, todo: list[str]) -> Job | None:
         """Take a trial and start it, or go on with it if it was cut short; None where there is none to start now."""
-        taken = self.shared.take({name: self.plan.trials[name].flags for name in todo}, self.options.search_seed)
+        waits = [name for name in todo if any(need in todo for need in self.plan.trials[name].needs)]
+        ready = {name: self.plan.trials[name].flags for name in todo if name not in waits}
+        taken = self.shared.take(ready, self.options.search_seed) if ready else None
         if taken is None:
             return None
         record, log = taken
         trial = self.plan.trial(record.user_attrs["trial"], record.params)
         job, folder = Job(trial, record, log, git_commit()), RunDirectory(Path(log.name).parent)
         is_same = trial.config is not None and began_as(trial.config, folder.path)
-        if trial.config is None or (is_same and (folder.path / "scores.json").exists()):
+        if trial.refusal or (is_same and (folder.path / "scores.json").exists()):
             return job
-        # measured as --benchmark does it; the row is written here
-        words = [*trial.words, "--no_test_predictions", "--benchmark=", "--run_dir", str(folder.path)]
+        words = [str(SCRIPTS / trial.script), *trial.words, "--run_dir", str(folder.path)]
+        if trial.script == SCRIPT:  # measured as --benchmark does it; the row is written here
+            words += ["--no_test_predictions", "--benchmark="]
         if is_same and folder.states():
             words.append("--resume")
         else:
             log.truncate(0)
             folder.clear()
-        if trial.config.compute.threads is None and self.options.jobs > 1:
+        if trial.config is not None and trial.config.compute.threads is None and self.options.jobs > 1:
             words += ["--threads", str(max(1, cores() // self.options.jobs))]
-        command = [sys.executable, str(SCRIPT_PATH), *words]
-        job.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        job.process = subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         return job
 
     def watch(self, job: Job) -> None:
@@ -210,7 +236,7 @@ class Sweep:
                 job.process.terminate()
 
     def finish(self, job: Job) -> str:
-        """Record the row of a trial that has ended, delete its checkpoints and unlock it; return a line about it."""
+        """Record the row of a trial that has ended, delete its states and unlock it; return a line about it."""
         folder, trial = Path(job.log.name).parent, job.trial
         code = 0 if job.process is None else job.process.returncode
         status, cause = verdict(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
@@ -222,8 +248,19 @@ class Sweep:
         if not self.shared.finish(job.record, row):
             return f"{trial.name}: another sweep has taken this trial over"
         if not self.options.keep_checkpoints:
-            (folder / "best.pt").unlink(missing_ok=True)
             RunDirectory(folder).drop_states()
         job.log.close()
         sampled = "".join(f" {flag}={trial.flags[flag]}" for flag in self.plan.ranges)
         return f"{trial.name}{sampled}: {status}, " + (f"score {row['score']:.4f}" if "score" in row else cause)
+
+    def drop_checkpoints(self, ended: Sequence[str], left: Sequence[str]) -> None:
+        """Delete the checkpoints of trials that have `ended` and of those that they needed.
+
+        A checkpoint stays while a trial that has no row yet, one of `left`, is or needs its trial.
+        """
+        if self.options.keep_checkpoints:
+            return
+        still_needed = {*left, *(need for name in left for need in self.plan.trials[name].needs)}
+        done = {*ended, *(need for name in ended for need in self.plan.trials[name].needs)}
+        for name in done - still_needed:
+            self.checkpoint(name).unlink(missing_ok=True)

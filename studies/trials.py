@@ -1,4 +1,7 @@
-"""The trials of a study, from a grid or a search, each checked as multitask_classifier.py would check it."""
+"""The trials of a study, from a grid or a search, each checked as multitask_classifier.py would check it.
+
+studies/table_plan.py makes those of a report's table.
+"""
 
 import hashlib
 import itertools
@@ -13,10 +16,12 @@ from typing import Any
 from cli.checks import check_processes
 from cli.parser import OneLineParser, build_config, build_parser
 from config import Config, option
+from studies.study_table import StudyTable
 from tasks import TASKS
 from utils.errors import UserError, first_line
 
 SCRIPT = "multitask_classifier.py"
+PLACES = ("--run_dir", "--name", "--filepath")  # flags of a recipe that do not count, since each trial has its own
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?"
 
 
@@ -27,6 +32,9 @@ class SweepOptions:
     out: str = option("", "folder of the study: results.csv, study.journal and trials/", metavar="DIR")
     storage: str = option("", "share the study: a file that all machines see, or a database's URL", metavar="FILE")
     retry: str = option("", "this machine is dead: run the trials again that were running there", metavar="HOST")
+    tables: str = option("", "tables.toml of a report: run --table, or list all tables without it", metavar="FILE")
+    table: str = option("", "the table of --tables whose rows are trained, by its id", metavar="ID")
+    seeds: tuple[str, ...] | None = option(None, "seeds of --table; without it each recipe's own", metavar="1,2,3")
     search: int | None = option(None, "number of trials of the study, sampled from --range by Optuna's TPE", low=1)
     search_seed: int = option(0, "seed of --search; --seed is that of the trials", low=0, high=2**31)
     pruner: str = option(
@@ -36,14 +44,15 @@ class SweepOptions:
     )
     jobs: int = option(1, "trials at a time; without --threads they share the CPU's cores", low=1)
     keep_checkpoints: bool = option(False, "keep best.pt and resume.pt of trials that have their row")
-    dry_run: bool = option(False, "list the trials and stop")
+    dry_run: bool = option(False, "list the trials and stop; of a table with their steps, memory and hours")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of a study: the flags that the study sets, all words of the command line, and the configuration.
 
-    `refusal` is why multitask_classifier.py would not run it.
+    `refusal` is why multitask_classifier.py would not run it. `script` is what runs: the configuration of an ensemble
+    is that of its first member. `needs` are the trials whose checkpoints it reads: it starts once all have status ok.
     """
 
     name: str
@@ -51,19 +60,25 @@ class Trial:
     words: Sequence[str]
     config: Config | None = None
     refusal: str = ""
+    script: str = SCRIPT
+    needs: Sequence[str] = ()
 
     @property
     def command(self) -> str:
-        """Return the command line that trains this."""
-        return shlex.join(["python", SCRIPT, *self.words])
+        """Return the command line that runs this."""
+        return shlex.join(["python", self.script, *self.words])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The trials of a study by name, and the `ranges` (Optuna's) from which a search samples more flags for each."""
+    """The trials of a study by name, and the `ranges` (Optuna's) from which a search samples more flags for each.
+
+    A trial comes after those that it needs. `table` is the report's table whose rows the trials are.
+    """
 
     trials: Mapping[str, Trial]
     ranges: Mapping[str, Any]
+    table: StudyTable | None = None
 
     def trial(self, name: str, values: Mapping[str, object]) -> Trial:
         """Return the trial of this name, in a search with the values that were sampled for it."""

@@ -46,6 +46,7 @@ def test_a_run_adds_its_row(benchmark: Path) -> None:
     ]  # fmt: skip
     scores = json.loads((benchmark / "dora" / "scores.json").read_text())["dev"]
     assert float(dora["score"]) == scores["score"] and float(dora["sst_accuracy"]) == scores["sst"]["accuracy"]
+    assert float(dora["sst_f1"]) == scores["sst"]["f1"] and float(dora["sts_spearman"]) == scores["sts"]["spearman"]
     assert int(dora["checkpoint_bytes"]) == (benchmark / "dora" / "best.pt").stat().st_size
     assert int(dora["trainable_parameters"]) < int(plain["trainable_parameters"])
     assert dora["device"].startswith("cpu (") and plain["para_accuracy"] == plain["cause"] == ""
@@ -57,6 +58,7 @@ def test_figures_are_means_over_epochs(benchmark: Path) -> None:
     assert len(timing) == 2
     steps = sum(line["seconds_without_evaluation"] for line in timing) / 60
     assert float(row["minutes_without_evaluation"]) == pytest.approx(steps, abs=1e-3) and row["gpu_utilization"] == ""
+    assert float(row["minutes"]) == pytest.approx(sum(line["seconds"] for line in timing) / 60, abs=1e-3)
     for task in ("sst", "sts"):
         seconds = [line["train_seconds"][task] for line in timing]
         peaks = [line["train_peak_memory_bytes"][task] for line in timing]
@@ -134,7 +136,7 @@ def test_without_a_key_the_same_row_may_be_there_twice(tmp_path: Path) -> None:
 
 def test_a_table_that_is_older_than_a_task_goes_on(tmp_path: Path) -> None:
     older = [name for name in COLUMNS if not name.startswith("cfimdb_")]
-    assert len(older) == len(COLUMNS) - 3
+    assert len(older) == len(COLUMNS) - 4
     path = tmp_path / "results.csv"
     path.write_text(",".join(["trial", "lr", *older]) + "\na,1,0.5" + "," * (len(older) - 1) + "\n")
     Table(path, ["trial", "lr", *COLUMNS]).add([{"trial": "b", "lr": "2", "cfimdb_accuracy": 0.75}])

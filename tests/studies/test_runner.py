@@ -41,16 +41,29 @@ for epoch in range(done + 1, epochs + 1):
     with metrics.open("a") as file:
         file.write(json.dumps({{"epoch": epoch, "dev": {{"score": score}}, "trainable_parameters": 1}}) + "\\n")
     (folder / "resume.pt").touch()
+if config.train.init_from and not Path(config.train.init_from).exists():
+    sys.exit("error: --init_from has no file")
 (folder / "best.pt").write_text("weights")
 (folder / "scores.json").write_text(json.dumps({{"dev": {{"score": score, "score_raw_r": score}}}}))
+"""
+
+ENSEMBLE = """
+import json, sys
+from pathlib import Path
+print("begins")
+members = [Path(word) for word in sys.argv[1:] if word.endswith("best.pt")]
+assert all(path.read_text() == "weights" for path in members)
+folder = Path(sys.argv[sys.argv.index("--run_dir") + 1])
+(folder / "scores.json").write_text(json.dumps({"dev": {"score": len(members) / 10, "score_raw_r": 0}}))
 """
 
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let sweeps start the script above and look often. They listen to SIGTERM, which pytest does not want to."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    monkeypatch.setattr(runner, "SCRIPT_PATH", tmp_path / "script.py")
+    """Let sweeps start the scripts above and look often. They listen to SIGTERM, which pytest does not want to."""
+    (tmp_path / "multitask_classifier.py").write_text(SCRIPT)
+    (tmp_path / "ensemble.py").write_text(ENSEMBLE)
+    monkeypatch.setattr(runner, "SCRIPTS", tmp_path)
     monkeypatch.setattr(runner, "POLL", 0.02)
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -276,6 +289,75 @@ def test_bad_trials_are_pruned_and_others_are_not(tmp_path: Path, monkeypatch: p
     assert "6 ok, 1 pruned: " in capsys.readouterr().out
     run(tmp_path / "study", *words)
     assert by_trial(tmp_path / "study") == rows
+
+
+# ------------------------------------------------------------------------------------------------ tables of a report
+
+TABLE = ["--tables", ROOT / "tests" / "r9" / "tables.toml", "--table", "1"]
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("trials/*/best.pt")}
+
+
+def test_a_table_that_is_killed_goes_on_and_each_checkpoint_stays_as_long_as_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with the stage done and while the rest trains, then finished by two sweeps at once."""
+    monkeypatch.chdir(ROOT)
+    folder, words = tmp_path / "study", [*TABLE, "--seeds", "1,2"]
+    monkeypatch.setenv("SECONDS", "0.4")
+    first = start(folder, *words, "--jobs", 2)
+    wait_for_rows(4, folder, first, jobs=2)
+    kill_all(first)
+    begun = {f"{name},seed={seed}" for name in ("row=base", "recipe=stage") for seed in (1, 2)}
+    assert begun <= set(by_trial(folder)) and begun <= checkpoints(folder)
+    sweeps = [start(folder, *words) for _ in range(2)]
+    assert [child.wait(180) for child in sweeps] == [0, 0]
+    rows = by_trial(folder)
+    assert len(rows) == 10 and {row["status"] for row in rows.values()} == {"ok"} and not checkpoints(folder)
+    assert [rows[f"row=both,seed={seed}"]["score"] for seed in (1, 2)] == ["0.3", "0.3"]
+    assert all(log_of(folder, name).count("begins after epoch 0") <= 1 for name in rows)
+    table = json.loads((folder / "table.json").read_text())
+    assert table["rows"][1]["trials"] == ["row=staged,seed=1", "row=staged,seed=2"]
+    run(folder, *TABLE, "--seeds", "3", "--keep_checkpoints")
+    table = json.loads((folder / "table.json").read_text())
+    assert table["rows"][5]["trials"] == [] and len(table["rows"][4]["trials"]) == 3
+    assert checkpoints(folder) == {f"{name},seed=3" for name in ("row=base", "recipe=stage", "row=staged", "row=again")}
+
+
+def test_what_needs_a_trial_that_fails_is_refused_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in (ROOT / "tests" / "r9").iterdir():
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8").replace("--no_train_sst", "--lr 2"))
+    folder = tmp_path / "study"
+    with pytest.raises(SystemExit):
+        run(folder, "--tables", tmp_path / "tables.toml", "--table", "1")
+    rows = by_trial(folder)
+    cause = "needs recipe=stage, which is failed: error: the learning rate is too high"
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "row=base": "ok", "recipe=stage": "failed", "row=staged": "refused", "row=again": "refused",
+        "row=both": "refused",
+    }  # fmt: skip
+    assert rows["row=staged"]["cause"] == rows["row=again"]["cause"] == cause
+    assert rows["row=both"]["cause"] == f"needs row=staged, which is refused: {cause}"
+    assert not checkpoints(folder) and "ensemble.py" in rows["row=both"]["command"]
+
+
+def test_a_checkpoint_that_is_gone_or_another_table_is_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "study"
+    run(folder, *TABLE)
+    results = (folder / "results.csv").read_text().splitlines()
+    (folder / "results.csv").write_text("\n".join(line for line in results if not line.startswith("row=both")) + "\n")
+    (folder / "study.journal").unlink()
+    line = refusal(run, folder, *TABLE)
+    assert "other trials need the checkpoints of row=base, row=staged, which are gone; to train them again" in line
+    assert "holds Table 1 of R9; choose another folder" in refusal(run, folder, *TABLE[:-1], "figure-2")
+    (folder / "table.json").write_text("{}")
+    assert "table.json: cannot be read ('rows'); delete it" in refusal(run, folder, *TABLE[:-1], "figure-2")
 
 
 @pytest.mark.parametrize("storage", ["text", "text/journal", "nosuch://host/study", "sqlite:////nosuch/study.db"])
