@@ -64,7 +64,7 @@ def test_r0s_final_study_is_steady_hand_with_and_without_its_efficiency_methods(
 ) -> None:
     """Table 7; its baseline with AMP is the recipe of I.4 with another seed."""
     monkeypatch.chdir(ROOT)
-    steady = expand_arguments(["@recipes/g6-yin-yang-steady-hand.args"])
+    steady = expand_arguments(["@recipes/r0/g6-yin-yang-steady-hand.args"])
     kinds: dict[tuple[str, bool, bool], set[int]] = {}
     for trial in read_study("r0-final"):
         assert trial.config is not None
