@@ -1,6 +1,6 @@
 """Run a study: a training run for each combination of a grid, or for each sample of a search, and a row for each.
 
-    python sweep.py --out runs/ranks --grid lora_rank=1,2,5 lora_mode=attn,attn-only dora=0,1 @recipes/small/minilm-cpu.args
+    python sweep.py --out runs/ranks --grid lora_rank=1,2,5 lora_mode=attn dora=0,1 @recipes/small/minilm-cpu.args
     python sweep.py --out runs/search --search 40 --range lr=1e-5..3e-3:log lora_rank=1..64:log optim=AdamW,Adamax \\
         --pruner median --lora_mode attn @recipes/small/minilm-cpu.args
 
