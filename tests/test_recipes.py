@@ -89,9 +89,7 @@ def recipe(member: str) -> Config:
 def test_every_command_and_ensemble_of_r0_has_its_file() -> None:
     lists = {name for name, _ in ENSEMBLES.values()}
     assert set(PRINTED) == {*COMMANDS.values(), *lists, "ensemble minimal"} and len(PRINTED) == 23 + 9
-    ours = {
-        path.stem for path in R0.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")
-    }
+    ours = {path.stem for path in R0.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")}
     assert ours == set(MEMBERS)
     assert {path.stem for path in (R0 / "ensembles").iterdir()} == set(ENSEMBLES)
 
