@@ -1,6 +1,7 @@
 """The recipes of R1 to R4: their values are the reports', and all of them run."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from models.checkpoint import load
 
 RECIPES = ROOT / "recipes"
 REPORTS = ("r1", "r2", "r3", "r4")
-FILES = [path for report in REPORTS for path in (RECIPES / report).glob("*.args")]
+FILES = [path for report in REPORTS for path in (RECIPES / report).glob("*.args") if not path.is_symlink()]
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in FILES)
 
 
@@ -27,6 +28,14 @@ def recipe(name: str) -> Config:
     return configure(f"@recipes/{name}.args")
 
 
+def changes(name: str) -> str:
+    """Return the text of a recipe and of those that it includes, without what all runs of its report share."""
+    if name.endswith(("/base", "/common")):
+        return ""
+    text = (RECIPES / f"{name}.args").read_text(encoding="utf-8")
+    return text + "".join(map(changes, re.findall(r"^@recipes/(\S+)\.args$", text, re.MULTILINE)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reports_defaults(name: str) -> None:
     """Batch, rate and epochs of each report's runs, where the recipe's own row does not say otherwise."""
@@ -35,7 +44,7 @@ def test_the_reports_defaults(name: str) -> None:
     assert text.startswith(f"# R{name[1]}, ") or text.startswith("# What R")
     report = name.split("/")[0]
     batch, epochs = {"r1": (16, 100), "r2": (16, 10), "r3": (16, 10), "r4": (8, 10)}[report]
-    changed = "" if name.endswith("base") else text
+    changed = changes(name)
     assert "--batch_size" in changed or config.train.batch_size == batch
     assert "--lr " in changed or config.train.lr == 1e-5
     assert "--epochs" in changed or config.train.epochs == epochs
@@ -57,6 +66,9 @@ def test_what_single_rows_ask_for() -> None:
     assert recipe("r1/multitask").train.routine == "random-epoch"
     assert all(recipe(name).tasks["sst"].extra == ("ids-cfimdb-train.csv",) for name in NAMES if name.startswith("r1/"))
     assert recipe("r2/v1").model.sts_head == "cosine" and recipe("r2/smart-sts-k250").train.smart_steps == 250
+    values = [recipe(name).train for name in NAMES if name.startswith("r2/") and "smart" in name]
+    assert {(train.smart_sigma, train.smart_epsilon, train.smart_eta) for train in values} == {(1e-5, 1e-5, 1e-3)}
+    assert recipe("r2/v1-dora").lora == replace(recipe("r2/v1-lora").lora, dora=True)
     dora = recipe("r2/dora-r2-rslora").lora
     assert (dora.dora, dora.rslora, dora.lora_targets, dora.lora_alpha) == (True, True, ("query", "value"), 8)
     assert recipe("r2/dora-r8-rslora-amp").compute.amp
@@ -80,7 +92,10 @@ def test_what_single_rows_ask_for() -> None:
     assert (stage.weight, stage.embedding_loss) == (0, "ranking")
 
 
-@pytest.mark.parametrize("name", ["r1/finetune-sst", "r1/finetune-para", "r1/finetune-sts"])
+ALONE = [name for name in NAMES if name.startswith(("r1/finetune-", "r2/smart-sst", "r2/smart-sts"))]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_runs_of_one_task_score_the_others_too(name: str) -> None:
     tasks, trained = recipe(name).tasks, name.split("-")[1]
     assert {task: options.num_trains for task, options in tasks.items()} == {
