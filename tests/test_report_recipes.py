@@ -131,6 +131,10 @@ def run(name: str, few: list[str], data: Path, folder: Path) -> Path:
     if (para := config.tasks.get("para")) is not None:
         more += ["--para_train", quora] if para.train else []
         more += ["--para_extra", quora] if para.extra else []
+    if "cfimdb" in config.tasks:
+        reviews = folder / "reviews.csv"
+        reviews.write_text("id\tsentence\tsentiment\na\ta dull film\t0\nb\ta fine film\t1\n", encoding="utf-8")
+        more += ["--cfimdb_train", str(reviews), "--cfimdb_dev", str(reviews)]
     if (before := stage_before(name)) is not None:
         more += ["--init_from", str(run(before, few, data, folder) / "best.pt")]
     out = folder / name
