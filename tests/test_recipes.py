@@ -54,6 +54,8 @@ YIN_YANG = {
     "g6-interleaver-the-parabola": ("Interleaver the parabola", 1e-4, 9e-3, 1e-2, 0.5, (3, 8, 2), (2, 2, 2)),
     "g6-interleaver-2": ("Interleaver 2", 1e-4, 9e-3, 1e-2, 0.5, (4, 2, 4), (10, 1, 10)),
 }
+# The defaults of R0's early program that no printed command has; beside them 10 epochs (appendix G).
+EARLY_DEFAULTS = "--para_lr_multiplier 1 --sts_lr_multiplier 3 --sst_weight_decay 1e-5 --sts_weight_decay 5e-3"
 COMMANDS = {recipe: values[0] for recipe, values in {**DUALITY, **YIN_YANG}.items()}
 MEMBERS = [*COMMANDS, "g6-duality-of-man"]
 # Recipe, the printed list, and its number of members.
@@ -78,7 +80,10 @@ def added(member: str) -> list[str]:
     """Return what a recipe has beyond the printed flags."""
     out = ["--run_dir", f"runs/r0/{member}", "--filepath", f"runs/r0/{member}.pt"]
     if "duality" in member:
-        out += ["--arch", "duality"]
+        out += ["--arch", "duality", *shlex.split(EARLY_DEFAULTS)]
+        out += [] if "--epochs" in expand_arguments(printed(COMMANDS[member])) else ["--epochs", "10"]
+    if member == "duality-of-slow-man":  # the only one without iterative unfreezing
+        out += ["--lr_schedule", "cosine"]
     return out + (["--routine", "interleave"] if "interleaver" in member else [])
 
 
@@ -118,9 +123,19 @@ def test_printed_commands_mean_what_they_say_and_are_recipes(member: str) -> Non
     assert recipe(member) == configure(*words)
 
 
+@pytest.mark.parametrize("member", COMMANDS)
+def test_printed_commands_run_with_dry_run(
+    member: str, tiny_bert: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--pretrained", str(tiny_bert), "--data_dir", str(small_data), "--max_length", "64", "--dry_run"]
+    multitask_classifier.main([*printed(COMMANDS[member]), *place])
+    assert f"{configure(*printed(COMMANDS[member])).train.epochs} epochs of " in capsys.readouterr().out
+
+
 def test_duality_of_man_is_inferred_from_robust_men() -> None:
-    undone = ["--optim", "Adamax", "--epochs", 7, "--sst_lr_multiplier", 10, "--para_weight_decay", 1e-5]
-    words = [*printed("Duality of Robust Men"), *undone, *added("g6-duality-of-man")]
+    undone = ["--optim", "Adamax", "--sst_lr_multiplier", 10, "--para_weight_decay", 1e-3]
+    place = ["--run_dir", "runs/r0/g6-duality-of-man", "--filepath", "runs/r0/g6-duality-of-man.pt"]
+    words = [*printed("Duality of Robust Men"), *added("duality-of-robust-men"), *undone, *place]
     assert recipe("g6-duality-of-man") == configure(*words)
 
 
@@ -134,7 +149,9 @@ def test_an_ensemble_is_the_printed_list(name: str, monkeypatch: pytest.MonkeyPa
     assert taken == [checkpoints] and len(checkpoints) == count
     if name in ENSEMBLES:
         words = expand_arguments([f"@{R0 / 'ensembles' / name}.args"])
-        assert words[: words.index("--filepaths")] == ["--use_gpu", "--run_dir", f"runs/r0/{name}"]
+        assert words[: words.index("--filepaths")] == [
+            *("--use_gpu", "--average", "logits", "--run_dir", f"runs/r0/{name}")
+        ]
         assert words[words.index("--filepaths") + 1 :] == [f"runs/r0/{checkpoint}" for checkpoint in checkpoints]
         assert {Path(checkpoint).stem for checkpoint in checkpoints} <= set(MEMBERS)
 
