@@ -24,14 +24,14 @@ $(VENV)/dev.done: requirements.txt requirements-dev.txt | $(BIN)/python
 	touch $@ $(VENV)/run.done
 
 demo: $(VENV)/run.done
-	$(BIN)/python multitask_classifier.py @recipes/demo-siamese.args $(SAMPLE) --run_dir $(DEMO)/siamese
-	$(BIN)/python multitask_classifier.py @recipes/demo-cross.args $(SAMPLE) --run_dir $(DEMO)/cross
+	$(BIN)/python multitask_classifier.py @recipes/small/demo-siamese.args $(SAMPLE) --run_dir $(DEMO)/siamese
+	$(BIN)/python multitask_classifier.py @recipes/small/demo-cross.args $(SAMPLE) --run_dir $(DEMO)/cross
 	$(BIN)/python ensemble.py $(DEMO)/siamese/best.pt $(DEMO)/cross/best.pt --data_dir data/sample --run_dir $(DEMO)/ensemble
 	@echo
 	@echo "Curves, confusion matrices and options of both members:"
 	@echo "    $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
 
-# make ensemble-NAME   train those members of recipes/ensembles/NAME.args that are missing, then ensemble them;
+# make ensemble-NAME   train those members of recipes/r0/ensembles/NAME.args that are missing, then ensemble them;
 # make ensemble-NAME DATA=folder FLAGS="..."   the same with other data and more flags for each training
 DATA := data
 FLAGS :=
@@ -39,10 +39,10 @@ R0 := runs/r0
 
 # A run is finished when it has scores.json: its checkpoint is there from the first epoch on.
 $(R0)/%/scores.json: | $(VENV)/run.done
-	$(BIN)/python multitask_classifier.py @recipes/$*.args --data_dir $(DATA) $(FLAGS) \
+	$(BIN)/python multitask_classifier.py @recipes/r0/$*.args --data_dir $(DATA) $(FLAGS) \
 		$$(test -f $(@D)/resume.pt -o -f $(@D)/resume-previous.pt && echo --resume || echo --overwrite)
 
-ensemble-%: recipes/ensembles/%.args $(VENV)/run.done
+ensemble-%: recipes/r0/ensembles/%.args $(VENV)/run.done
 	$(MAKE) --no-print-directory $$(sed -n 's,^\($(R0)/.*\)\.pt$$,\1/scores.json,p' $< | sort -u)
 	$(BIN)/python ensemble.py @$< --data_dir $(DATA)
 

@@ -547,8 +547,8 @@ class TaskOptions:
     from_epoch: int = option(1, "first epoch that trains {title}", template="{task}_from_epoch", low=1)
     extra: tuple[str, ...] | None = option(
         None,
-        "comma-separated further training files of {title}; if labels are classes and a file has only 0 and 1, its 1 "
-        "counts as the highest class",
+        "comma-separated further training files of {title}, from this folder or --data_dir; if labels are classes and "
+        "a file has only 0 and 1, its 1 counts as the highest class",
         template="{task}_extra",
         metavar="FILES",
     )

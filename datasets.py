@@ -151,14 +151,17 @@ def find_file(data_dir: Path, override: str | None, task: Task, split: str) -> P
     return None
 
 
+def find_extra(data_dir: Path, name: str) -> Path | None:
+    """Return a further training file from the working folder, else from `data_dir`, or None if neither has it."""
+    return next((path for path in (Path(name), data_dir / name) if path.is_file()), None)
+
+
 def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
     """Return the examples of a further training file (--NAME_extra), which has the format of the task.
 
     If the task has classes and all labels in the file are 0 or 1, as in CFIMDB, they become the lowest and the highest
-    class (R1, section 5.1). Raises UserError for a missing file and for what `read_examples` refuses.
+    class (R1, section 5.1). Raises UserError for what `read_examples` refuses.
     """
-    if not path.is_file():
-        raise UserError(f"--{task.name}_extra {path}: there is no such file; check the path")
     examples = read_examples(path, task, "train", bad_rows)
     assert examples.labels is not None  # a training file has them
     if task.kind == "classes" and examples.labels.max() <= 1:
@@ -179,7 +182,8 @@ def concatenated(parts: Sequence[Examples]) -> Examples:
 def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
     """Return the examples of a split, or None if there is no test file. --max_train_examples limits the training split.
 
-    Raises UserError for a missing train or dev file, for too many bad rows, and as `read_examples` does.
+    A further training file that does not exist is left out. Raises UserError for a missing train or dev file, for too
+    many bad rows, and as `read_examples` does.
     """
     override = {"train": options.train, "dev": options.dev, "test": options.test}[split]
     path = find_file(Path(data.data_dir), override, task, split)
@@ -192,7 +196,8 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
         )
     examples = read_examples(path, task, split, bad_rows)
     if split == "train":
-        examples = concatenated([examples, *(read_extra(Path(name), task, bad_rows) for name in options.extra or ())])
+        found = [find_extra(Path(data.data_dir), name) for name in options.extra or ()]
+        examples = concatenated([examples, *(read_extra(path, task, bad_rows) for path in found if path)])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
         return examples.take(data.max_train_examples, SUBSET_SEED)
@@ -208,7 +213,8 @@ def load_splits(
 ) -> dict[str, dict[str, Examples]]:
     """Return the examples of each split in `names`, by split and task.
 
-    `say` reports skipped rows and missing test files. Raises UserError as `load_split` does.
+    `say` reports skipped rows, missing test files and missing further training files. Raises UserError as `load_split`
+    does.
     """
     bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
     splits: dict[str, dict[str, Examples]] = {split: {} for split in names}
@@ -219,6 +225,9 @@ def load_splits(
                 say(f"{task.title}: there is no test file {task.files['test']}, so no test predictions")
             else:
                 splits[split][name] = examples
+            for extra in (options[name].extra or ()) if split == "train" else ():
+                if find_extra(Path(data.data_dir), extra) is None:
+                    say(f"--{name}_extra {extra}: there is no such file; {task.title} trains without it")
     if bad_rows.count:
         say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {data.max_bad_rows})")
     return splits

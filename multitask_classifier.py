@@ -1,7 +1,7 @@
 """Train and test a multitask minBERT on sentiment, paraphrases and similarity.
 
 python multitask_classifier.py --data_dir data/sample --pretrained all-MiniLM-L6-v2
-python multitask_classifier.py @recipes/g6-yin-yang.args --use_gpu
+python multitask_classifier.py @recipes/r0/g6-yin-yang.args --use_gpu
 torchrun --nproc_per_node=8 multitask_classifier.py --use_gpu --amp
 python multitask_classifier.py --evaluate best.pt --data_dir data
 echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict - --task sst

@@ -1,8 +1,8 @@
 """Run a study: a training run for each combination of a grid, each sample of a search, or each row of a report's table.
 
-    python sweep.py --out runs/ranks --grid lora_rank=1,2,5 lora_mode=attn,attn-only dora=0,1 @recipes/minilm-cpu.args
+    python sweep.py --out runs/ranks --grid lora_rank=1,2,5 lora_mode=attn dora=0,1 @recipes/small/minilm-cpu.args
     python sweep.py --out runs/search --search 40 --range lr=1e-5..3e-3:log lora_rank=1..64:log optim=AdamW,Adamax \\
-        --pruner median --lora_mode attn @recipes/minilm-cpu.args
+        --pruner median --lora_mode attn @recipes/small/minilm-cpu.args
     python sweep.py --out runs/r1-table-3 --tables recipes/r1/tables.toml --table 3 --seeds 1,2,3 --use_gpu
 
 All other flags are those of multitask_classifier.py and hold for every trial. A switch takes 0 and 1. A value

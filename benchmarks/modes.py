@@ -380,7 +380,7 @@ def measure_recipe(options: BenchmarkOptions, warmup: int = RECIPE_WARMUP, steps
     Each stage of unfreezing has other seconds per step; the rows of the real files give the number of steps. Raises
     UserError where a task has no step left after the warmup.
     """
-    flags = [f"@{ROOT / 'recipes' / 'g6-yin-yang.args'}", "--use_gpu", "--amp"]
+    flags = [f"@{ROOT / 'recipes' / 'r0' / 'g6-yin-yang.args'}", "--use_gpu", "--amp"]
     flags += ["--cuda_graphs"] if options.cuda_graphs else []
     trainer = trainer_from_flags(options, flags, {name: TASKS[name] for name in REAL_ROWS}, say)
     rounds = {}

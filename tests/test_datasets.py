@@ -310,6 +310,15 @@ def test_low_similarities_of_an_extra_file_stay(tmp_path: Path) -> None:
     options = TaskOptions(extra=(str(tmp_path / "extra.csv"),))
     found = load_split(DataOptions(data_dir=str(tmp_path)), options, STS, "train", BadRows(0, print))
     assert found is not None and found.labels is not None and found.labels.tolist() == [0.5, 1, 0.5, 1]
-    missing = TaskOptions(extra=("no.csv",))
-    message = refusal(load_split, DataOptions(str(tmp_path)), missing, STS, "train", BadRows(0, print))
-    assert message.startswith("--sts_extra no.csv: there is no such file")
+
+
+def test_an_extra_file_is_also_found_in_the_data_folder_and_a_missing_one_is_left_out_with_a_line(
+    tmp_path: Path,
+) -> None:
+    for name in ("sts-train.csv", "extra.csv"):
+        (tmp_path / name).write_bytes(HEADERS["sts"] + b"0\t%s\tA\tB\t0.5\n" % name[:1].encode())
+    options = {"sts": TaskOptions(extra=("extra.csv", "no.csv"))}
+    said: list[str] = []
+    train = load_splits(DataOptions(data_dir=str(tmp_path)), options, {"sts": STS}, ["train"], said.append)["train"]
+    assert train["sts"].ids == ["s", "e"] and len(said) == 1
+    assert said[0].startswith("--sts_extra no.csv: there is no such file") and said[0].endswith("trains without it")

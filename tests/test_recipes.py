@@ -22,6 +22,7 @@ from evaluation import combine
 from training.trainer import Trainer
 
 RECIPES = ROOT / "recipes"
+R0 = RECIPES / "r0"
 PRINTED = dict(re.findall(r"^== (.*)\n([^=]*)", (ROOT / "tests" / "r0_commands.txt").read_text(), re.MULTILINE))
 
 # Recipe, the printed command, and its values. Of a Duality: mode, optimizer, lr, head, epochs.
@@ -53,6 +54,8 @@ YIN_YANG = {
     "g6-interleaver-the-parabola": ("Interleaver the parabola", 1e-4, 9e-3, 1e-2, 0.5, (3, 8, 2), (2, 2, 2)),
     "g6-interleaver-2": ("Interleaver 2", 1e-4, 9e-3, 1e-2, 0.5, (4, 2, 4), (10, 1, 10)),
 }
+# The defaults of R0's early program that no printed command has; beside them 10 epochs (appendix G).
+EARLY_DEFAULTS = "--para_lr_multiplier 1 --sts_lr_multiplier 3 --sst_weight_decay 1e-5 --sts_weight_decay 5e-3"
 COMMANDS = {recipe: values[0] for recipe, values in {**DUALITY, **YIN_YANG}.items()}
 MEMBERS = [*COMMANDS, "g6-duality-of-man"]
 # Recipe, the printed list, and its number of members.
@@ -77,22 +80,23 @@ def added(member: str) -> list[str]:
     """Return what a recipe has beyond the printed flags."""
     out = ["--run_dir", f"runs/r0/{member}", "--filepath", f"runs/r0/{member}.pt"]
     if "duality" in member:
-        out += ["--arch", "duality"]
+        out += ["--arch", "duality", *shlex.split(EARLY_DEFAULTS)]
+        out += [] if "--epochs" in expand_arguments(printed(COMMANDS[member])) else ["--epochs", "10"]
+    if member == "duality-of-slow-man":  # the only one without iterative unfreezing
+        out += ["--lr_schedule", "cosine"]
     return out + (["--routine", "interleave"] if "interleaver" in member else [])
 
 
 def recipe(member: str) -> Config:
-    return configure(f"@{RECIPES / member}.args")
+    return configure(f"@{R0 / member}.args")
 
 
 def test_every_command_and_ensemble_of_r0_has_its_file() -> None:
     lists = {name for name, _ in ENSEMBLES.values()}
     assert set(PRINTED) == {*COMMANDS.values(), *lists, "ensemble minimal"} and len(PRINTED) == 23 + 9
-    ours = {
-        path.stem for path in RECIPES.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")
-    }
+    ours = {path.stem for path in R0.glob("*.args") if (recipe(path.stem).run.run_dir or "").startswith("runs/r0/")}
     assert ours == set(MEMBERS)
-    assert {path.stem for path in (RECIPES / "ensembles").iterdir()} == set(ENSEMBLES)
+    assert {path.stem for path in (R0 / "ensembles").iterdir()} == set(ENSEMBLES)
 
 
 @pytest.mark.parametrize("member", COMMANDS)
@@ -115,13 +119,23 @@ def test_printed_commands_mean_what_they_say_and_are_recipes(member: str) -> Non
     assert (sst.weight_decay, para.weight_decay, sts.weight_decay) == decays
     # Flag by flag, since a default that happens to agree must be in the file only if it is printed.
     words = [*expand_arguments(words), *added(member)]
-    assert sorted(expand_arguments([f"@{RECIPES / member}.args"])) == sorted(words)
+    assert sorted(expand_arguments([f"@{R0 / member}.args"])) == sorted(words)
     assert recipe(member) == configure(*words)
 
 
+@pytest.mark.parametrize("member", COMMANDS)
+def test_printed_commands_run_with_dry_run(
+    member: str, tiny_bert: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--pretrained", str(tiny_bert), "--data_dir", str(small_data), "--max_length", "64", "--dry_run"]
+    multitask_classifier.main([*printed(COMMANDS[member]), *place])
+    assert f"{configure(*printed(COMMANDS[member])).train.epochs} epochs of " in capsys.readouterr().out
+
+
 def test_duality_of_man_is_inferred_from_robust_men() -> None:
-    undone = ["--optim", "Adamax", "--epochs", 7, "--sst_lr_multiplier", 10, "--para_weight_decay", 1e-5]
-    words = [*printed("Duality of Robust Men"), *undone, *added("g6-duality-of-man")]
+    undone = ["--optim", "Adamax", "--sst_lr_multiplier", 10, "--para_weight_decay", 1e-3]
+    place = ["--run_dir", "runs/r0/g6-duality-of-man", "--filepath", "runs/r0/g6-duality-of-man.pt"]
+    words = [*printed("Duality of Robust Men"), *added("duality-of-robust-men"), *undone, *place]
     assert recipe("g6-duality-of-man") == configure(*words)
 
 
@@ -134,8 +148,10 @@ def test_an_ensemble_is_the_printed_list(name: str, monkeypatch: pytest.MonkeyPa
     ensemble.main(printed(listed))
     assert taken == [checkpoints] and len(checkpoints) == count
     if name in ENSEMBLES:
-        words = expand_arguments([f"@{RECIPES / 'ensembles' / name}.args"])
-        assert words[: words.index("--filepaths")] == ["--use_gpu", "--run_dir", f"runs/r0/{name}"]
+        words = expand_arguments([f"@{R0 / 'ensembles' / name}.args"])
+        assert words[: words.index("--filepaths")] == [
+            *("--use_gpu", "--average", "logits", "--run_dir", f"runs/r0/{name}")
+        ]
         assert words[words.index("--filepaths") + 1 :] == [f"runs/r0/{checkpoint}" for checkpoint in checkpoints]
         assert {Path(checkpoint).stem for checkpoint in checkpoints} <= set(MEMBERS)
 
@@ -144,7 +160,7 @@ def test_an_ensemble_is_the_printed_list(name: str, monkeypatch: pytest.MonkeyPa
 def test_every_recipe_trains(member: str, tiny_flags: list[str], tmp_path: Path) -> None:
     few = ["--epochs", "1", "--max_train_examples", "8", "--no_tensorboard"]
     place = ["--run_dir", str(tmp_path / "run"), "--filepath", str(tmp_path / "member.pt")]
-    multitask_classifier.main([f"@{RECIPES / member}.args", *tiny_flags, *few, *place])
+    multitask_classifier.main([f"@{R0 / member}.args", *tiny_flags, *few, *place])
     assert (tmp_path / "member.pt").read_bytes() == (tmp_path / "run" / "best.pt").read_bytes()
     epoch = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8"))
     steps = {name: task["steps"] for name, task in epoch["train"].items()}
@@ -152,8 +168,15 @@ def test_every_recipe_trains(member: str, tiny_flags: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.args")), ids=lambda path: path.name)
-def test_our_own_recipes_are_valid(path: Path) -> None:
+def test_recipes_are_still_found_where_they_once_were(path: Path) -> None:
     assert list(configure(f"@{path}").tasks) == ["sst", "para", "sts"]
+    assert path.is_symlink() or path.stem == "mlm"
+
+
+def test_every_moved_recipe_has_a_link() -> None:
+    links = {path.name: path.resolve() for path in RECIPES.iterdir() if path.is_symlink()}
+    moved = [*(R0 / f"{member}.args" for member in MEMBERS), *(RECIPES / "small").glob("*.args"), R0 / "ensembles"]
+    assert links == {path.name: path for path in moved}
 
 
 def test_the_dictionary_of_adapters_runs(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,14 +193,14 @@ def workshop(tmp_path: Path) -> Path:
     """A folder with links to the scripts, and an ensemble of two members, the first of which has two votes."""
     for script in ("multitask_classifier.py", "ensemble.py", "Makefile", "requirements.txt"):
         (tmp_path / script).symlink_to(ROOT / script)
-    ensembles = tmp_path / "recipes" / "ensembles"
+    ensembles = tmp_path / "recipes" / "r0" / "ensembles"
     ensembles.mkdir(parents=True)
     (ensembles / "two.args").write_text(
         "# Two.\n--run_dir runs/r0/two --filepaths\nruns/r0/a.pt\nruns/r0/b.pt\nruns/r0/a.pt\n", encoding="utf-8"
     )
     for name in ("a", "b"):
         flags = f"--run_dir runs/r0/{name} --filepath runs/r0/{name}.pt --no_tensorboard\n"
-        (tmp_path / "recipes" / f"{name}.args").write_text(flags, encoding="utf-8")
+        (tmp_path / "recipes" / "r0" / f"{name}.args").write_text(flags, encoding="utf-8")
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
@@ -203,7 +226,7 @@ def test_make_goes_on_where_it_stopped(
     target = ("ensemble-two", f"DATA={small_data}", f"FLAGS={shlex.join(flags)}")
     plan = make(workshop, "-n", *target).splitlines()
     trained = [line.split()[2] for line in plan if "multitask_classifier.py" in line]
-    assert trained == ["@recipes/a.args", "@recipes/b.args"]
+    assert trained == ["@recipes/r0/a.args", "@recipes/r0/b.args"]
 
     # a is killed after its first epoch, when its checkpoint is written, and b before the end of its first epoch
     save_state = Trainer.save_state
@@ -215,7 +238,7 @@ def test_make_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.chdir(workshop)
         patch.setattr(Trainer, "save_state", killed)
-        words = ["@recipes/a.args", "--data_dir", str(small_data), *flags]
+        words = ["@recipes/r0/a.args", "--data_dir", str(small_data), *flags]
         assert Child(lambda: multitask_classifier.main(words), workshop / "killed").wait() == -signal.SIGKILL
     runs = workshop / "runs" / "r0"
     first_epoch = (runs / "a" / "metrics.jsonl").read_bytes()
@@ -231,7 +254,7 @@ def test_make_goes_on_where_it_stopped(
     assert read_json(runs / "two" / "scores.json")["votes"] == {"runs/r0/a.pt": 2, "runs/r0/b.pt": 1}
 
     plan = make(workshop, "-n", *target)
-    assert "multitask_classifier.py" not in plan and "ensemble.py @recipes/ensembles/two.args" in plan
+    assert "multitask_classifier.py" not in plan and "ensemble.py @recipes/r0/ensembles/two.args" in plan
     shutil.rmtree(runs / "b")
     plan = make(workshop, "-n", *target)
-    assert "@recipes/b.args" in plan and "@recipes/a.args" not in plan
+    assert "@recipes/r0/b.args" in plan and "@recipes/r0/a.args" not in plan

@@ -49,7 +49,7 @@ def test_r0s_grid_has_960_combinations_of_which_416_are_left(monkeypatch: pytest
         "lr=1e-4,5e-5,1e-5,5e-6", "batch_size=64,128,256,384", "lora_rank=1,5,10", "dora=0,1",
         "lora_mode=none,all-lin,attn,all-lin-only,attn-only", "fine_tune_mode=full-model,last-layer",
     ]  # fmt: skip
-    base = expand_arguments([f"@{STUDIES / 'r0-base.args'}", "--amp", "--epochs", "3"])
+    base = expand_arguments(["@recipes/r0/efficiency-grid.args"])
     trials = list(plan_grid([grid], base).trials.values())
     refused = [trial for trial in trials if trial.config is None]
     assert len(trials) == 960 and len(refused) == 160 and all("needs adapters" in trial.refusal for trial in refused)
@@ -64,7 +64,7 @@ def test_r0s_final_study_is_steady_hand_with_and_without_its_efficiency_methods(
 ) -> None:
     """Table 7; its baseline with AMP is the recipe of I.4 with another seed."""
     monkeypatch.chdir(ROOT)
-    steady = expand_arguments(["@recipes/g6-yin-yang-steady-hand.args"])
+    steady = expand_arguments(["@recipes/r0/g6-yin-yang-steady-hand.args"])
     kinds: dict[tuple[str, bool, bool], set[int]] = {}
     for trial in read_study("r0-final"):
         assert trial.config is not None
