@@ -20,7 +20,7 @@ import torch
 
 from cli.parser import OneLineParser
 from config import DataOptions, TaskOptions
-from tasks import Task
+from tasks import TASKS, Task
 from text.cleaning import Cleaner
 from text.packing import Batch, PackedBatch, pack, ragged_rows
 from text.rows import RowError, parse_header, read_rows, split_fields
@@ -151,9 +151,20 @@ def find_file(data_dir: Path, override: str | None, task: Task, split: str) -> P
     return None
 
 
-def find_extra(data_dir: Path, name: str) -> Path | None:
-    """Return a further training file from the working folder, else from `data_dir`, or None if neither has it."""
-    return next((path for path in (Path(name), data_dir / name) if path.is_file()), None)
+def find_extra(data_dir: Path, name: str, task: Task) -> Path | None:
+    """Return a further training file (--NAME_extra) from the working folder, else from `data_dir`.
+
+    Return None if neither has it and it is the training file of another task, such as CFIMDB's, since a recipe may name
+    it. Raises UserError for any other file that is missing.
+    """
+    for path in (Path(name), data_dir / name):
+        if path.is_file():
+            return path
+    if name in {row.files["train"] for row in TASKS.values()}:
+        return None
+    raise UserError(
+        f"--{task.name}_extra {name}: there is no such file, here or in --data_dir {data_dir}; check the path"
+    )
 
 
 def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
@@ -182,8 +193,7 @@ def concatenated(parts: Sequence[Examples]) -> Examples:
 def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
     """Return the examples of a split, or None if there is no test file. --max_train_examples limits the training split.
 
-    A further training file that does not exist is left out. Raises UserError for a missing train or dev file, for too
-    many bad rows, and as `read_examples` does.
+    Raises UserError for a missing train or dev file, for too many bad rows, and as `find_extra` and `read_examples` do.
     """
     override = {"train": options.train, "dev": options.dev, "test": options.test}[split]
     path = find_file(Path(data.data_dir), override, task, split)
@@ -196,7 +206,7 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
         )
     examples = read_examples(path, task, split, bad_rows)
     if split == "train":
-        found = [find_extra(Path(data.data_dir), name) for name in options.extra or ()]
+        found = [find_extra(Path(data.data_dir), name, task) for name in options.extra or ()]
         examples = concatenated([examples, *(read_extra(path, task, bad_rows) for path in found if path)])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
@@ -213,8 +223,8 @@ def load_splits(
 ) -> dict[str, dict[str, Examples]]:
     """Return the examples of each split in `names`, by split and task.
 
-    `say` reports skipped rows, missing test files and missing further training files. Raises UserError as `load_split`
-    does.
+    `say` reports skipped rows, missing test files, and a missing training file of another task (--sst_extra). Raises
+    UserError as `load_split` does.
     """
     bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
     splits: dict[str, dict[str, Examples]] = {split: {} for split in names}
@@ -226,7 +236,7 @@ def load_splits(
             else:
                 splits[split][name] = examples
             for extra in (options[name].extra or ()) if split == "train" else ():
-                if find_extra(Path(data.data_dir), extra) is None:
+                if find_extra(Path(data.data_dir), extra, task) is None:
                     say(f"--{name}_extra {extra}: there is no such file; {task.title} trains without it")
     if bad_rows.count:
         say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {data.max_bad_rows})")

@@ -312,13 +312,15 @@ def test_low_similarities_of_an_extra_file_stay(tmp_path: Path) -> None:
     assert found is not None and found.labels is not None and found.labels.tolist() == [0.5, 1, 0.5, 1]
 
 
-def test_an_extra_file_is_also_found_in_the_data_folder_and_a_missing_one_is_left_out_with_a_line(
-    tmp_path: Path,
-) -> None:
+def test_an_extra_file_is_also_found_in_the_data_folder(tmp_path: Path) -> None:
+    """CFIMDB's, which recipes name, may be missing; any other one would be a mistake."""
     for name in ("sts-train.csv", "extra.csv"):
         (tmp_path / name).write_bytes(HEADERS["sts"] + b"0\t%s\tA\tB\t0.5\n" % name[:1].encode())
-    options = {"sts": TaskOptions(extra=("extra.csv", "no.csv"))}
+    options = {"sts": TaskOptions(extra=("extra.csv", "ids-cfimdb-train.csv"))}
     said: list[str] = []
     train = load_splits(DataOptions(data_dir=str(tmp_path)), options, {"sts": STS}, ["train"], said.append)["train"]
     assert train["sts"].ids == ["s", "e"] and len(said) == 1
-    assert said[0].startswith("--sts_extra no.csv: there is no such file") and said[0].endswith("trains without it")
+    assert said[0].startswith("--sts_extra ids-cfimdb-train.csv: there is no such file; STS similarity trains without")
+    missing = {"sts": TaskOptions(extra=("no.csv",))}
+    message = refusal(load_splits, DataOptions(str(tmp_path)), missing, {"sts": STS}, ["train"], print)
+    assert message.startswith("--sts_extra no.csv: there is no such file, here or in --data_dir")
