@@ -1,6 +1,7 @@
-"""The recipes of R1 to R4: their values are the reports', and all of them run."""
+"""The recipes of R1 to R4 and of R0's early experiments: their values are the reports', and all of them run."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from helpers import ROOT, configure
 
 import multitask_classifier
 from config import Config
-from models.checkpoint import load
 
 RECIPES = ROOT / "recipes"
 REPORTS = ("r1", "r2", "r3", "r4")
 FILES = [path for report in REPORTS for path in (RECIPES / report).glob("*.args") if not path.is_symlink()]
 NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in FILES)
+EARLY = sorted(f"r0/{path.stem}" for path in (RECIPES / "r0").glob("e*.args"))  # and those of R0's efficiency
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_what_single_rows_ask_for() -> None:
     assert (pal.pal, pal.pal_tasks, pal.pal_residual) == ("shared-v", ("sst",), "feed-forward")
     assert recipe("r1/mixed-aa").pal.pal_residual == "attention"
     smart = recipe("r1/smart-alpha1e-2-lambda1e-3")
-    assert (smart.train.smart_epsilon, smart.train.smart_sigma, smart.train.eval_every) == (1e-2, 1e-2, 4)
+    assert (smart.train.smart_steps, smart.train.smart_sigma, smart.train.eval_every) == (0, 1e-2, 4)
     assert [task.smart for task in smart.tasks.values()] == [1e-3] * 3
     assert recipe("r1/multitask").train.routine == "random-epoch"
     assert all(recipe(name).tasks["sst"].extra == ("ids-cfimdb-train.csv",) for name in NAMES if name.startswith("r1/"))
@@ -84,12 +85,42 @@ def test_what_single_rows_ask_for() -> None:
     big = recipe("r4/bigdata")
     assert (big.model.pair_features, big.lora.lora_rank) == (("u", "v", "diff"), 200) and big.tasks["para"].extra
     final = recipe("r4/final")
-    assert final.train.pcgrad and final.model == replace(
-        big.model, pretrained=final.model.pretrained, backbones="shared"
-    )
+    assert final.train.pcgrad and final.model == replace(big.model, backbones="shared")
     assert final.model.head_width == 100 and final.tasks["sts"].loss == "pearson" and final.lora == big.lora
     stage = recipe("r4/ranking-stage").tasks["sts"]
-    assert (stage.weight, stage.embedding_loss) == (0, "ranking")
+    assert (stage.weight, stage.embedding_loss) == (0, "ranking") and recipe(
+        "r4/ranking-stage"
+    ).train.ranking_scale == 1
+    assert recipe("r4/base").train.steps_per_epoch == math.ceil(283_003 / 8)  # all of Quora's pairs
+    assert final.train.steps_per_epoch == math.ceil((283_003 + 50_000) / 8)
+
+
+SEVERAL = ("separate", "duality", "clean", "50", "late", "shallow", "triangular", "cyclic", "ema", "lambda")
+
+
+@pytest.mark.parametrize("name", NAMES + EARLY)
+def test_only_the_later_runs_of_r0_have_an_optimizer_for_each_task(name: str) -> None:
+    """Its appendix G introduces them with figure 13; all runs of R1 to R4 have one."""
+    several = name.startswith(tuple(f"r0/early-{word}" for word in SEVERAL))
+    assert recipe(name).train.has_one_optimizer() != several
+    assert recipe("r0/g6-yin-yang").train.optimizers != "one"
+
+
+def test_heads_and_pooling_of_r3() -> None:
+    """Figure 1 and sections 3.4 and A.7."""
+    base, before = recipe("r3/base"), recipe("r3/r2")
+    assert (base.model.pooling, base.tasks["sts"].pooling, before.tasks["sts"].pooling) == ("cls", "mean", "cls")
+    assert [task.head_layers for task in base.tasks.values()] == [0, None, None] and base.model.head_layers == 1
+    assert recipe("r3/r10-shallow-para").tasks["para"].head_layers == 0
+    assert recipe("r3/r10-deep-sts").tasks["sts"].head_layers == 3
+
+
+def test_r3_varies_rate_and_dropout_separately() -> None:
+    """Its appendix A.6."""
+    runs = [recipe(name) for name in NAMES if name.startswith("r3/r9")]
+    found = {(config.train.lr, config.model.hidden_dropout_prob) for config in runs}
+    assert found == {(1e-4, 0.3), (1e-6, 0.3), (1e-7, 0.3), (1e-5, 0.4), (1e-5, 0.5), (1e-5, 0.6)}
+    assert {config.train.epochs for config in runs} == {6}
 
 
 ALONE = [name for name in NAMES if name.startswith(("r1/finetune-", "r2/smart-sst", "r2/smart-sts"))]
@@ -117,7 +148,6 @@ def stage_before(name: str) -> str | None:
 
 def test_every_stage_has_a_run_after_it() -> None:
     before = {name: stage_before(name) for name in NAMES}
-    before |= {"r4/final": "r4/final-stage"}  # whose backbone it takes by --pretrained
     assert {name for name in NAMES if name.endswith("-stage")} == {name for name in before.values() if name}
     for name in before.values():
         assert name is None or recipe(name).run.run_dir == f"runs/{name}"
@@ -131,6 +161,7 @@ def run(name: str, few: list[str], data: Path, folder: Path) -> Path:
     if (para := config.tasks.get("para")) is not None:
         more += ["--para_train", quora] if para.train else []
         more += ["--para_extra", quora] if para.extra else []
+        more += ["--para_from_epoch", "1"] if para.from_epoch > 1 else []
     if "cfimdb" in config.tasks:
         reviews = folder / "reviews.csv"
         reviews.write_text("id\tsentence\tsentiment\na\ta dull film\t0\nb\ta fine film\t1\n", encoding="utf-8")
@@ -147,17 +178,9 @@ def few(tiny_flags: list[str]) -> list[str]:
     return [*tiny_flags, "--epochs", "1", "--batch_size", "8", "--max_train_examples", "8", "--no_tensorboard"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-stage")])
+@pytest.mark.parametrize("name", [name for name in NAMES + EARLY if not name.endswith("-stage")])
 def test_every_recipe_trains(name: str, few: list[str], small_data: Path, tmp_path: Path) -> None:
-    folder = run(name, few, small_data, tmp_path)
+    elsewhere = ["--amp_dtype", "auto", "--no_extra_clean"]  # without a GPU and the data of nltk
+    folder = run(name, [*few, *elsewhere], small_data, tmp_path)
     dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
     assert dev.keys() == {*recipe(name).tasks, "score", "score_raw_r"} and 0 <= dev["score"] <= 1
-
-
-def test_the_final_model_of_r4_starts_from_what_its_stage_exports(
-    few: list[str], small_data: Path, tmp_path: Path
-) -> None:
-    stage, start = run("r4/final-stage", few, small_data, tmp_path), tmp_path / "start"
-    multitask_classifier.main(["--evaluate", str(stage / "best.pt"), "--export", str(start)])
-    final = run("r4/final", [*few, "--pretrained", str(start / "shared")], small_data, tmp_path)
-    assert {name.split(".")[0] for name in load(final / "best.pt")["weights"]} == {"backbones", "heads"}

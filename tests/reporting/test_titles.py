@@ -7,7 +7,7 @@ from config import Config
 from reporting.commands import command_of, config_of, flags_of, shared_command
 from reporting.titles import settings, titles_of
 
-RECIPES = sorted((ROOT / "recipes").glob("*.args")) + sorted((ROOT / "recipes").glob("r[1-4]/*.args"))
+RECIPES = [path for folder in ("r?", "small") for path in sorted((ROOT / "recipes").glob(f"{folder}/*.args"))]
 BASE = "--train_sst --train_sts --lr 1e-4 --fine_tune_mode full-model --amp"
 SMART = "--sst_smart 1e-2 --sts_smart 1e-2"
 
