@@ -224,11 +224,11 @@ class DataParallelLoss:
     """A loss whose gradients are averaged over ranks as backward computes them."""
 
     def __init__(self, loss: Loss, model: MultitaskBERT, one_wrapper: bool) -> None:
-        """Wrap the loss once for each task or, with `one_wrapper`, once for all tasks.
+        """Wrap the loss once for each backbone or, with `one_wrapper`, once for all tasks.
 
-        A wrapper sends the gradients of all its parameters, whether the batch reaches them or not. Wrappers for each
-        task therefore send least. But only a wrapper for all tasks can add up the gradients of several tasks before it
-        sends the sum.
+        A wrapper sends the gradients of all its parameters, and has memory for them, whether a batch reaches them or
+        not. Wrappers for each backbone therefore send and hold no backbone's gradients twice. But only a wrapper for
+        all tasks can add up the gradients of several tasks before it sends the sum.
         """
         self.loss, self.model, self.one_wrapper = loss, model, one_wrapper
         self.wrappers: dict[str, Any] = {}
@@ -239,21 +239,19 @@ class DataParallelLoss:
         A task that reaches nothing that trains has the loss itself, since its batches have no gradient.
         """
         reached = {name: self.model.task_parameters(name) for name in self.model.tasks}
-        trained = {name: group for name, group in reached.items() if any(p.requires_grad for p in group)}
         self.wrappers = dict.fromkeys(reached, self.loss)
-        if self.one_wrapper and trained:
-            everything = dict.fromkeys(parameter for group in trained.values() for parameter in group)
-            self.wrappers |= dict.fromkeys(trained, self.wrap(list(everything)))
-        else:
-            self.wrappers |= {name: self.wrap(group) for name, group in trained.items()}
-
-    def wrap(self, parameters: Sequence[nn.Parameter]) -> DistributedDataParallel:
-        """Return the loss with the gradients of `parameters` averaged."""
-        return DistributedDataParallel(
-            LossModule(self.loss, parameters),
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.one_wrapper,  # a batch of one task does not reach those of the others
-        )
+        groups: dict[str, list[str]] = {}
+        for name, parameters in reached.items():
+            if any(parameter.requires_grad for parameter in parameters):
+                groups.setdefault("" if self.one_wrapper else self.model.backbone_of[name], []).append(name)
+        for names in groups.values():
+            everything = dict.fromkeys(parameter for name in names for parameter in reached[name])
+            wrapper = DistributedDataParallel(
+                LossModule(self.loss, everything),
+                gradient_as_bucket_view=True,
+                find_unused_parameters=len(names) > 1,  # a batch of one task does not reach the heads of the others
+            )
+            self.wrappers |= dict.fromkeys(names, wrapper)
 
     def last_trained(self, step: Step) -> TaskBatch | None:
         """Return the last batch of a step that has a gradient; None if no batch has one."""

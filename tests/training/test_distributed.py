@@ -35,6 +35,7 @@ EXACT += [f"--{task}_weight_decay=0" for task in DEFAULT_TASKS]
 SMART = ["--sst_smart", 1, "--para_smart", 1, "--sts_smart", 1, "--smart_epsilon", 0.1, "--smart_eta", 0.1]
 SMART += ["--smart_sigma", 0.05, "--optim", "SGD", "--batch_size", 8, "--lr", 1e-5]
 UNFREEZING = ["--fine_tune_mode", "iterative", "--epochs", 5, "--optim", "SGD"]
+ONE_RATE = [f"--{task}_{name}" for task in DEFAULT_TASKS for name in ("lr_multiplier=2", "weight_decay=0.1")]
 CASES: dict[str, list[Any]] = {
     "sequential": ["--optim", "AdamW"],
     "interleave": ["--routine", "interleave", "--arch", "r4", "--optim", "AdamW", "--sst_weight_decay", 0.1],
@@ -72,6 +73,7 @@ CASES: dict[str, list[Any]] = {
     ],
     "SMART": SMART,
     "SMART, micro-batches": [*SMART, "--routine", "joint", "--pcgrad", "--micro_batch_size", 8],
+    "one optimizer": ["--arch", "baseline", "--optimizers", "one", "--optim", "AdamW", *ONE_RATE],
     "batches of one": ["--batch_size", 19, "--shared_batchnorm_stats", "--optim", "SGD"],
 }
 
