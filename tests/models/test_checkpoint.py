@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import changed, configure, copied, metrics, refusal
+from helpers import changed, configure, copied, make_trainer, metrics, refusal
 from torch import Tensor
 
 from config import Config
@@ -117,3 +117,20 @@ def test_checkpoints_with_a_part_missing_or_odd_are_refused(trained: Trainer, tm
     assert "odd.pt" in refusal(load_model, path)
     save(path, {**content, key: odd[key]})
     assert "odd.pt" in refusal(load_model, path)
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(
+    trained: Trainer, tiny_bert: Path, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    """One with more words than the weights have, and one that is not that of the start weights."""
+    content = load(trained.checkpointer.run.best)
+    content["bert_config"]["vocab_size"] = 50
+    for name, tensor in content["weights"].items():
+        if name.endswith("word_embedding.weight"):
+            content["weights"][name] = tensor[:50].clone()
+    save(tmp_path / "few.pt", content)
+    assert "words, its weights only 50" in refusal(load_model, tmp_path / "few.pt")
+    cased = shutil.copytree(tiny_bert, tmp_path / "cased")
+    (cased / "tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
+    flags = ["--pretrained", cased, "--init_from", trained.checkpointer.run.best]
+    assert "was trained with another tokenizer" in refusal(make_trainer, tiny_flags, tmp_path / "run", *flags)
