@@ -231,7 +231,7 @@ def check_optimizers(config: Config) -> list[str]:
         return []
     problems = []
     for name, what in (("lr_multiplier", "rate"), ("weight_decay", "decay")):
-        values = {task: getattr(options, name) for task, options in config.tasks.items()}
+        values = {task: getattr(options, name) for task, options in config.tasks.items() if options.num_trains}
         if len(set(values.values())) > 1:
             given = " ".join(f"--{task}_{name} {value:g}" for task, value in values.items())
             problems.append(f"--optimizers one has one {what}, but there are {given}; give these one value")

@@ -105,6 +105,10 @@ def test_contradictions_name_both_flags(words: str, named: tuple[str, str]) -> N
     assert named[0] in message and named[1] in message
 
 
+def test_a_task_that_does_not_train_needs_no_agreement() -> None:
+    configure("--optimizers", "one", "--num_para_trains", 0, "--num_sts_trains", 0)
+
+
 def test_flags_that_evaluation_reads() -> None:
     """All others are refused, even with their default, since they would change nothing."""
     run = "--data_dir d --max_bad_rows 1 --run_dir r --no_test_predictions --quora_dev x --sst_test y"

@@ -61,7 +61,7 @@ def test_batch_norm_of_one_value_uses_running_statistics_and_leaves_them() -> No
 def test_pair_layer_equals_torch_modules() -> None:
     """Linear-BN-ReLU-Linear-BN, both norms with the statistics of the task at hand."""
     torch.manual_seed(0)
-    layer = PairLayer(7, 5, True, ("para", "sts")).double()
+    layer = PairLayer(7, 5, "batchnorm", ("para", "sts")).double()
     reference = nn.Sequential(layer.dense, nn.BatchNorm1d(5), nn.ReLU(), layer.out, nn.BatchNorm1d(5)).double()
     for _ in range(3):
         layer(torch.randn(8, 7, dtype=torch.float64) + 3, "para")
@@ -70,7 +70,7 @@ def test_pair_layer_equals_torch_modules() -> None:
     x = torch.randn(8, 7, dtype=torch.float64)
     assert max_difference(layer.eval()(x, "sts"), reference.eval()(x)) <= 1e-12
     assert max_difference(layer(x, "para"), reference(x)) > 1e-2
-    plain = PairLayer(7, 5, False, ("para",)).double()
+    plain = PairLayer(7, 5, "plain", ("para",)).double()
     assert max_difference(plain(x, "para"), nn.Sequential(plain.dense, nn.ReLU(), plain.out)(x)) <= 1e-14
 
 
