@@ -17,8 +17,8 @@ from utils.errors import UserError, first_line
 RECIPES = Path(__file__).parent.with_name("recipes")
 VERDICTS = {  # verdict -> its words in docs/reports.md
     "reproduced": "reproduced by this command",
-    "differs": "differs because",
-    "impossible": "cannot be reproduced because",
+    "differs": "differs:",
+    "impossible": "cannot be reproduced:",
 }
 FIGURES = (
     *(f"{name}_{metric}" for name, task in TASKS.items() for metric in task.metrics), "score", "score_raw_r",

@@ -132,7 +132,7 @@ def test_the_page_has_every_row_with_one_verdict() -> None:
     assert "## R9" in page and "### Table 1: A task first, dev and test" in page and "### Figure 2: " in "\n".join(page)
     assert "| row | sst accuracy | sts pearson | score | minutes | verdict |" in page
     assert "| Baseline | 0.5 | 0.860 | 0.715 | 1:30:30 | reproduced by this command |" in page  # the report's digits
-    assert "| STS first / then both | 0.523 |  | 0.7 |  | differs because Our heads train. |" in page
+    assert "| STS first / then both | 0.523 |  | 0.7 |  | differs: Our heads train. |" in page
     assert "| Baseline, test |  |  | 0.702 |  | reproduced by this command |" in page
     assert "`python sweep.py --tables recipes/r9/tables.toml --table figure-2 --out runs/r9-figure-2`" in page
 
