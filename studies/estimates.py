@@ -128,7 +128,7 @@ def describe_plan(plan: Plan, out: Path) -> str:
             estimates[kind] = estimate(trial.config, 0 if on_gpu else program)
         except UserError as error:
             problems.append(f"{kind}: cannot be estimated: {first_line(error)}")
-    speed, source = speed_of(plan, estimates, out)
+    speed, source = speed_of(plan, estimates, out) if estimates else (0.0, "")
     done, rows, left = finished_rows(out), [], 0.0
     for kind, trials in kinds.items():
         todo = sum(trial.name not in done for trial in trials)
@@ -139,10 +139,9 @@ def describe_plan(plan: Plan, out: Path) -> str:
             row += [f"{estimates[kind].steps:,}", f"{estimates[kind].memory / 1e9:.2f}", f"{hours:.2f}"]
         rows.append([*row, *[""] * (6 - len(row))])
     table = format_table(["trial", "runs", "to do", "steps", "memory (GB)", "hours a run"], rows)
-    impossible = (
-        [f"{label_of(row.name, row.split)}: cannot be run: {row.because}" for row in plan.table.rows if not row.trials]
-        if plan.table
-        else []
-    )
+    listed = plan.table.rows if plan.table is not None else ()
+    impossible = [f"{label_of(row.name, row.split)}: cannot be run: {row.because}" for row in listed if not row.trials]
+    if not estimates:
+        return "\n".join([table, *problems, *impossible, "hours cannot be estimated"])
     total = f"{left:.2f} hours for what is to do, one run after another; ensembles, which only predict, not counted"
     return "\n".join([table, *problems, *impossible, total, source])

@@ -74,3 +74,5 @@ def test_missing_data_is_told_and_the_rest_estimated(
     printed = capsys.readouterr().out
     assert "row=base: cannot be estimated: --sst_train nowhere.csv" in printed
     assert len(lines_of(printed)["recipe=stage"]) == 5 and not Path("never").exists()
+    sweep.main([*TABLE, *tiny_flags, "--data_dir", "nowhere", "--out", "never"])
+    assert "\nhours cannot be estimated\n" in capsys.readouterr().out
