@@ -109,6 +109,16 @@ def tasks_table(
     return format_table(["task", "examples", "rounds", "steps", "tokens", "lr", "decay", "loss"], rows)
 
 
+def model_lines(config: Config) -> list[str]:
+    """Return what the model is made of, and in what single tasks differ."""
+    model, heads = config.model, config.heads_of_tasks()
+    of_all = (
+        f"arch {model.arch}: {model.backbones} backbones, {model.pair_encoding} pairs, {model.pooling} pooling, "
+        f"{model.clf} heads; start weights {model.pretrained}"
+    )
+    return [of_all, "except " + ", ".join(f"--{name} {value}" for name, value in heads.items())][: 1 + bool(heads)]
+
+
 def freezing_course(model: MultitaskBERT, options: TrainOptions) -> str:
     """Say in words what trains from which epoch on."""
     told: list[str] = []
@@ -153,21 +163,18 @@ def describe(
     processes: int = 1,
 ) -> str:
     """Return the text of --dry_run; `splits` are the examples of each task by split."""
-    options, data = config.train, splits["train"]
-    cached, lines = described_cache(config, model, splits, device)
+    options, data, (cached, lines) = config.train, splits["train"], described_cache(config, model, splits, device)
     # The program and its libraries; a GPU's memory is counted without them, as `peak_memory` does.
     program = 0 if device.device.type == "cuda" else max(0, process_peak() - weight_bytes(model.parameters()))
     plan = Plan.of(options, config.tasks, {name: len(examples) for name, examples in data.items()})
     steps = ROUTINES[options.routine](plan, options.epochs - 1)
     uneven = max(plan.from_epochs.values()) > 1 or min(plan.fractions.values()) < 1.0
     late = " (the last one)" if uneven or options.routine in DRAWING_ROUTINES else ""
-    freezing, heads = freezing_course(model, options), config.heads_of_tasks()
+    freezing = freezing_course(model, options)
     model.freeze_for_epoch(options, options.epochs - 1)
     return "\n".join(
         [
-            f"arch {config.model.arch}: {config.model.backbones} backbones, {config.model.pair_encoding} pairs, "
-            f"{config.model.pooling} pooling, {config.model.clf} heads; start weights {config.model.pretrained}",
-            *(["except " + ", ".join(f"--{name} {value}" for name, value in heads.items())] if heads else []),
+            *model_lines(config),
             "",
             tasks_table(config, model, data, plan, steps),
             "steps are those of an epoch, tokens those of an example on average",
