@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cli.checks import check, check_evaluate, check_processes
+from cli.suggestions import close_recipes, explain_unknown
 from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
 from tasks import Task, task_by_alias
 from utils.console import is_main_process
@@ -23,6 +24,14 @@ class OneLineParser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         if is_main_process():  # the other processes of torchrun have the same command line
             super()._print_message(message, file)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`; for unknown words, exit with code 2 and say what may be meant."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            meant = explain_unknown(unknown, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; {meant}" if meant else ""))
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -47,7 +56,9 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
                 text = path.read_text(encoding="utf-8")
                 out += expand_arguments(shlex.split(without_comments(text)), (*seen, path))
             except (OSError, ValueError) as error:
-                raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
+                close = " or ".join(f"@{name}" for name in close_recipes(word[1:]))
+                remedy = f"did you mean {close}?" if close and not path.exists() else "name a file of flags"
+                raise UserError(f"{word}: cannot read flags from this file ({error}); {remedy}") from error
         elif re.match(r"--?[A-Za-z]", word) and word != "-h":
             name, equals, value = word.lstrip("-").partition("=")
             out.append("--" + name.replace("-", "_") + equals + value)

@@ -12,6 +12,7 @@ import pytest
 from helpers import FILMS, ROOT, configure, refusal
 
 from cli.parser import build_parser, expand_arguments
+from cli.suggestions import FLAGS_ELSEWHERE
 from config import GROUPS, ComputeOptions, EnsembleOptions, FileOptions, TaskOptions
 from tasks import SST, TASKS, Task
 
@@ -98,6 +99,40 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> No
         recipe.write_bytes(content)
     message = refusal(configure, "--epochs", 3, f"@{recipe}")
     assert str(recipe) in message and "cannot read flags" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--bach_size 3", "did you mean --batch_size?"),
+        ("--learning_rate=3e-5 --output_dir x", "--learning_rate is --lr here; --output_dir is --run_dir here"),
+        ("--num_train_epochs 3", "--epochs"),
+        ("--per_device_train_batch_size 3", "--batch_size"),
+        ("--fp16", "--amp --amp_dtype fp16"),
+        ("-bf16", "--amp --amp_dtype bf16"),
+        ("--do_train", "what happens without --evaluate"),
+        ("recipes/small/minilm-cpu.args", "@recipes/small/minilm-cpu.args"),
+        ("minilm-cpu", "@recipes/small/minilm-cpu.args"),
+    ],
+)
+def test_unknown_words_say_what_is_meant(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert meant in exit_line(capsys, *words.split())
+
+
+def test_flags_of_other_trainers_lead_to_flags_of_ours() -> None:
+    known = {flag for action in actions(build_parser("x", "", TASKS)) for flag in action.option_strings}
+    for elsewhere, here in FLAGS_ELSEWHERE.items():
+        assert f"--{elsewhere}" not in known and set(re.findall(r"--\w+", here)) <= known, elsewhere
+
+
+def test_a_misspelt_file_of_flags_names_close_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    message = refusal(configure, "@recipes/small/minilm-cpuu.args")
+    assert "did you mean @recipes/small/minilm-cpu.args" in message
+    assert refusal(configure, f"@{tmp_path}/zzzzzz.args").endswith("name a file of flags")
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
