@@ -154,8 +154,8 @@ def choose_device(
 ) -> Device:
     """Return what --use_gpu, --amp and --threads ask for, as far as this machine has it, and set the threads.
 
-    `say` gets a line for each thing that is missing, and one for a GPU that is not used. Of several GPUs, the current one of this process is taken. Raises
-    UserError if the device lacks the type that --amp_dtype names.
+    `say` gets a line for each thing that is missing, and one for a GPU that is not used. Of several GPUs, the current
+    one of this process is taken. Raises UserError if the device lacks the type that --amp_dtype names.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -166,7 +166,7 @@ def choose_device(
     if use_gpu and found == "cpu":
         say(f"--use_gpu: there is no cuda or mps device here; {why_no_gpu()}; going on with the CPU")
     elif found != kind:
-        say("using the CPU, although this machine has a GPU; --use_gpu uses it, and --amp makes it faster still")
+        say("using the CPU, although this machine has a GPU; --use_gpu uses it")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     if amp_dtype != "auto" and not amp:
         raise UserError(f"--amp_dtype {amp_dtype} is the type of --amp; add that or drop it")
