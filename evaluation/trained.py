@@ -1,7 +1,7 @@
 """Use a trained model from Python: load a checkpoint, label texts and embed them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 
 from config import ComputeOptions, Config
 from datasets import Examples, TaskData, tokenise
-from evaluation.metrics import decide, probabilities
+from evaluation.metrics import decide, on_label_scale, probabilities
 from evaluation.predict import outputs_in_batches, predict
 from models.checkpoint import load as load_content
-from models.checkpoint import load_model, trained_tasks
+from models.checkpoint import load_model, saved_lines, trained_tasks
 from models.multitask_bert import MultitaskBERT
 from tasks import Task, task_by_alias
 from text.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ class TrainedModel:
     config: Config
     device: Device
     batch_size: int
+    lines: Mapping[str, tuple[float, float]]  # of each similarity: slope and intercept that give it the labels' scale
 
     def predict(self, task: str, texts: Texts) -> list[Prediction]:
         """Return a prediction for each text, or for each pair of texts if the task compares two.
@@ -59,13 +60,17 @@ class TrainedModel:
     def probabilities(self, task: str, texts: Texts) -> np.ndarray:
         """Return the probability of each class [N, classes], of the label 1 [N], or the similarity [N].
 
-        Raises UserError as `predict` does.
+        A similarity has the scale of the labels, by the line that was fitted on dev when the checkpoint was saved. An
+        older checkpoint has no line; the similarity is then the raw output. Raises UserError as `predict` does.
         """
         row = self.task(task)
         data = self._tokenised(row, text_columns(row, texts), str(self.model.options.pair_encoding))
         if not len(data):
             return np.empty((0, row.num_outputs)[: 2 if row.kind == "classes" else 1], np.float32)
-        return probabilities(row, predict(self.model, data, self.device.device, self.batch_size, self.device.amp))
+        outputs = predict(self.model, data, self.device.device, self.batch_size, self.device.amp)
+        if row.name in self.lines:
+            return on_label_scale(row, outputs, self.lines[row.name])
+        return probabilities(row, outputs)
 
     def embed(self, texts: Sequence[str], task: str | None = None) -> np.ndarray:
         """Return the sentence embeddings [N, H], float32, that the head of `task` gets.
@@ -127,7 +132,8 @@ def load_trained(path: Path, device: Device, batch_size: int, base: str | None =
     content = load_content(path)
     trained_tasks(content, path)
     model, tokenizer, config = load_model(path, content, base)
-    return TrainedModel(path, model.to(device.device), tokenizer, config, device, batch_size)
+    lines = saved_lines(content, path)
+    return TrainedModel(path, model.to(device.device), tokenizer, config, device, batch_size, lines)
 
 
 def load(
