@@ -19,8 +19,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (the name of a per-task flag, with {task} in it), `requires` (another option of the group, and those of its values
-    under which this option has an effect).
+    (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be given for .01), `separator` (of the
+    items of a list), `requires` (another option of the group, and those of its values under which this option has an
+    effect).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -135,7 +136,13 @@ class FileOptions:
     """Data."""
 
     data_dir: str = option("data", "folder with the tasks' csv files", metavar="DIR")
-    max_bad_rows: int = option(20, "refuse the run if more rows than this are unreadable, over all files", low=0)
+    max_bad_rows: float = option(
+        20,
+        "refuse the run if more rows than this are unreadable, over all files, or a larger share of a file (1%)",
+        low=0,
+        metavar="N[%]",
+        percent=True,
+    )
 
 
 @dataclass
@@ -537,6 +544,13 @@ class TaskOptions:
     train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
     test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
+    columns: tuple[str, ...] | None = option(
+        None,
+        "the files' own names of columns, such as text=review,label=stars (for pairs text1 and text2; also id)",
+        template="{task}_columns",
+        metavar="WORD=NAME,...",
+        separator=",",
+    )
     fraction: float = option(
         1.0,
         "share of {title} that a round takes; the next one goes on where it ended",

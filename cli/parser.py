@@ -76,7 +76,7 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
     """Return a converter for argparse from text to a value of `kind` within the option's choices and bounds."""
 
     def convert_list(text: str) -> tuple[str, ...]:
-        items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+        items = tuple(part.strip() for part in re.split(metadata.get("separator", r"[,\s]+"), text) if part.strip())
         if not items:
             raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
         for item in items:
@@ -85,13 +85,16 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         return items
 
     def convert(text: str) -> Any:
+        percent = metadata.get("percent", False) and text.endswith("%")
         try:
-            value = kind(text)
+            value = kind(text[:-1]) / 100 if percent else kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if percent and not value < 1:
+            raise argparse.ArgumentTypeError(f"{text} is no share; give less than 100%")
         if problem := out_of_bounds(value, kind, metadata):
             raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
