@@ -57,6 +57,12 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak()
 
+    def free_memory(self) -> int:
+        """Return how many bytes are free on a GPU, or how many more this process can take of main memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return free_memory()
+
     def utilization(self) -> int | None:
         """Return in how many percent of the last fraction of a second a GPU was at work.
 
