@@ -529,7 +529,9 @@ class TaskOptions:
     """The options of one task; the flags carry its name."""
 
     enabled: bool = option(
-        False, "train on {title}; once a task is named so, the others are left out", template="train_{task}"
+        False,
+        "train on {title}, and not on tasks that are not named so; --{task}_train FILE names its training file",
+        template="train_{task}",
     )
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
@@ -541,7 +543,12 @@ class TaskOptions:
         high=1_000,
     )
     loss: str = option("", "loss of {title}", template="{task}_loss")
-    train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
+    train: str | None = option(
+        None,
+        "training file (default: in --data_dir); --train_{task} without a file chooses the task",
+        template="{task}_train",
+        metavar="FILE",
+    )
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
     test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
     columns: tuple[str, ...] | None = option(
