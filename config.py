@@ -472,7 +472,7 @@ class RunOptions:
     )
     export: str | None = option(
         None,
-        "write the backbones of --evaluate's checkpoint here, as transformers reads them",
+        "write the backbones of --evaluate's checkpoint here, as transformers and sentence-transformers read them",
         metavar="DIR",
     )
     export_peft: str | None = option(

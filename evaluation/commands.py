@@ -5,12 +5,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from base_bert import save_pretrained
+from base_bert import full_name, save_pretrained
 from config import Config, ModelOptions
-from evaluation.trained import TrainedModel, load_trained
+from evaluation.trained import TrainedModel, embedding_task, load_trained
 from lora import merged_state_dict
 from models.checkpoint import load_model
 from models.peft_exchange import export_peft
+from models.sentence_transformers import export_sentence_transformers
 from tasks import Task
 from utils.console import say
 from utils.device import choose_device
@@ -36,8 +37,8 @@ def base_of(config: Config) -> str | None:
 def export(config: Config) -> None:
     """Write each backbone of a checkpoint into a folder with its name, for --export and --export_peft.
 
-    --export writes the Hugging Face layout, and --export_peft the adapters as peft reads them. Raises UserError for
-    a model that these layouts cannot hold.
+    --export writes the layouts of transformers and sentence-transformers, and --export_peft the adapters as peft reads
+    them. Raises UserError for a model that these layouts cannot hold.
     """
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
@@ -64,11 +65,18 @@ def export(config: Config) -> None:
     for name, backbone in model.backbones.items():
         if config.run.export is not None:
             folder = Path(config.run.export) / name
-            save_pretrained(folder, model.bert_config, merged_state_dict(backbone), tokenizer)
-            say(f"backbone {name} in {folder}")
+            state = merged_state_dict(backbone)
+            save_pretrained(folder, model.bert_config, state, tokenizer)
+            task = embedding_task([task for key, task in model.tasks.items() if model.backbone_of[key] == name])
+            pooling = model.pooling(task.name)
+            export_sentence_transformers(folder, state, pooling, tokenizer.max_length)
+            say(
+                f"backbone {name} in {folder}, for transformers and, with the {pooling} pooling of {task.title}, for "
+                "sentence-transformers"
+            )
         if config.run.export_peft is not None and model.lora is not None:
             folder = Path(config.run.export_peft) / name
-            export_peft(backbone, model.lora, folder, saved.model.pretrained)
+            export_peft(backbone, model.lora, folder, full_name(base_of(config) or saved.model.pretrained))
             say(f"adapters of backbone {name} in {folder}")
 
 

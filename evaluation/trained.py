@@ -78,8 +78,7 @@ class TrainedModel:
         Without `task`, they are those of the first task that compares similarities, or else of the first task. Raises
         UserError for a task that the model does not know, and for pairs instead of texts.
         """
-        names = sorted(self.model.tasks, key=lambda name: self.model.tasks[name].kind != "similarity")
-        row = self.task(task or names[0])
+        row = embedding_task(list(self.model.tasks.values())) if task is None else self.task(task)
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("embed needs a list of texts, such as ['a fine film']")
         data = self._tokenised(row, (list(texts),), "siamese")  # so that a text of a pair stands alone
@@ -103,6 +102,11 @@ class TrainedModel:
         warn = partial(print, file=sys.stderr)  # not among the labels, which may go into a pipe
         splits, clean = {"predict": {task.name: examples}}, self.config.data.extra_clean
         return tokenise(splits, self.tokenizer, pair_encoding, clean, warn)["predict"][task.name]
+
+
+def embedding_task(tasks: Sequence[Task]) -> Task:
+    """Return the task whose embeddings serve others best: the first with similarities, or else the first."""
+    return next((task for task in tasks if task.kind == "similarity"), tasks[0])
 
 
 def make_prediction(task: Task, label: float, value: np.ndarray) -> Prediction:

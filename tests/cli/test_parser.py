@@ -105,7 +105,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> No
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        ("--bach_size 3", "did you mean --batch_size?"),
+        ("--bach_size 3", "did you mean --batch_size"),
         ("--learning_rate=3e-5 --output_dir x", "--learning_rate is --lr here; --output_dir is --run_dir here"),
         ("--num_train_epochs 3", "--epochs"),
         ("--per_device_train_batch_size 3", "--batch_size"),
