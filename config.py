@@ -19,8 +19,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field that is also a flag.
 
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (the name of a per-task flag, with {task} in it), `requires` (another option of the group, and those of its values
-    under which this option has an effect).
+    (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be given for .01), `separator` (of the
+    items of a list), `requires` (another option of the group, and those of its values under which this option has an
+    effect).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -135,7 +136,13 @@ class FileOptions:
     """Data."""
 
     data_dir: str = option("data", "folder with the tasks' csv files", metavar="DIR")
-    max_bad_rows: int = option(20, "refuse the run if more rows than this are unreadable, over all files", low=0)
+    max_bad_rows: float = option(
+        20,
+        "refuse the run if more rows than this are unreadable, over all files, or a larger share of a file (1%)",
+        low=0,
+        metavar="N[%]",
+        percent=True,
+    )
 
 
 @dataclass
@@ -465,7 +472,7 @@ class RunOptions:
     )
     export: str | None = option(
         None,
-        "write the backbones of --evaluate's checkpoint here, as transformers reads them",
+        "write the backbones of --evaluate's checkpoint here, as transformers and sentence-transformers read them",
         metavar="DIR",
     )
     export_peft: str | None = option(
@@ -522,7 +529,9 @@ class TaskOptions:
     """The options of one task; the flags carry its name."""
 
     enabled: bool = option(
-        False, "train on {title}; once a task is named so, the others are left out", template="train_{task}"
+        False,
+        "train on {title}, and not on tasks that are not named so; --{task}_train FILE names its training file",
+        template="train_{task}",
     )
     lr_multiplier: float = option(1.0, "factor on --lr for {title}", template="{task}_lr_multiplier", above=0.0)
     weight_decay: float = option(0.0, "weight decay for {title}", template="{task}_weight_decay", low=0.0)
@@ -534,9 +543,21 @@ class TaskOptions:
         high=1_000,
     )
     loss: str = option("", "loss of {title}", template="{task}_loss")
-    train: str | None = option(None, "training file (default: in --data_dir)", template="{task}_train", metavar="FILE")
+    train: str | None = option(
+        None,
+        "training file (default: in --data_dir); --train_{task} without a file chooses the task",
+        template="{task}_train",
+        metavar="FILE",
+    )
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
     test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
+    columns: tuple[str, ...] | None = option(
+        None,
+        "the files' own names of columns, such as text=review,label=stars (for pairs text1 and text2; also id)",
+        template="{task}_columns",
+        metavar="WORD=NAME,...",
+        separator=",",
+    )
     fraction: float = option(
         1.0,
         "share of {title} that a round takes; the next one goes on where it ended",

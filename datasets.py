@@ -1,12 +1,14 @@
-"""Read the course's csv files into examples, token ids and packed batches.
+"""Read csv and jsonl files into examples, token ids and packed batches.
 
-The files have a header line and are tab-separated, in spite of their name. As a script, `python datasets.py --out data`
-fetches the course's files and verifies them.
+The course's csv files are tab-separated, in spite of their name. As a script, `python datasets.py --out data` fetches
+them and verifies each.
 """
 
 import codecs
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +25,7 @@ from config import DataOptions, TaskOptions
 from tasks import TASKS, Task
 from text.cleaning import Cleaner
 from text.packing import Batch, PackedBatch, pack, ragged_rows
-from text.rows import RowError, parse_header, read_rows, split_fields
+from text.rows import RowError, find_layout, parse_renames, possible_headers, read_rows
 from text.token_cache import Arrays, cache_key, cached
 from text.tokenizer import TokenArrays, Tokenizer
 from utils.console import run_script
@@ -72,9 +74,12 @@ class BadRows:
     """
 
     SHOWN = 3  # rows that the final error repeats
+    REPORTED = 20  # rows that are reported if the limit is a share
 
-    def __init__(self, limit: int, report: Callable[[str], None]) -> None:
+    def __init__(self, limit: float, report: Callable[[str], None]) -> None:
+        """Allow so many rows in all files or, if `limit` is between 0 and 1, that share of each file."""
         self.limit = limit
+        self.is_share = 0 < limit < 1
         self.report = report
         self.count = 0
         self.first: list[str] = []
@@ -85,15 +90,29 @@ class BadRows:
         self.count += 1
         if len(self.first) < self.SHOWN:
             self.first.append(place)
-        if self.count <= self.limit + 1:
+        if self.count <= (self.REPORTED if self.is_share else self.limit) + 1:
             self.report(place)
+
+    def add_file(self, path: Path, bad: Sequence[tuple[int, str]], rows: int) -> None:
+        """Report and count the unreadable rows of a file that has so many rows in all.
+
+        Raises UserError if they are a larger share of the file than the limit allows.
+        """
+        for number, reason in bad:
+            self.add(path, number, reason)
+        if self.is_share and len(bad) > self.limit * rows:
+            number, reason = bad[0]
+            raise UserError(
+                f"{path}: {len(bad):,} of its {rows:,} rows are unreadable, more than --max_bad_rows "
+                f"{100 * self.limit:g}% (line {number}: {reason}); mend the file or raise --max_bad_rows"
+            )
 
     def check(self) -> None:
         """Raise UserError if there are more unreadable rows than the limit allows."""
-        if self.count > self.limit:
+        if self.count > self.limit and not self.is_share:
             more = "; ..." if self.count > len(self.first) else ""
             raise UserError(
-                f"unreadable rows: {self.count:,}, more than --max_bad_rows {self.limit} "
+                f"unreadable rows: {self.count:,}, more than --max_bad_rows {self.limit:g} "
                 f"({'; '.join(self.first)}{more}); mend the file or raise --max_bad_rows"
             )
 
@@ -101,36 +120,54 @@ class BadRows:
 _SOURCE = "fetch the course's files with `python datasets.py --out data` or try --data_dir data/sample"
 
 
-def column_names(path: Path) -> list[str]:
-    """Return the column names in the first line of a file, or nothing if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            first = file.readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
-        return [name.strip() for name in split_fields(first)]
-    except (OSError, RowError):
-        return []
+def read_content(path: Path) -> bytes:
+    """Return the content of a file without a byte order mark and blank lines at its end; .gz is decompressed.
 
-
-def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows) -> Examples:
-    """Return the examples in all readable rows of a file; the other rows go to `bad_rows`.
-
-    Columns are found by name. Only a test file may lack the label column. CRLF line ends and a byte order mark are
-    accepted. Raises UserError for a file that is unreadable, empty, binary, without readable rows or with the wrong
-    columns.
+    Raises UserError if the file cannot be read.
     """
     try:
         content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except gzip.BadGzipFile as error:
+        raise UserError(f"{path}: cannot be decompressed ({error}); compress it with gzip") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the compressed file is damaged ({error}); compress it anew") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    content = content.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+    return content.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the column names in the first line of a file, or nothing if it cannot be read."""
+    try:
+        return max(possible_headers(read_content(path).split(b"\n", 1)[0].rstrip(b"\r"), path).values(), key=len)
+    except (UserError, RowError):
+        return []
+
+
+def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows, columns: Sequence[str] = ()) -> Examples:
+    """Return the examples in all readable rows of a file; the other rows go to `bad_rows`.
+
+    Columns are found by name, and `columns` are the file's own names (--NAME_columns). Only a test file may lack the
+    label column. CRLF line ends and a byte order mark are accepted. Raises UserError for a file that is unreadable,
+    empty, binary, without readable rows, with the wrong columns or with labels that are all one too high.
+    """
+    renames = parse_renames(columns, task)
+    content = read_content(path)
     if not content:
         raise UserError(f"{path}: the file is empty; {_SOURCE}")
-    header = parse_header(content, path, task, split)
-    if b"\n" not in content:
+    layout = find_layout(content, path, task, split, renames)
+    if content.count(b"\n") + 1 < layout.first_row:
         raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
-    rows = read_rows(content, header, task)
-    for number, reason in rows.bad:
-        bad_rows.add(path, number, reason)
+    rows = read_rows(content, layout, task)
+    if rows.one_too_high(task):
+        low, high = task.label_range
+        raise UserError(
+            f"{path}: labels {low + 1:g} to {high + 1:g}? {task.title} has {low:g} to {high:g}, and no label is "
+            f"{low:g}; subtract 1 from every {task.label_column}"
+        )
+    bad_rows.add_file(path, rows.bad, len(rows.ids) + len(rows.bad))
     if not rows.ids:
         bad_rows.check()
         count, (number, reason) = len(rows.bad), rows.bad[0]
@@ -167,13 +204,13 @@ def find_extra(data_dir: Path, name: str, task: Task) -> Path | None:
     )
 
 
-def read_extra(path: Path, task: Task, bad_rows: BadRows) -> Examples:
+def read_extra(path: Path, task: Task, bad_rows: BadRows, columns: Sequence[str] = ()) -> Examples:
     """Return the examples of a further training file (--NAME_extra), which has the format of the task.
 
     If the task has classes and all labels in the file are 0 or 1, as in CFIMDB, they become the lowest and the highest
     class (R1, section 5.1). Raises UserError for what `read_examples` refuses.
     """
-    examples = read_examples(path, task, "train", bad_rows)
+    examples = read_examples(path, task, "train", bad_rows, columns)
     assert examples.labels is not None  # a training file has them
     if task.kind == "classes" and examples.labels.max() <= 1:
         return replace(examples, labels=examples.labels * int(task.label_range[1]))
@@ -204,10 +241,11 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
             f"{Path(data.data_dir) / task.files[split]}: there is no {split} file of {task.title}; "
             f"name it with --{task.name}_{split} or its folder with --data_dir, or {_SOURCE}"
         )
-    examples = read_examples(path, task, split, bad_rows)
+    columns = options.columns or ()
+    examples = read_examples(path, task, split, bad_rows, columns)
     if split == "train":
         found = [find_extra(Path(data.data_dir), name, task) for name in options.extra or ()]
-        examples = concatenated([examples, *(read_extra(path, task, bad_rows) for path in found if path)])
+        examples = concatenated([examples, *(read_extra(path, task, bad_rows, columns) for path in found if path)])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
         return examples.take(data.max_train_examples, SUBSET_SEED)
@@ -239,7 +277,7 @@ def load_splits(
                 if find_extra(Path(data.data_dir), extra, task) is None:
                     say(f"--{name}_extra {extra}: there is no such file; {task.title} trains without it")
     if bad_rows.count:
-        say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {data.max_bad_rows})")
+        say(f"skipped {bad_rows.count} unreadable rows in all (--max_bad_rows {data.max_bad_rows:g})")
     return splits
 
 

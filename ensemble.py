@@ -24,7 +24,7 @@ from utils.errors import UserError
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, then combine the checkpoints."""
     groups = {"data": FileOptions, "compute": ComputeOptions, "ensemble": EnsembleOptions}
-    parser = build_parser("ensemble.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev", "test"))
+    parser = build_parser("ensemble.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev", "test", "columns"))
     parser.usage = "ensemble.py CHECKPOINT [CHECKPOINT ...] [flags] [@file-of-flags]"
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="a best.pt; named twice, it votes twice")
     parser.add_argument("--filepaths", nargs="+", default=[], metavar="CHECKPOINT", help="the same, by a flag")

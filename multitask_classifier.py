@@ -1,10 +1,10 @@
 """Train and test a multitask minBERT on sentiment, paraphrases and similarity.
 
-python multitask_classifier.py --data_dir data/sample --pretrained all-MiniLM-L6-v2
+python multitask_classifier.py @recipes/small/minilm-cpu.args
 python multitask_classifier.py @recipes/r0/g6-yin-yang.args --use_gpu
 torchrun --nproc_per_node=8 multitask_classifier.py --use_gpu --amp
 python multitask_classifier.py --evaluate best.pt --data_dir data
-echo "a fine film" | python multitask_classifier.py --evaluate best.pt --predict - --task sst
+python multitask_classifier.py --evaluate best.pt --predict x.txt --task sst
 """
 
 import shlex
@@ -26,7 +26,7 @@ SCRIPT = "multitask_classifier.py"
 
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks."""
-    config = parse(argv, TASKS, SCRIPT, str(__doc__).split("\n\n")[0])
+    config = parse(argv, TASKS, SCRIPT, str(__doc__))
     if config.run.predict is not None or config.run.export is not None or config.run.export_peft is not None:
         from evaluation import commands
 

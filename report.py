@@ -38,7 +38,7 @@ class ReportOptions:
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, then write the report."""
     groups = {"data": FileOptions, "compute": ComputeOptions, "report": ReportOptions}
-    parser = build_parser("report.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev",))
+    parser = build_parser("report.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev", "columns"))
     parser.usage = "report.py RUNS ... [flags] | report.py --compare A.pt B.pt [flags]"
     runs_help = "run directories, folders of them, and results.csv of studies"
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help=runs_help)

@@ -26,7 +26,7 @@ USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
     "predict": ("pretrained",),
     "export": ("export_peft", "pretrained"),
     "export_peft": ("pretrained",),
-    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test"),
+    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test", "columns"),
 }
 # The options of a single embedding loss.
 EMBEDDING_LOSS_OPTIONS = {

@@ -4,6 +4,8 @@ import argparse
 import math
 import re
 import shlex
+import shutil
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, replace
@@ -11,18 +13,59 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cli.checks import check, check_evaluate, check_processes
+from cli.suggestions import close_recipes, explain_unknown
 from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
 from tasks import Task, task_by_alias
 from utils.console import is_main_process
 from utils.errors import UserError
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps texts, but keeps the lines of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class ShowHelp(argparse.Action):
+    """--help [GROUP]: print all flags, or those of one group or task, and exit."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.print_help_of(values)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line, without the usage of all flags before it."""
+    """An ArgumentParser that reports an error in one line, without the usage of all flags before it.
+
+    `help_parsers` returns by name the parsers whose help --help [GROUP] prints; the name "" stands for all flags.
+    """
+
+    help_parsers: Callable[[], Mapping[str, argparse.ArgumentParser]] | None = None
+
+    def format_help(self) -> str:
+        """Return the text of --help."""
+        return self.help_parsers()[""].format_help() if self.help_parsers else super().format_help()
+
+    def print_help_of(self, name: str) -> NoReturn:
+        """Print the help of a group or, by the name "", of all flags, and exit."""
+        parsers = self.help_parsers() if self.help_parsers else {}
+        if name not in parsers:
+            names = ", ".join(filter(None, parsers))
+            self.error(f"--help {name}: there is no such group of flags; choose from {names}")
+        self._print_message(parsers[name].format_help(), sys.stdout)
+        sys.exit(0)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if is_main_process():  # the other processes of torchrun have the same command line
             super()._print_message(message, file)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`; for unknown words, exit with code 2 and say what may be meant."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            meant = explain_unknown(unknown, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; {meant}" if meant else ""))
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -47,7 +90,9 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
                 text = path.read_text(encoding="utf-8")
                 out += expand_arguments(shlex.split(without_comments(text)), (*seen, path))
             except (OSError, ValueError) as error:
-                raise UserError(f"{word}: cannot read flags from this file ({error}); name a file of flags") from error
+                close = " or ".join(f"@{name}" for name in close_recipes(word[1:]))
+                remedy = f"did you mean {close}?" if close and not path.exists() else "name a file of flags"
+                raise UserError(f"{word}: cannot read flags from this file ({error}); {remedy}") from error
         elif re.match(r"--?[A-Za-z]", word) and word != "-h":
             name, equals, value = word.lstrip("-").partition("=")
             out.append("--" + name.replace("-", "_") + equals + value)
@@ -65,7 +110,7 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
     """Return a converter for argparse from text to a value of `kind` within the option's choices and bounds."""
 
     def convert_list(text: str) -> tuple[str, ...]:
-        items = tuple(part for part in re.split(r"[,\s]+", text) if part)
+        items = tuple(part.strip() for part in re.split(metadata.get("separator", r"[,\s]+"), text) if part.strip())
         if not items:
             raise argparse.ArgumentTypeError(f"{text!r} names nothing; name at least one, or leave the flag out")
         for item in items:
@@ -74,13 +119,16 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         return items
 
     def convert(text: str) -> Any:
+        percent = metadata.get("percent", False) and text.endswith("%")
         try:
-            value = kind(text)
+            value = kind(text[:-1]) / 100 if percent else kind(text)
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if percent and not value < 1:
+            raise argparse.ArgumentTypeError(f"{text} is no share; give less than 100%")
         if problem := out_of_bounds(value, kind, metadata):
             raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
@@ -135,10 +183,56 @@ def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = 
         names = [spec.metadata["template"].format(task=name) for name in (task.name, *task.aliases)]
         metadata = spec.metadata | ({"choices": task.losses} if spec.name == "loss" else {})
         shown = field(default=getattr(defaults, spec.name), metadata=metadata)
-        help = spec.metadata["help"].format(title=task.title)
+        help = spec.metadata["help"].format(title=task.title, task=task.name)
         if spec.name == "loss" and task.kind == "similarity":
             help += "; some of --arch have another default"
         add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
+
+
+def add_tasks_for_help(parser: argparse.ArgumentParser, tasks: Mapping[str, Task], only: Sequence[str]) -> None:
+    """Add one block with the flags that every task has, such as --{sst,sts}_loss, which only --help prints."""
+    notes = [f"--help {next(iter(tasks))} shows those of one"]
+    notes += [f"{name} is also called {' and '.join(task.aliases)}" for name, task in tasks.items() if task.aliases]
+    group = parser.add_argument_group(f"Each task ({'; '.join(notes)})")
+    hints = typing.get_type_hints(TaskOptions)
+    any_name = "{" + ",".join(tasks) + "}"
+    for spec in fields(TaskOptions):
+        if only and spec.name not in only:
+            continue
+        defaults = {name: getattr(task_defaults(task), spec.name) for name, task in tasks.items()}
+        help = spec.metadata["help"].format(title="the task", task="NAME")
+        default = spec.default
+        if spec.name == "loss":
+            losses = "; ".join(f"{name} {', '.join(task.losses)}" for name, task in tasks.items())
+            help += f": {losses}; some of --arch have another default for similarities"
+        if len(set(defaults.values())) > 1:
+            help += f" (default: {', '.join(f'{name} {value}' for name, value in defaults.items())})"
+            default = None
+        shown = field(default=default, metadata=spec.metadata)
+        name = spec.metadata["template"].format(task=any_name)
+        add_option(group, [name], f"tasks.{spec.name}", shown, hints[spec.name], help)
+
+
+def help_width() -> int:
+    """Return the width of --help: that of the terminal, but at most 110 characters."""
+    return min(110, shutil.get_terminal_size().columns - 2)
+
+
+def empty_parser(prog: str, help_names: Sequence[str], description: str = "", examples: str = "") -> OneLineParser:
+    """Return a parser that has only --help, which explains `help_names`."""
+    parser = OneLineParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        usage=f"{prog} [flags] [@file-of-flags]",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=help_width()),
+    )
+    help = f"print all flags, or those of one group: {', '.join(help_names)}"
+    options: dict[str, Any] = {"nargs": "?", "const": "", "default": argparse.SUPPRESS, "metavar": "GROUP"}
+    parser.add_argument("-h", "--help", action=ShowHelp, help=help, **options)
+    return parser
 
 
 def build_parser(
@@ -147,15 +241,28 @@ def build_parser(
     tasks: Mapping[str, Task],
     groups: Mapping[str, type] = GROUPS,
     only: Sequence[str] = (),
+    examples: str = "",
 ) -> OneLineParser:
-    """Return a parser with a group of flags for each dataclass and for each row of the task table."""
-    parser = OneLineParser(
-        prog=prog,
-        description=description,
-        usage=f"{prog} [flags] [@file-of-flags]",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
+    """Return a parser with a group of flags for each dataclass and for each row of the task table.
+
+    Its --help prints one block for the flags that every task has, and ends with `examples`.
+    """
+    help_names = [*groups, *(["tasks", *task_by_alias(tasks)] if tasks else [])]
+
+    def help_parsers() -> Mapping[str, argparse.ArgumentParser]:
+        parsers = {name: empty_parser(prog, help_names) for name in help_names}
+        parsers[""] = empty_parser(prog, help_names, description, examples)
+        for name, cls in groups.items():
+            add_group(parsers[""], name, cls)
+            add_group(parsers[name], name, cls)
+        for alias, name in task_by_alias(tasks).items():
+            add_task(parsers[alias], tasks[name], only)
+        for name in ("", "tasks") if tasks else ():
+            add_tasks_for_help(parsers[name], tasks, only)
+        return parsers
+
+    parser = empty_parser(prog, help_names)
+    parser.help_parsers = help_parsers
     for name, cls in groups.items():
         add_group(parser, name, cls)
     for task in tasks.values():
@@ -221,9 +328,14 @@ def chosen_tasks(given: Mapping[str, Any], tasks: Mapping[str, Task], options: M
     return named or default
 
 
-def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, description: str) -> Config:
-    """Return the configuration that a command line asks for. Raises UserError for a bad combination of flags."""
-    namespace = build_parser(prog, description, tasks).parse_args(expand_arguments(argv))
+def parse(argv: Sequence[str], tasks: Mapping[str, Task], prog: str, about: str) -> Config:
+    """Return the configuration that a command line asks for. Raises UserError for a bad combination of flags.
+
+    `about` is for --help: a description and, after an empty line, examples.
+    """
+    description, _, examples = about.partition("\n\n")
+    parser = build_parser(prog, description, tasks, examples=examples)
+    namespace = parser.parse_args(expand_arguments(argv))
     config = build_config(vars(namespace), tasks)
     check_processes(config)
     return config

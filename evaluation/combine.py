@@ -10,7 +10,7 @@ from config import ComputeOptions, DataOptions, EnsembleOptions, FileOptions, Ta
 from datasets import Examples, load_splits
 from evaluation.ensembling import Rows, average_weights, greedy_soup, halves, score_dev, select_votes, vote_all
 from evaluation.members import Member, Outputs, Predictor, Splits, check_members, find_members, soup_path
-from evaluation.metrics import Scores, probabilities, score_table
+from evaluation.metrics import Scores, probabilities, score_table, similarity_lines
 from evaluation.prediction_files import refuse_training_run, score_and_write
 from models.checkpoint import load, load_model, model_checkpoint, save
 from tasks import TASKS
@@ -152,7 +152,10 @@ def make_soup(
     model, tokenizer, config = load_model(path, soup_content(members, votes))
     named_votes = votes_by_file(members, votes)
     scores = score_dev(values, splits["dev"])
-    save(path, {**model_checkpoint(model, tokenizer, config, scores), "soup": named_votes})
+    dev = splits["dev"].items()
+    scored = {name: (values["dev", name], part.labels) for name, part in dev if part.labels is not None}
+    lines = similarity_lines(TASKS, scored)
+    save(path, {**model_checkpoint(model, tokenizer, config, scores, lines), "soup": named_votes})
     if any("running_" in name for name in model.state_dict()):
         say(f"{path}: running statistics of batch normalisation are averages too, which is only approximate")
     return Combination(values, named_votes)

@@ -1,32 +1,32 @@
 """Do --predict, --export and --export_peft: what the command line does with a trained model in one process."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from base_bert import save_pretrained
+from base_bert import full_name, save_pretrained
 from config import Config, ModelOptions
-from datasets import Examples, tokenise
-from evaluation.metrics import decide, probabilities
-from evaluation.predict import predict
+from evaluation.trained import TrainedModel, embedding_task, load_trained
 from lora import merged_state_dict
-from models.checkpoint import load, load_model, trained_tasks
-from models.multitask_bert import MultitaskBERT
+from models.checkpoint import load_model
 from models.peft_exchange import export_peft
-from tasks import TASKS, Task, task_by_alias
-from text.tokenizer import Tokenizer
+from models.sentence_transformers import export_sentence_transformers
+from tasks import Task
 from utils.console import say
 from utils.device import choose_device
 from utils.errors import UserError
 from utils.files import probe_folder
 
 
-def trained_model(config: Config) -> tuple[MultitaskBERT, Tokenizer, Config]:
-    """Return model, tokenizer and configuration of --evaluate's checkpoint. Raises UserError if --mlm has made it."""
-    path = Path(str(config.run.evaluate))
-    content = load(path)
-    trained_tasks(content, path)
-    return load_model(path, content, base_of(config))
+def trained_model(config: Config, say: Callable[[str], None]) -> TrainedModel:
+    """Return the model of --evaluate's checkpoint on the device that the options ask for.
+
+    `say` tells what the device lacks. Raises UserError if the file is no checkpoint, or if --mlm has made it.
+    """
+    compute = config.compute
+    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+    return load_trained(Path(str(config.run.evaluate)), device, compute.eval_batch_size, base_of(config))
 
 
 def base_of(config: Config) -> str | None:
@@ -37,8 +37,8 @@ def base_of(config: Config) -> str | None:
 def export(config: Config) -> None:
     """Write each backbone of a checkpoint into a folder with its name, for --export and --export_peft.
 
-    --export writes the Hugging Face layout, and --export_peft the adapters as peft reads them. Raises UserError for
-    a model that these layouts cannot hold.
+    --export writes the layouts of transformers and sentence-transformers, and --export_peft the adapters as peft reads
+    them. Raises UserError for a model that these layouts cannot hold.
     """
     model, tokenizer, saved = load_model(Path(str(config.run.evaluate)), base=base_of(config))
     if model.pals:
@@ -65,11 +65,18 @@ def export(config: Config) -> None:
     for name, backbone in model.backbones.items():
         if config.run.export is not None:
             folder = Path(config.run.export) / name
-            save_pretrained(folder, model.bert_config, merged_state_dict(backbone), tokenizer)
-            say(f"backbone {name} in {folder}")
+            state = merged_state_dict(backbone)
+            save_pretrained(folder, model.bert_config, state, tokenizer)
+            task = embedding_task([task for key, task in model.tasks.items() if model.backbone_of[key] == name])
+            pooling = model.pooling(task.name)
+            export_sentence_transformers(folder, state, pooling, tokenizer.max_length)
+            say(
+                f"backbone {name} in {folder}, for transformers and, with the {pooling} pooling of {task.title}, for "
+                "sentence-transformers"
+            )
         if config.run.export_peft is not None and model.lora is not None:
             folder = Path(config.run.export_peft) / name
-            export_peft(backbone, model.lora, folder, saved.model.pretrained)
+            export_peft(backbone, model.lora, folder, full_name(base_of(config) or saved.model.pretrained))
             say(f"adapters of backbone {name} in {folder}")
 
 
@@ -78,33 +85,16 @@ def predict_lines(config: Config) -> None:
 
     Raises UserError for a task that the checkpoint does not know and for a file that cannot be read.
     """
-    model, tokenizer, saved = trained_model(config)
-    task = TASKS[task_by_alias(TASKS)[str(config.run.task)]]
-    if task.name not in model.tasks:
-        known = ", ".join(model.tasks)
-        raise UserError(f"--task {config.run.task}: {config.run.evaluate} was not trained on it; choose from {known}")
-    compute = config.compute
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
-    model.to(device.device)
+    trained = trained_model(config, partial(print, file=sys.stderr))  # not among the labels, which may go into a pipe
+    task = trained.task(str(config.run.task))
     texts = read_lines(str(config.run.predict), task)
-    ids = [str(i) for i in range(len(texts))]
-    columns = tuple([row[i] for row in texts] for i in range(len(task.text_columns)))
-    examples = Examples(task, "predict", Path(str(config.run.predict)), ids, columns, None)
-    warn = partial(print, file=sys.stderr)  # not among the labels, which may go into a pipe
-    splits, pair_encoding = {"predict": {task.name: examples}}, str(model.options.pair_encoding)
-    data = tokenise(splits, tokenizer, pair_encoding, saved.data.extra_clean, warn)["predict"][task.name]
-    values = probabilities(task, predict(model, data, device.device, config.compute.eval_batch_size, device.amp))
-    labels = decide(task, values)
-    for row, value, label in zip(texts, values, labels, strict=True):
-        if task.kind == "similarity":
-            say("\t".join([f"{label:.3f}", *row]))
-            continue
-        probability = value.max() if task.kind == "classes" else max(value, 1 - value)
-        name = task.label_names[label] if task.label_names else str(label)
-        say("\t".join([str(label), name, f"{probability:.3f}", *row]))
+    for row, (label, name, probability) in zip(texts, trained.predict(task.name, texts), strict=True):
+        say(
+            "\t".join([f"{label:.3f}", *row] if probability is None else [str(label), name, f"{probability:.3f}", *row])
+        )
 
 
-def read_lines(name: str, task: Task) -> list[list[str]]:
+def read_lines(name: str, task: Task) -> list[tuple[str, ...]]:
     """Return the texts in each line of a file, or of standard input for "-"; empty lines are skipped.
 
     Raises UserError if the file cannot be read, or if a line has not as many texts as the task.
@@ -123,4 +113,4 @@ def read_lines(name: str, task: Task) -> list[list[str]]:
             raise UserError(f"--predict {name}, line {number}: {task.title} needs {wanted}")
     if not rows:
         raise UserError(f"--predict {name}: holds no sentence; give one per line")
-    return list(rows.values())
+    return [tuple(row) for row in rows.values()]

@@ -54,6 +54,22 @@ def linear_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return slope, float(y.mean() - slope * x.mean())
 
 
+def similarity_lines(
+    tasks: Mapping[str, Task], dev: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, tuple[float, float]]:
+    """Return slope and intercept of each similarity's labels over its predictions; `dev` holds (values, labels).
+
+    A head trained with the Pearson loss has no scale. The line gives it that of the labels.
+    """
+    return {name: linear_fit(*pair) for name, pair in dev.items() if tasks[name].kind == "similarity"}
+
+
+def on_label_scale(task: Task, values: np.ndarray, line: tuple[float, float]) -> np.ndarray:
+    """Return similarities [N] moved by `line`, which is slope and intercept, and cut to the range of the labels."""
+    slope, intercept = line
+    return (slope * values + intercept).clip(*task.label_range).astype(np.float32)
+
+
 def score_task(task: Task, values: np.ndarray, labels: np.ndarray | None) -> Scores:
     """Return the metrics of one task from probabilities or similarities [N(, classes)] and labels [N].
 

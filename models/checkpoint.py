@@ -1,5 +1,6 @@
 """Checkpoints: save a model with all that evaluation needs, and load it from a file that may be damaged or foreign."""
 
+import math
 import platform
 import reprlib
 import shutil
@@ -92,12 +93,17 @@ def git_commit() -> str | None:
 
 
 def model_checkpoint(
-    model: MultitaskBERT, tokenizer: Tokenizer, config: Config, scores: Mapping[str, Any]
+    model: MultitaskBERT,
+    tokenizer: Tokenizer,
+    config: Config,
+    scores: Mapping[str, Any],
+    lines: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
     """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
     A model with adapters leaves out the tokenizer and the pretrained weights that never train, since loading needs the
-    folder of the base weights anyway. `base_sha256` and `tokenizer_sha256` identify them. But what began with
+    folder of the base weights anyway. `lines` are slope and intercept of each similarity (`similarity_lines`).
+    `base_sha256` and `tokenizer_sha256` identify them. But what began with
     --init_from has no such folder, and nothing is left out.
     """
     frozen = model.frozen_parameter_names(config.train)
@@ -111,10 +117,25 @@ def model_checkpoint(
         "tokenizer": None if needs_base(config, model.lora) else tokenizer.to_json(),
         "tokenizer_sha256": tokenizer.sha256,
         "scores": dict(scores),
+        "similarity_lines": {name: list(line) for name, line in lines.items()},
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "seed": config.train.seed,
     }
+
+
+def saved_lines(content: Mapping[str, Any], path: Path) -> dict[str, tuple[float, float]]:
+    """Return slope and intercept of each similarity, which an older checkpoint lacks.
+
+    Raises UserError if they are no numbers.
+    """
+    try:
+        lines = {str(name): (float(a), float(b)) for name, (a, b) in content.get("similarity_lines", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _not_understood(path, error) from error
+    if not all(math.isfinite(number) for line in lines.values() for number in line):
+        raise UserError(f"{path}: a line of a similarity is not finite; save it anew")
+    return lines
 
 
 def needs_base(config: Config, lora: LoRAConfig | None) -> bool:

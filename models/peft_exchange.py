@@ -44,6 +44,7 @@ def export_peft(backbone: nn.Module, config: LoRAConfig, folder: Path, base_name
     layers = "|".join(re.escape(TARGETS[name]) for name in config.linears)
     values = {
         "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",  # AutoPeftModelForFeatureExtraction then loads the base by its name too
         "base_model_name_or_path": base_name,
         "r": config.rank,
         "lora_alpha": config.rank if config.alpha is None else config.alpha,

@@ -17,7 +17,15 @@ from helpers import ROOT, TINY, copied, hf_model, our_names, refusal, write_weig
 from torch import Tensor
 
 import base_bert
-from base_bert import expected_shapes, load_weights, read_config, resolve_pretrained, save_pretrained, weights_sha256
+from base_bert import (
+    expected_shapes,
+    full_name,
+    load_weights,
+    read_config,
+    resolve_pretrained,
+    save_pretrained,
+    weights_sha256,
+)
 from text.tokenizer import load_tokenizer
 from utils.errors import UserError
 
@@ -315,3 +323,11 @@ def test_minilm(minilm: Path) -> None:
     config = read_config(minilm)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (6, 384, 30522)
     assert_same(load_weights(minilm, config), transformers.BertModel.from_pretrained(minilm))
+
+
+def test_full_names_are_found_by_any_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    assert full_name("all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert full_name("bert-base-uncased") == "google-bert/bert-base-uncased"
+    assert full_name("me/mine") == "me/mine" and full_name("bert") == str(tmp_path / "bert")

@@ -1,5 +1,9 @@
 """Reading the course's files: rows, labels, bad rows, splits and batches."""
 
+import csv
+import gzip
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +85,9 @@ def test_a_test_file_needs_no_labels(tmp_path: Path) -> None:
     assert examples.take(0, seed=0).labels is None
     labelled, _ = read(tmp_path, HEADERS["sst"] + b"0\ta\tA\t3\n", split="test")
     assert labelled.labels is not None and labelled.labels.tolist() == [3]
-    assert "expected id, sentence, sentiment" in refusal(read, tmp_path, content, SST, "dev")
+    assert "expected sentence, sentiment once each" in refusal(read, tmp_path, content, SST, "dev")
     twice = b"id\tsentence\tsentiment\tsentiment\na\tA\t3\t1\n"
-    assert "expected id, sentence, sentiment once each" in refusal(read, tmp_path, twice, SST, "test")
+    assert "expected sentence once each" in refusal(read, tmp_path, twice, SST, "test")
 
 
 def test_take_is_a_seeded_subset_in_file_order(tmp_path: Path) -> None:
@@ -102,7 +106,6 @@ def test_take_is_a_seeded_subset_in_file_order(tmp_path: Path) -> None:
     ("task", "row", "reason"),
     [
         (SST, b"1\tbad\tText", "too few fields, 3 instead of 4"),
-        (SST, b"", "too few fields, 0 instead of 4"),
         (SST, b"1\tbad\tText\t3\t", "too many fields, 5 instead of 4"),
         (SST, b"1\tbad\t \xc2\xa0 \t3", "sentence is empty"),
         (STS, b"1\tbad\tText\t\t3", "sentence2 is empty"),
@@ -172,10 +175,11 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
         (b"", "the file is empty"),
         (b"\xef\xbb\xbf\r\n\n", "the file is empty"),
         (HEADERS["sst"], "has a header but no rows"),
-        (HEADERS["sts"] + b"0\ta\tA\tB\t1\n", "expected id, sentence, sentiment once each and separated by tabs"),
+        (HEADERS["sts"] + b"0\ta\tA\tB\t1\n", "expected sentence, sentiment once each and separated by tabs or commas"),
         (HEADERS["sts"] + b"0\ta\tA\tB\t1\n", "but found ['', 'id', 'sentence1', 'sentence2', 'similarity']"),
-        (b"id,sentence,sentiment\na,Text,1\n", "but found ['id,sentence,sentiment']"),
-        (b"id\tid\tsentence\tsentiment\na\ta\tText\t1\n", "expected id, sentence, sentiment once each"),
+        (b"id;sentence;sentiment\na;Text;1\n", "but found ['id;sentence;sentiment']"),
+        (b"id,sentence,stars\na,Text,1\n", "--sst_columns text=NAME,label=NAME"),
+        (b"id\tid\tsentence\tsentiment\na\ta\tText\t1\n", "expected sentence, sentiment once each"),
         (b"\x7fELF\x02\x01\0\0\x03\0>\n", "looks binary"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "looks binary"),
         (b"%PDF-1.7\n\0\0\1", "looks binary"),
@@ -185,6 +189,80 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     message = refusal(read, tmp_path, content)
     assert message.startswith(f"{tmp_path}/file.csv: ") and words in message
+
+
+ROWS = [("A , film", "3"), ("Bad .", "0"), ("So so", "2")]
+
+
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("kind", ["tabs.csv", "commas.csv", "lines.jsonl", "commas.csv.gz", "lines.jsonl.gz"])
+def test_peoples_files_are_read_as_they_are(tmp_path: Path, kind: str, ids: bool) -> None:
+    """Their separators, their names of columns, without ids, with blank lines, compressed."""
+    out = io.StringIO()
+    if ".jsonl" in kind:
+        for i, (text, label) in enumerate(ROWS):
+            row = {"id": f"x{i}", "sentence": 5, "review": text, "stars": int(label), "more": [1, None]}
+            out.write(json.dumps({key: value for key, value in row.items() if ids or key != "id"}) + "\n\n")
+    else:
+        writer = csv.writer(out, delimiter="\t" if "tabs" in kind else ",", lineterminator="\n \n")
+        writer.writerows([[*["id"] * ids, "sentence", "stars", "review"]])
+        writer.writerows([[*[f"x{i}"] * ids, "other", label, text] for i, (text, label) in enumerate(ROWS)])
+    content = out.getvalue().encode()
+    (tmp_path / kind).write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    columns = configure("--sst_columns", "text=review, label=stars").tasks["sst"].columns
+    examples = read_examples(tmp_path / kind, SST, "train", BadRows(0, print), columns or ())
+    assert examples.ids == (["x0", "x1", "x2"] if ids else ["1", "2", "3"])
+    assert examples.texts == ([text for text, _ in ROWS],)
+    assert examples.labels is not None and examples.labels.tolist() == [3, 0, 2]
+
+
+def test_bad_lines_of_json_are_counted(tmp_path: Path) -> None:
+    rows = [{"sentence": "A", "sentiment": 1}, [1], {"sentence": None, "sentiment": 1}, {"sentence": "\ud800 B"}]
+    text = "\n".join([*map(json.dumps, rows), "{", json.dumps({"sentence": "C", "sentiment": True})])
+    (tmp_path / "x.jsonl").write_text(text)
+    reports: list[str] = []
+    examples = read_examples(tmp_path / "x.jsonl", SST, "train", BadRows(9, reports.append))
+    assert examples.ids == ["1", "6"] and examples.labels is not None and examples.labels.tolist() == [1, 1]
+    assert [report.split(":", 1)[1] for report in reports] == [
+        "2: is no JSON object", "3: sentence is empty", "4: sentiment is missing", "5: is no JSON object",
+    ]  # fmt: skip
+
+
+def test_wrong_words_of_columns_and_damaged_compression_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(HEADERS["sst"] * 99)[:-9])
+    assert "the compressed file is damaged" in refusal(
+        read_examples, tmp_path / "x.csv.gz", SST, "train", BadRows(0, print)
+    )
+    (tmp_path / "x.csv.gz").write_bytes(HEADERS["sst"])
+    assert "cannot be decompressed" in refusal(read_examples, tmp_path / "x.csv.gz", SST, "train", BadRows(0, print))
+    for columns in (["text"], ["text="], ["text1=a"]):
+        message = refusal(read_examples, tmp_path / "x.csv", SST, "train", BadRows(0, print), columns)
+        assert f"--sst_columns {columns[0]}" in message and "text=NAME" in message
+
+
+def test_labels_that_are_all_one_too_high_are_told(tmp_path: Path) -> None:
+    rows = b"".join(b"%d\tid%d\tText\t%d\n" % (i, i, 1 + i % 5) for i in range(10))
+    message = refusal(read, tmp_path, HEADERS["sst"] + rows)
+    assert "labels 1 to 5? SST sentiment has 0 to 4" in message and "subtract 1 from every sentiment" in message
+    _, reports = read(tmp_path, HEADERS["sst"] + rows + b"10\tid10\tText\t0\n")
+    assert len(reports) == 2
+
+
+def test_bad_rows_may_be_a_share_of_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share = configure("--max_bad_rows", "10%").data.max_bad_rows
+    good = b"".join(b"%d\tid%d\tText\t1\n" % (i, i) for i in range(90))
+    bad = b"".join(b"%d\tid%d\tText\tx\n" % (i, i) for i in range(90, 100))
+    bad_rows = BadRows(share, print)
+    for _ in range(5):
+        (tmp_path / "file.csv").write_bytes(HEADERS["sst"] + good + bad)
+        assert len(read_examples(tmp_path / "file.csv", SST, "train", bad_rows)) == 90
+        bad_rows.check()
+    assert bad_rows.count == 50 and capsys.readouterr().out.count("\n") == 21
+    (tmp_path / "file.csv").write_bytes(HEADERS["sst"] + good + bad * 2)
+    message = refusal(read_examples, tmp_path / "file.csv", SST, "train", bad_rows)
+    assert "20 of its 110 rows are unreadable, more than --max_bad_rows 10% (line 92: " in message
+    with pytest.raises(SystemExit):
+        configure("--max_bad_rows", "100%")
 
 
 def test_find_file(tmp_path: Path) -> None:

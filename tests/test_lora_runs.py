@@ -94,6 +94,8 @@ def test_peft_and_transformers_read_what_is_exported(adapted: Path) -> None:
         torch.testing.assert_close(hidden(merged, ids), wanted, atol=1e-5, rtol=0)
         adapters = peft.PeftModel.from_pretrained(bert.from_pretrained(base), out / "peft" / name)
         torch.testing.assert_close(hidden(adapters, ids), wanted, atol=1e-5, rtol=0)
+        auto = peft.AutoPeftModelForFeatureExtraction.from_pretrained(out / "peft" / name)  # finds the base by itself
+        torch.testing.assert_close(hidden(auto, ids), wanted, atol=1e-5, rtol=0)
         assert (hidden(bert.from_pretrained(base), ids) - wanted).abs().max() > 1e-3
 
 

@@ -333,7 +333,7 @@ def start_checkpoint(flags: list[str], row: Row, path: Path) -> Path:
     """Save other weights for the model of this row."""
     words = words_of({axis: name for axis, name in row.items() if axis in MODEL_AXES})
     trainer = make_trainer(flags, path.parent / "start", *words, "--seed", 5)
-    save(path, model_checkpoint(trainer.model, trainer.checkpointer.tokenizer, trainer.config, {}))
+    save(path, model_checkpoint(trainer.model, trainer.checkpointer.tokenizer, trainer.config, {}, {}))
     return path
 
 

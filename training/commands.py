@@ -132,13 +132,11 @@ def report(
 def evaluate(config: Config, context: DistributedContext) -> None:
     """Score dev and predict dev and test with the checkpoint that --evaluate names."""
     path = Path(str(config.run.evaluate))
-    compute = config.compute
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
-    model, tokenizer, saved = trained_model(config)
+    trained = trained_model(config, say)
+    model, tokenizer, pair_encoding = trained.model, trained.tokenizer, str(trained.model.options.pair_encoding)
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     refuse_training_run(run.path)
-    model.to(device.device)
-    data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
-    report(config, model, data, device, run, {"checkpoint": str(path)}, context)
+    data = tokenise(splits, tokenizer, pair_encoding, trained.config.data.extra_clean, say)
+    report(config, model, data, trained.device, run, {"checkpoint": str(path)}, context)

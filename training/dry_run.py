@@ -1,5 +1,6 @@
 """--dry_run: tell what a run will do: parameters by part, steps per epoch, memory and disk."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils.console import format_table
 from utils.device import Device, process_peak
 
 ACTIVATIONS_PER_LAYER = 34  # values of width H that one layer saves per token for backward, attention scores aside
+BYTES_PER_SCORE = 5  # of each attention score: a probability and whether dropout keeps it; FlashAttention keeps neither
 
 
 def weight_bytes(parameters: Iterable[nn.Parameter]) -> int:
@@ -49,21 +51,30 @@ def checkpoint_bytes(model: MultitaskBERT, config: Config) -> int:
 
 
 def memory_bytes(model: MultitaskBERT, config: Config, data: Mapping[str, TaskData], processes: int = 1) -> int:
-    """Return about the memory of training: weights, averages, gradients, optimizer states, a batch's activations.
+    """Return about the memory of training: weights, averages, gradients, optimizer states, activations.
 
-    Layers below the lowest that trains keep no activations. Of several processes, each has its part of a batch.
+    Activations are those of the largest batch that can occur: the examples of a task that take most. Layers below the
+    lowest that trains keep none. Of several processes, each has its part of a batch.
     """
-    shape, trains = model.bert_config, model.trained_parameters(config.train).values()
-    per_layer = 4 * ACTIVATIONS_PER_LAYER * shape.hidden_size  # bytes for each token
-    activations = max(
-        examples_at_a_time(config, model, name, processes)
-        * float(np.mean(examples.lengths))
-        * per_layer
-        * (shape.num_hidden_layers - (0 if name in model.pals else model.backbone(name).frozen_layers()))
-        for name, examples in data.items()
-    )
+    trains = model.trained_parameters(config.train).values()
+    activations = max(largest_batch_bytes(config, model, name, examples, processes) for name, examples in data.items())
     states = optimizer_bytes(model, config) + average_bytes(model, config)
     return int(weight_bytes(model.parameters()) + weight_bytes(trains) + states + activations)
+
+
+def largest_batch_bytes(
+    config: Config, model: MultitaskBERT, task: str, examples: TaskData, processes: int = 1
+) -> float:
+    """Return about the bytes that the activations of a task's largest possible batch take."""
+    shape = model.bert_config
+    layers = shape.num_hidden_layers - (0 if task in model.pals else model.backbone(task).frozen_layers())
+    lengths = np.stack([np.diff(tokens.offsets) for tokens in examples.tokens]).astype(np.float64)  # [texts, N]
+    per_example = (
+        4 * ACTIVATIONS_PER_LAYER * shape.hidden_size * lengths
+        + BYTES_PER_SCORE * shape.num_attention_heads * lengths**2
+    ).sum(axis=0)
+    count = math.ceil(examples_at_a_time(config, model, task, processes))
+    return layers * float(np.sort(per_example)[-count:].sum())
 
 
 def examples_at_a_time(config: Config, model: MultitaskBERT, task: str, processes: int) -> float:
@@ -155,6 +166,16 @@ def described_cache(
     return cache.taken(), lines
 
 
+def memory_line(need: int, device: Device, processes: int) -> str:
+    """Return a line on the memory that a run needs, beside what is free on the device, and what to do if it is less."""
+    free = device.free_memory()
+    line = f"estimated memory {need / 1e9:.2f} GB{' a process' if processes > 1 else ''} with the largest batch that "
+    line += f"can occur; free on this {device.device.type} {free / 1e9:.2f} GB"
+    if need - device.peak_memory() <= free:
+        return line
+    return line + ", which is less: lower --batch_size or --max_length, or give --micro_batch_size"
+
+
 def describe(
     config: Config,
     model: MultitaskBERT,
@@ -191,8 +212,7 @@ def describe(
             *lines,
             f"state of {options.optim}, one for {'all tasks' if options.has_one_optimizer() else 'each task'}: "
             f"{optimizer_bytes(model, config) / 1e9:.2f} GB",
-            f"estimated memory {(memory_bytes(model, config, data, processes) + cached + program) / 1e9:.2f} GB"
-            f"{' a process' if processes > 1 else ''}, "
+            memory_line(memory_bytes(model, config, data, processes) + cached + program, device, processes),
             f"checkpoints on disk {checkpoint_bytes(model, config) / 1e9:.2f} GB",
         ]
     )

@@ -76,11 +76,13 @@ class Checkpointer:
         self.interval = CheckpointInterval(config.run.save_every)
         self.frozen_names = model.frozen_parameter_names(config.train)  # of the weights that files leave out
 
-    def save_best(self, scores: Scores, epoch: int, batches: int) -> None:
-        """Write best.pt and --filepath. Raises UserError if a weight is not finite."""
+    def save_best(
+        self, scores: Scores, epoch: int, batches: int, lines: Mapping[str, tuple[float, float]] | None = None
+    ) -> None:
+        """Write best.pt, with the `similarity_lines`, and --filepath. Raises UserError if a weight is not finite."""
         if not self.context.is_main_process:
             return
-        content = model_checkpoint(self.model, self.tokenizer, self.config, scores)
+        content = model_checkpoint(self.model, self.tokenizer, self.config, scores, lines or {})
         check_finite(content["weights"].items())
         save(self.run.best, {**content, "epoch": epoch, "step": batches})
         if self.config.run.filepath:

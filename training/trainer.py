@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from config import Config
 from datasets import TaskData
-from evaluation.metrics import Scores, overall, probabilities, score_task
+from evaluation.metrics import Scores, overall, probabilities, score_task, similarity_lines
 from models.mlm import Masking
 from models.multitask_bert import MultitaskBERT
 from text.tokenizer import Tokenizer
@@ -384,7 +384,8 @@ class Trainer:
         if record.is_best:
             self.progress.best_score = record.dev["score"]
             self.progress.evaluations_without_improvement = 0
-            self.checkpointer.save_best(record.dev, self.progress.epoch, self.progress.batches)
+            lines = similarity_lines(self.model.tasks, dev)
+            self.checkpointer.save_best(record.dev, self.progress.epoch, self.progress.batches, lines)
 
     def begin_record(self) -> EpochRecord:
         """Return the record of the epoch's training."""

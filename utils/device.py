@@ -57,6 +57,12 @@ class Device:
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak()
 
+    def free_memory(self) -> int:
+        """Return how many bytes are free on a GPU, or how many more this process can take of main memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return free_memory()
+
     def utilization(self) -> int | None:
         """Return in how many percent of the last fraction of a second a GPU was at work.
 
@@ -142,23 +148,31 @@ def has_bf16(kind: str) -> bool:
     return kind == "cpu" and cpu_has_bf16()
 
 
+def why_no_gpu() -> str:
+    """Return why torch finds no GPU, and what to do."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this torch {torch.__version__} is a build for CPUs, see pytorch.org for others"
+    return f"this torch {torch.__version__} is a build for GPUs, so see whether nvidia-smi lists one"
+
+
 def choose_device(
     use_gpu: bool, amp: bool, threads: int | None, say: Callable[[str], None], amp_dtype: str = "auto"
 ) -> Device:
     """Return what --use_gpu, --amp and --threads ask for, as far as this machine has it, and set the threads.
 
-    `say` gets a line for each thing that is missing. Of several GPUs, the current one of this process is taken. Raises
-    UserError if the device lacks the type that --amp_dtype names.
+    `say` gets a line for each thing that is missing, and one for a GPU that is not used. Of several GPUs, the current
+    one of this process is taken. Raises UserError if the device lacks the type that --amp_dtype names.
     """
     if threads:
         torch.set_num_threads(threads)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
         os.environ.setdefault(cache, str(KERNELS))
-    kind = "cpu"
-    if use_gpu:
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if kind == "cpu":
-            say("--use_gpu: there is no cuda or mps device here; going on with the CPU")
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = found if use_gpu else "cpu"
+    if use_gpu and found == "cpu":
+        say(f"--use_gpu: there is no cuda or mps device here; {why_no_gpu()}; going on with the CPU")
+    elif found != kind:
+        say("using the CPU, although this machine has a GPU; --use_gpu uses it")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     if amp_dtype != "auto" and not amp:
         raise UserError(f"--amp_dtype {amp_dtype} is the type of --amp; add that or drop it")

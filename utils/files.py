@@ -42,7 +42,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device")
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors would let only the owner read its files
         write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if keep is not None and path.exists():

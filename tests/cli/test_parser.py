@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import FILMS, ROOT, configure, refusal
 
+import multitask_classifier
 from cli.parser import build_parser, expand_arguments
+from cli.suggestions import FLAGS_ELSEWHERE
 from config import GROUPS, ComputeOptions, EnsembleOptions, FileOptions, TaskOptions
 from tasks import SST, TASKS, Task
 
@@ -100,6 +102,40 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> No
     assert str(recipe) in message and "cannot read flags" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--bach_size 3", "did you mean --batch_size"),
+        ("--learning_rate=3e-5 --output_dir x", "--learning_rate is --lr here; --output_dir is --run_dir here"),
+        ("--num_train_epochs 3", "--epochs"),
+        ("--per_device_train_batch_size 3", "--batch_size"),
+        ("--fp16", "--amp --amp_dtype fp16"),
+        ("-bf16", "--amp --amp_dtype bf16"),
+        ("--do_train", "what happens without --evaluate"),
+        ("recipes/small/minilm-cpu.args", "@recipes/small/minilm-cpu.args"),
+        ("minilm-cpu", "@recipes/small/minilm-cpu.args"),
+    ],
+)
+def test_unknown_words_say_what_is_meant(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert meant in exit_line(capsys, *words.split())
+
+
+def test_flags_of_other_trainers_lead_to_flags_of_ours() -> None:
+    known = {flag for action in actions(build_parser("x", "", TASKS)) for flag in action.option_strings}
+    for elsewhere, here in FLAGS_ELSEWHERE.items():
+        assert f"--{elsewhere}" not in known and set(re.findall(r"--\w+", here)) <= known, elsewhere
+
+
+def test_a_misspelt_file_of_flags_names_close_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    message = refusal(configure, "@recipes/small/minilm-cpuu.args")
+    assert "did you mean @recipes/small/minilm-cpu.args" in message
+    assert refusal(configure, f"@{tmp_path}/zzzzzz.args").endswith("name a file of flags")
+
+
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     yield from (action for action in parser._actions if action.dest != "help")
 
@@ -162,7 +198,7 @@ def test_a_further_row_creates_its_flags() -> None:
     assert list(both) == ["sst", "films"] and both["films"].dev == "x.csv"
     by_default = replace(FILMS, by_default=True)
     assert list(configure(tasks={"sst": SST, "films": by_default}).tasks) == ["sst", "films"]
-    assert parser.format_help().count("Film reviews") > 1
+    assert "--{sst,para,sts,cfimdb,films}_loss" in parser.format_help()
 
 
 @pytest.mark.parametrize(
@@ -233,14 +269,16 @@ def test_help_does_not_wait_for_torch(script: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("[]\n") and script in done.stdout
-    heads = {"Data", "Machine", *(task.title for task in TASKS.values())}
+    heads = {"Data", "Machine", "Each task"}
     heads |= {"Model", "Training", "Run"} if script == "multitask_classifier.py" else {"Ensemble"}
     for head in heads:
         assert re.search(rf"^{head}\b.*:$", done.stdout, re.MULTILINE), head
 
 
 def test_help_names_every_visible_flag_and_default() -> None:
-    text = " ".join(build_parser("prog", "Test.", TASKS).format_help().split())
+    pages = build_parser("prog", "Test.", TASKS).help_parsers
+    assert pages is not None
+    text = " ".join("".join(pages()[name].format_help() for name in ("", *TASKS)).split())
     for action in actions(build_parser("prog", "Test.", TASKS)):
         assert action.help
         if action.help != argparse.SUPPRESS:
@@ -248,3 +286,34 @@ def test_help_names_every_visible_flag_and_default() -> None:
     assert "default: 0.0001" in text and "default: 0.009" in text  # --lr and --sst_weight_decay
     for flag, default in {"lora_rank": "1", "lora_dropout": "0.0", "num_sts_trains": "1", "sts_smart": "0.0"}.items():
         assert re.search(rf"--{flag} . ((?!--).)*\(default: {default}\)", text), flag  # though 1 == True, 0.0 == False
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Return what --help with these words prints."""
+    with pytest.raises(SystemExit) as stop:
+        multitask_classifier.main(["--help", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_one_block_for_all_tasks_and_ends_with_examples(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(capsys)
+    words = " ".join(text.split())
+    assert text.count("{sst,para,sts,cfimdb}_weight_decay") == 1 and "--sst_weight_decay" not in text
+    assert "(default: sst 0.009, para 1e-05, sts 0.01, cfimdb 0.009)" in words and "sst ce, bce, kl" in words
+    assert "--NAME_train FILE names its training file" in words and "--train_NAME without a file" in words
+    examples = text.rstrip().splitlines()[-5:]
+    assert all("python" in line or line.startswith("torchrun") for line in examples)
+    assert not any(len(line) > 80 for line in text.splitlines() if not line.lstrip().startswith("--"))
+
+
+def test_help_of_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, "lora")
+    assert "--lora_rank" in text and "--epochs" not in text and "_loss" not in text
+    assert "--quora_loss" in help_of(capsys, "quora") and "--{sst,para,sts,cfimdb}_loss" in help_of(capsys, "tasks")
+    assert "--help adapters: there is no such group of flags; choose from data, model" in exit_line(
+        capsys, "--help", "adapters"
+    )

@@ -7,8 +7,9 @@ import torch
 from helpers import make_bert, make_ready, make_trainer, steps_of
 from torch import Tensor
 
-from tasks import DEFAULT_TASKS
-from training.dry_run import checkpoint_bytes, describe, memory_bytes, optimizer_bytes, smart_cost
+from datasets import Examples, TaskData
+from tasks import DEFAULT_TASKS, SST
+from training.dry_run import checkpoint_bytes, describe, memory_bytes, memory_line, optimizer_bytes, smart_cost
 from training.trainer import Trainer
 from utils.device import Device, process_peak
 
@@ -63,6 +64,30 @@ def test_what_does_not_train_takes_no_memory(tiny_flags: list[str], tmp_path: Pa
     parts = make_trainer(tiny_flags, tmp_path / "parts", *MODES["everything"], "--micro_batch_size", 2)
     assert memory_bytes(parts.model, parts.config, parts.loader.examples) < need["everything"]
     assert need["two averages"] == pytest.approx(need["one state for each weight"] + 2 * weights, rel=0.01)
+
+
+def test_memory_is_that_of_the_largest_batch(tiny_flags: list[str], tmp_path: Path) -> None:
+    """With as many tokens in all, but in longer texts, a batch of 8 takes more."""
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *MODES["everything"], "--train_sst")
+
+    def need(words: list[int]) -> int:
+        texts = ["." * n for n in words]
+        examples = Examples(SST, "train", Path("x"), texts, (texts,), None)
+        data = TaskData(examples, trainer.checkpointer.tokenizer, "siamese")
+        assert data.lengths.tolist() == [n + 2 for n in words]
+        return memory_bytes(trainer.model, trainer.config, {"sst": data})
+
+    values, scores = 34 * 32 * (21 - 12), 2 * (21**2 - 12**2)  # of a text in one layer, 32 wide with 2 heads
+    assert need([1] * 8 + [19] * 8) - need([10] * 16) == 2 * 8 * (4 * values + 5 * scores)
+
+
+def test_free_memory_stands_beside_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(torch.device("cpu"))
+    line = memory_line(10**6, device, 1)
+    assert "estimated memory 0.00 GB with the largest batch" in line and line.endswith(" GB")
+    monkeypatch.setattr(Device, "free_memory", lambda self: 10**9)
+    line = memory_line(20 * 10**12, device, 2)
+    assert "20000.00 GB a process" in line and "free on this cpu 1.00 GB, which is less: lower --batch_size" in line
 
 
 @pytest.mark.parametrize("mode", ["last-layer", "iterative"])

@@ -43,6 +43,28 @@ def test_a_type_of_mixed_precision_needs_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpu", "use_gpu", "cuda", "wanted"),
+    [
+        (True, False, "13.0", "using the CPU, although this machine has a GPU; --use_gpu uses it"),
+        (False, True, None, "is a build for CPUs"),
+        (False, True, "13.0", "is a build for GPUs, so see whether nvidia-smi lists one"),
+        (True, True, "13.0", ""),
+        (False, False, None, ""),
+    ],
+)
+def test_an_unused_gpu_and_a_missing_one_are_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, use_gpu: bool, cuda: str | None, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    lines: list[str] = []
+    assert choose_device(use_gpu, False, None, lines.append).device.type == ("cuda" if gpu and use_gpu else "cpu")
+    assert len(lines) == bool(wanted) and all(wanted in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
     ("groups", "limits", "wanted"),
     [
         ("0::/job/step", {}, 8_000_000 * 1024),
