@@ -201,7 +201,7 @@ def add_tasks_for_help(parser: argparse.ArgumentParser, tasks: Mapping[str, Task
             continue
         defaults = {name: getattr(task_defaults(task), spec.name) for name, task in tasks.items()}
         help = spec.metadata["help"].format(title="the task", task="NAME")
-        default = spec.default
+        default: Any = spec.default
         if spec.name == "loss":
             losses = "; ".join(f"{name} {', '.join(task.losses)}" for name, task in tasks.items())
             help += f": {losses}; some of --arch have another default for similarities"
