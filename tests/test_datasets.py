@@ -241,11 +241,11 @@ def test_wrong_words_of_columns_and_damaged_compression_are_named(tmp_path: Path
 
 
 def test_labels_that_are_all_one_too_high_are_told(tmp_path: Path) -> None:
-    rows = b"".join(b"%d\tid%d\tText\t%d\n" % (i, i, 1 + i % 5) for i in range(10))
+    rows = b"".join(b"%d\tid%d\tText\t%d\n" % (i, i, 1 + i % 5) for i in range(15))
     message = refusal(read, tmp_path, HEADERS["sst"] + rows)
     assert "labels 1 to 5? SST sentiment has 0 to 4" in message and "subtract 1 from every sentiment" in message
-    _, reports = read(tmp_path, HEADERS["sst"] + rows + b"10\tid10\tText\t0\n")
-    assert len(reports) == 2
+    _, reports = read(tmp_path, HEADERS["sst"] + rows + b"15\tid15\tText\t0\n")
+    assert len(reports) == 3
 
 
 def test_bad_rows_may_be_a_share_of_each_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,8 @@ def test_files_of_a_run(runs: Path) -> None:
     timing = [json.loads(line) for line in (runs / "yin" / "timing.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in timing] == [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert set(timing[0]) == {
-        "epoch", "seconds", "train_seconds", "tokens", "examples_per_second", "peak_memory_bytes", "device",
+        "epoch", "seconds", "seconds_without_evaluation", "train_seconds", "tokens", "examples_per_second",
+        "peak_memory_bytes", "device",
     }  # fmt: skip
     assert set(timing[0]["train_seconds"]) == set(DEFAULT_TASKS) and timing[0]["peak_memory_bytes"] > 1e7
     assert timing[0]["examples_per_second"] > 1 and re.fullmatch(r"cpu \(.+, \d+ threads\)", timing[0]["device"])

@@ -253,9 +253,12 @@ class Rows:
         return cls(unpack_texts(arrays["ids"]), texts, arrays.get("labels"), list(bad), arrays["outside"])
 
     def one_too_high(self, task: Task) -> bool:
-        """Return whether all labels are one too high: none is the lowest, and those outside follow the highest."""
+        """Return whether all labels are one too high: none is the lowest, and those outside follow the highest.
+
+        Less than three labels outside the range may be mistakes.
+        """
         low, high = task.label_range
-        if task.kind == "similarity" or self.labels is None or not len(self.outside):
+        if task.kind == "similarity" or self.labels is None or len(self.outside) < 3:
             return False
         return bool((self.labels > low).all() and (self.outside == high + 1).all())
 

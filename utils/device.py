@@ -151,7 +151,7 @@ def has_bf16(kind: str) -> bool:
 def why_no_gpu() -> str:
     """Return why torch finds no GPU, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"this torch {torch.__version__} is a build for CPUs, see pytorch.org for others"
+        return f"this torch {torch.__version__} is a build for CPUs alone"
     return f"this torch {torch.__version__} is a build for GPUs, so see whether nvidia-smi lists one"
 
 
@@ -170,7 +170,7 @@ def choose_device(
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = found if use_gpu else "cpu"
     if use_gpu and found == "cpu":
-        say(f"--use_gpu: there is no cuda or mps device here; {why_no_gpu()}; going on with the CPU")
+        say(f"--use_gpu: there is no cuda or mps device here, so the CPU works; {why_no_gpu()}")
     elif found != kind:
         say("using the CPU, although this machine has a GPU; --use_gpu uses it")
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
