@@ -158,9 +158,9 @@ def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows, columns
     if not content:
         raise UserError(f"{path}: the file is empty; {_SOURCE}")
     layout = find_layout(content, path, task, split, renames)
-    if content.count(b"\n") + 1 < layout.first_row:
-        raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
     rows = read_rows(content, layout, task)
+    if not rows.ids and not rows.bad:
+        raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
     if rows.one_too_high(task):
         low, high = task.label_range
         raise UserError(

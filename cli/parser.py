@@ -37,22 +37,25 @@ class ShowHelp(argparse.Action):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line, without the usage of all flags before it.
 
-    `help_parsers` returns by name the parsers whose help --help [GROUP] prints; the name "" stands for all flags.
+    `pages` returns the texts of --help GROUP by group. The page "tasks" and the examples end the text of --help.
     """
 
-    help_parsers: Callable[[], Mapping[str, argparse.ArgumentParser]] | None = None
+    pages: Callable[[], Mapping[str, str]] | None = None
+    examples = ""
 
     def format_help(self) -> str:
         """Return the text of --help."""
-        return self.help_parsers()[""].format_help() if self.help_parsers else super().format_help()
+        tasks = self.pages().get("tasks", "") if self.pages else ""
+        self.epilog = "\n\n".join(filter(None, [tasks, self.examples]))
+        return super().format_help()
 
-    def print_help_of(self, name: str) -> NoReturn:
-        """Print the help of a group or, by the name "", of all flags, and exit."""
-        parsers = self.help_parsers() if self.help_parsers else {}
-        if name not in parsers:
-            names = ", ".join(filter(None, parsers))
-            self.error(f"--help {name}: there is no such group of flags; choose from {names}")
-        self._print_message(parsers[name].format_help(), sys.stdout)
+    def print_help_of(self, group: str) -> NoReturn:
+        """Print the page of a group or, for "", the whole help, and exit."""
+        pages = {"": self.format_help(), **(self.pages() if self.pages else {})}
+        if group not in pages:
+            names = ", ".join(filter(None, pages))
+            self.error(f"--help {group}: there is no such group of flags; choose from {names}")
+        self._print_message(pages[group].rstrip() + "\n", sys.stdout)
         sys.exit(0)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -139,7 +142,8 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
 def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", hint: Any, help: str) -> None:
     """Add one dataclass field to an argparse group. A flag that is not given stays out of the namespace."""
     kind, metadata = value_type(hint), spec.metadata
-    if not isinstance(spec.default, bool) and spec.default not in (None, ""):  # not "in (False, ...)", which 0.0 equals
+    has_default = not isinstance(spec.default, bool) and spec.default not in (None, "")  # 0.0 would equal False
+    if has_default and help != argparse.SUPPRESS:
         shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
         help += f" (default: {shown})"
     help = help.replace("%", "%%")
@@ -172,8 +176,8 @@ def task_defaults(task: Task) -> TaskOptions:
     return TaskOptions(lr_multiplier=task.lr_multiplier, weight_decay=task.weight_decay, loss=task.losses[0])
 
 
-def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = ()) -> None:
-    """Add the flags of a task, or `only` some of them."""
+def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = (), hidden: bool = False) -> None:
+    """Add the flags of a task, or `only` some of them. If `hidden`, --help does not show them."""
     group = parser.add_argument_group(task.title)
     hints = typing.get_type_hints(TaskOptions)
     defaults = task_defaults(task)
@@ -186,6 +190,7 @@ def add_task(parser: argparse.ArgumentParser, task: Task, only: Sequence[str] = 
         help = spec.metadata["help"].format(title=task.title, task=task.name)
         if spec.name == "loss" and task.kind == "similarity":
             help += "; some of --arch have another default"
+        help = argparse.SUPPRESS if hidden else help
         add_option(group, names, f"tasks.{task.name}.{spec.name}", shown, hints[spec.name], help)
 
 
@@ -218,21 +223,15 @@ def help_width() -> int:
     return min(110, shutil.get_terminal_size().columns - 2)
 
 
-def empty_parser(prog: str, help_names: Sequence[str], description: str = "", examples: str = "") -> OneLineParser:
-    """Return a parser that has only --help, which explains `help_names`."""
-    parser = OneLineParser(
+def empty_parser(prog: str, **arguments: Any) -> OneLineParser:
+    """Return a parser without flags."""
+    return OneLineParser(
         prog=prog,
-        description=description,
-        epilog=examples,
-        usage=f"{prog} [flags] [@file-of-flags]",
         allow_abbrev=False,
         add_help=False,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=help_width()),
+        **arguments,
     )
-    help = f"print all flags, or those of one group: {', '.join(help_names)}"
-    options: dict[str, Any] = {"nargs": "?", "const": "", "default": argparse.SUPPRESS, "metavar": "GROUP"}
-    parser.add_argument("-h", "--help", action=ShowHelp, help=help, **options)
-    return parser
 
 
 def build_parser(
@@ -245,28 +244,30 @@ def build_parser(
 ) -> OneLineParser:
     """Return a parser with a group of flags for each dataclass and for each row of the task table.
 
-    Its --help prints one block for the flags that every task has, and ends with `examples`.
+    Its --help shows one block for the flags that every task has, and ends with `examples`.
     """
-    help_names = [*groups, *(["tasks", *task_by_alias(tasks)] if tasks else [])]
 
-    def help_parsers() -> Mapping[str, argparse.ArgumentParser]:
-        parsers = {name: empty_parser(prog, help_names) for name in help_names}
-        parsers[""] = empty_parser(prog, help_names, description, examples)
-        for name, cls in groups.items():
-            add_group(parsers[""], name, cls)
-            add_group(parsers[name], name, cls)
-        for alias, name in task_by_alias(tasks).items():
-            add_task(parsers[alias], tasks[name], only)
-        for name in ("", "tasks") if tasks else ():
-            add_tasks_for_help(parsers[name], tasks, only)
-        return parsers
+    def page(fill: Callable[..., None], *arguments: Any) -> str:
+        parser = empty_parser(prog, usage=argparse.SUPPRESS)
+        fill(parser, *arguments)
+        return parser.format_help().strip()
 
-    parser = empty_parser(prog, help_names)
-    parser.help_parsers = help_parsers
+    def pages() -> dict[str, str]:
+        texts = {name: page(add_group, name, cls) for name, cls in groups.items()}
+        if tasks:
+            texts["tasks"] = page(add_tasks_for_help, tasks, only)
+        return texts | {alias: page(add_task, tasks[name], only) for alias, name in task_by_alias(tasks).items()}
+
+    parser = empty_parser(prog, description=description, usage=f"{prog} [flags] [@file-of-flags]")
+    parser.pages, parser.examples = pages, examples
+    names = ", ".join([*groups, *(["tasks", *task_by_alias(tasks)] if tasks else [])])
+    help = f"print all flags, or those of one group: {names}"
+    options: dict[str, Any] = {"nargs": "?", "const": "", "default": argparse.SUPPRESS, "metavar": "GROUP"}
+    parser.add_argument("-h", "--help", action=ShowHelp, help=help, **options)
     for name, cls in groups.items():
         add_group(parser, name, cls)
     for task in tasks.values():
-        add_task(parser, task, only)
+        add_task(parser, task, only, hidden=True)
     return parser
 
 

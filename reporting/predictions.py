@@ -38,14 +38,14 @@ class DevSets:
 
     def __init__(self, data: DataOptions | None, files: Mapping[str, TaskOptions], problems: list[str]) -> None:
         self.data, self.files, self.problems = data, files, problems
-        self.read: dict[tuple[str, str, str | None], Examples | None] = {}
+        self.read: dict[tuple[str, str, str | None, tuple[str, ...] | None], Examples | None] = {}
 
     def examples(self, config: Config | None, task: Task) -> Examples | None:
         """Return the dev examples of a task for a run with these options. Return None if they cannot be read."""
         saved = None if config is None or self.data is not None else config.tasks.get(task.name)
         options = self.files.get(task.name) or saved or TaskOptions()
         data = self.data or (DataOptions() if config is None else config.data)
-        key = (task.name, data.data_dir, options.dev)
+        key = (task.name, data.data_dir, options.dev, options.columns)
         if key not in self.read:
             bad_rows = BadRows(data.max_bad_rows, lambda line: self.problems.append(f"skipped row {line}"))
             try:

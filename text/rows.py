@@ -253,14 +253,12 @@ class Rows:
         return cls(unpack_texts(arrays["ids"]), texts, arrays.get("labels"), list(bad), arrays["outside"])
 
     def one_too_high(self, task: Task) -> bool:
-        """Return whether all labels are one too high: none is the lowest, and those outside follow the highest.
-
-        Less than three labels outside the range may be mistakes.
-        """
-        low, high = task.label_range
-        if task.kind == "similarity" or self.labels is None or len(self.outside) < 3:
+        """Return whether all labels seem one too high: several follow the highest, and only the lowest never occurs."""
+        low, high = (int(bound) for bound in task.label_range)
+        if task.kind == "similarity" or self.labels is None:
             return False
-        return bool((self.labels > low).all() and (self.outside == high + 1).all())
+        follow = len(self.outside) > 1 and bool((self.outside == high + 1).all())
+        return follow and set(self.labels.tolist()) == set(range(low + 1, high + 1))
 
 
 def read_rows(content: bytes, layout: Layout, task: Task) -> Rows:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from helpers import FILMS, ROOT, configure, refusal
+from helpers import FILMS, ROOT, configure, refusal, shell
 
 import multitask_classifier
 from cli.parser import build_parser, expand_arguments
@@ -276,13 +276,14 @@ def test_help_does_not_wait_for_torch(script: str) -> None:
 
 
 def test_help_names_every_visible_flag_and_default() -> None:
-    pages = build_parser("prog", "Test.", TASKS).help_parsers
-    assert pages is not None
-    text = " ".join("".join(pages()[name].format_help() for name in ("", *TASKS)).split())
-    for action in actions(build_parser("prog", "Test.", TASKS)):
+    parser = build_parser("prog", "Test.", TASKS)
+    assert parser.pages is not None
+    text = " ".join("".join([parser.format_help(), *parser.pages().values()]).split())
+    for action in actions(parser):
         assert action.help
-        if action.help != argparse.SUPPRESS:
-            assert all(re.search(rf"{flag}\b", text) for flag in action.option_strings)
+        if action.help != argparse.SUPPRESS or action.dest.startswith("tasks."):
+            flags = [flag for flag in action.option_strings if not flag.startswith("--no_")]
+            assert all(re.search(rf"{flag}\b", text) for flag in flags)
     assert "default: 0.0001" in text and "default: 0.009" in text  # --lr and --sst_weight_decay
     for flag, default in {"lora_rank": "1", "lora_dropout": "0.0", "num_sts_trains": "1", "sts_smart": "0.0"}.items():
         assert re.search(rf"--{flag} . ((?!--).)*\(default: {default}\)", text), flag  # though 1 == True, 0.0 == False
@@ -308,6 +309,13 @@ def test_help_has_one_block_for_all_tasks_and_ends_with_examples(
     examples = text.rstrip().splitlines()[-5:]
     assert all("python" in line or line.startswith("torchrun") for line in examples)
     assert not any(len(line) > 80 for line in text.splitlines() if not line.lstrip().startswith("--"))
+
+
+def test_help_of_other_scripts_has_their_own_words() -> None:
+    for script, words in {"report.py": ["RUNS", "--compare", "cfimdb}_dev"], "ensemble.py": ["--filepaths"]}.items():
+        done = shell(script, "--help")
+        assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(f"usage: {script} ")
+        assert all(word in done.stdout for word in words)
 
 
 def test_help_of_one_group(capsys: pytest.CaptureFixture[str]) -> None:
