@@ -19,7 +19,7 @@ import torch
 from helpers import changed, copied, cut, load_batch, make_bert, make_trainer, metrics, steps_of, write_films
 
 from cli.parser import build_config, build_parser, expand_arguments
-from config import ARCHS, GROUPS, Config, TaskOptions
+from config import ARCHS, GROUPS, Config, ModelOptions, TaskOptions
 from models.checkpoint import load_model, model_checkpoint, save
 from tasks import TASKS
 from training.trainer import Trainer
@@ -130,7 +130,10 @@ METHODS: dict[str, dict[str, str]] = {
         "films": "--train_sts --train_cfimdb",
     },
     "pairs": {"siamese": f"--pair_encoding siamese {FEATURES}", "cross": "--pair_encoding cross"},
-    "pooling": {name: f"--pooling {name}" for name in ("cls", "mean")},
+    "pooling": {
+        **{name: f"--pooling {name}" for name in ("cls", "mean")},
+        "of tasks": "--pooling cls --sst_pooling mean --sts_pooling mean",
+    },
     "smart": {
         "smart": "--sst_smart 1 --quora_smart 1 --sts_smart 1 --smart_epsilon 1e-3 --sts_smart_divergence mse",
         "noise": "--sst_smart 1 --sts_smart 1 --sts_smart_divergence kl --smart_steps 0",
@@ -255,7 +258,8 @@ def test_every_choice_of_the_command_line_is_in_the_table() -> None:
     text = " ".join(flags for names in METHODS.values() for flags in names.values()) + " "
     options = [spec for group in ("model", "lora", "pal", "train") for spec in fields(GROUPS[group])]
     choices = {f"--{spec.name}": spec.metadata.get("choices", ()) for spec in options}
-    choices |= {f"--sts_{spec.name}": spec.metadata.get("choices", ()) for spec in fields(TaskOptions)}
+    of_one_task = [spec for spec in fields(TaskOptions) if spec.name not in vars(ModelOptions())]
+    choices |= {f"--sts_{spec.name}": spec.metadata.get("choices", ()) for spec in of_one_task}
     choices |= {f"--{name}_loss": TASKS[name].losses for name in ("sst", "sts")}
     del choices["--pair_features"], choices["--lora_targets"]  # lists
     idle = {"none", "relu", "restart", "feed-forward", "step", "row"}
@@ -305,8 +309,9 @@ def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], 
     adapters, mode = row.get("adapters"), row.get("fine-tuning", "full-model" if mlm else "iterative")
     if adapters and not is_adapter and (adapters in FREEZING or rest[-2] in WRAPPED.get(adapters, LINEARS)):
         return False
-    if rest[0] == "pooler_dense" and (mlm or config.model.pooling == "mean"):
-        return False
+    if rest[0] == "pooler_dense":
+        poolings = {task: config.tasks[task].pooling or config.model.pooling for task in on_it & set(config.tasks)}
+        on_it = {task for task, pooling in poolings.items() if pooling == "cls" and not mlm}
     if mode == "last-layer" and not is_adapter:
         return False
     if mode == "iterative":  # nothing in the first epoch, the upper one of two layers in the second

@@ -38,7 +38,7 @@ def test_a_checkpoint_holds_tensors_and_plain_containers(trained: Trainer) -> No
     best = load(run.best)
     assert set(best) == {
         "format", "weights", "config", "bert_config", "tasks", "tokenizer", "tokenizer_sha256", "scores",
-        "git_commit", "versions", "seed", "epoch", "step", "base_sha256",
+        "git_commit", "versions", "seed", "epoch", "step", "base_sha256", "similarity_lines",
     }  # fmt: skip
     assert best["tasks"] == ["sst", "para", "sts"] and best["seed"] == 11711 and best["epoch"] == 1
     assert best["scores"] == metrics(run.path)[0]["dev"] and Config.from_dict(best["config"]) == trained.config

@@ -241,5 +241,5 @@ def test_bad_rows_are_named_and_limited(tmp_path: Path, small_data: Path, capsys
 
 def test_the_script_has_help() -> None:
     done = shell("sample_topics.py", "--help")
-    assert done.returncode == 0 and "--topics" in done.stdout and "--para_train" in done.stdout
+    assert done.returncode == 0 and "--topics" in done.stdout and "_train FILE" in done.stdout
     assert "--epochs" not in done.stdout

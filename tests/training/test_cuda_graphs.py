@@ -20,7 +20,7 @@ from training.task_sampling import task_batches
 from training.trainer import Trainer
 from utils.device import Device
 
-FLAGS = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--arch", "v1"]
+FLAGS = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--arch", "v1", "--sts_loss", "pearson"]
 
 
 @pytest.fixture(autouse=True)
