@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SAMPLE := --data_dir data/sample --pretrained all-MiniLM-L6-v2 --overwrite
 
-.PHONY: help demo tables test test-odd test-even test-all gpu-check gpu-rehearsal lint clean
+.PHONY: help demo tables test test-odd test-even test-all gpu-check gpu-rehearsal gpu-counts lint clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -91,6 +91,11 @@ REHEARSAL := .rehearsal
 gpu-rehearsal: $(VENV)/dev.done
 	$(BIN)/python tests/simulated_gpu.py $(REHEARSAL)
 	SIMULATED_GPU=$(REHEARSAL) PYTHONPATH=tests $(BIN)/python -m pytest -p simulated_gpu -q -m gpu -k "not measured and not profile"
+
+# make gpu-counts   count what a training step starts on a GPU, on the simulated one
+gpu-counts: $(VENV)/run.done
+	$(BIN)/python tests/simulated_gpu.py $(REHEARSAL)
+	SIMULATED_GPU=$(REHEARSAL) PYTHONPATH=tests $(BIN)/python -c "import simulated_gpu, runpy; runpy.run_module('benchmarks.launch_counts', run_name='__main__')"
 
 clean:
 	rm -rf $(VENV) $(REHEARSAL) runs

@@ -55,18 +55,23 @@ def requested_device(options: BenchmarkOptions, say: Callable[[str], None]) -> D
     return choose_device(options.use_gpu, options.amp, options.threads, say)
 
 
+def write_random_bert(folder: Path, bert_config: BertConfig) -> None:
+    """Write random weights of this shape and invented words as a folder for --pretrained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(bert_config)
+    save_pretrained(folder, bert_config, model.state_dict())
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?"]
+    letters = map("".join, itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=4))
+    words = itertools.islice(letters, bert_config.vocab_size - len(special))
+    write_text(folder / "vocab.txt", "\n".join([*special, *words]) + "\n")
+
+
 def random_bert_base() -> Path:
-    """Return a folder with random weights of BERT-base's shape and invented words. The first call writes it."""
+    """Return a folder with random weights of BERT-base's shape. The first call writes it."""
     folder = cache_folder() / RANDOM_BERT
     if not (folder / "vocab.txt").is_file():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = BertModel(BertConfig())
-        save_pretrained(folder, BertConfig(), model.state_dict())
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?"]
-        letters = map("".join, itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=4))
-        words = itertools.islice(letters, BertConfig().vocab_size - len(special))
-        write_text(folder / "vocab.txt", "\n".join([*special, *words]) + "\n")
+        write_random_bert(folder, BertConfig())
     return folder
 
 

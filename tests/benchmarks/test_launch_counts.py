@@ -1,0 +1,24 @@
+"""Launches are counted: what has been gained here stays."""
+
+import pytest
+
+from benchmarks.launch_counts import CASES, step_launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "most", "most_outside"),
+    [
+        ("BERT-base", 975, 4),
+        ("MiniLM, fp32", 1828, 4),
+        ("MiniLM, fp32, SMART", 5367, 4),
+        ("MiniLM, LoRA", 913, 4),
+        ("MiniLM, DoRA", 1342, 4),
+        ("MiniLM, joint, PCGrad", 3441, 1872),
+        ("MiniLM, joint, graphs", 437, 437),
+        ("MiniLM, joint, PCGrad, graphs", 1881, 1881),
+    ],
+)
+def test_a_step_has_few_launches(name: str, most: int, most_outside: int) -> None:
+    everything, outside = step_launches(CASES[name])
+    assert everything.total() <= most and outside.total() <= most_outside, everything
