@@ -16,6 +16,7 @@ from torch import Tensor
 
 GROUPS = 8  # rectangles in a batch: more have less padding, but each costs a few kernel calls in each layer
 ALIGNMENT = 16  # bytes; no tensor has wider numbers
+PIECE = 128  # tokens: a block of FlashAttention has as many queries, and every sequence gets the blocks of the longest
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -108,23 +109,23 @@ class PackedBatch:
 
     `order` holds the index of each stored sequence in the caller's batch; `restore` is its inverse.
 
-    One more sequence may follow, the tail, which only fills up the batch (see `pad_to_bucket`). T and the offsets count
-    it, but `order`, `restore` and everything in the caller's order do not.
+    More sequences may follow, the tail, which only fill up the batch (see `pad_to_bucket`). T and the offsets count
+    them, but `order`, `restore` and everything in the caller's order do not.
     """
 
     input_ids: Tensor  # [T] int64
     token_type_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T; one more with a tail
+    cu_seqlens: Tensor  # [S+1] int32, first row of each sequence, then T; more with a tail
     max_seqlen: int  # upper bound of the lengths
     order: Tensor  # [S] int64
     restore: Tensor  # [S] int64
     sizes: np.ndarray  # [S] int64, the lengths, on the host wherever the tensors are
-    tail: int = 0  # tokens of the tail
+    tail: tuple[int, ...] = ()  # the rising lengths of the tail's sequences
 
     @property
     def num_sequences(self) -> int:
-        """S, or S+1 with a tail."""
+        """S, and the sequences of the tail."""
         return len(self.cu_seqlens) - 1
 
     @property
@@ -146,7 +147,9 @@ class PackedBatch:
     def grouping(self) -> Grouping:
         """The sequences as rectangles."""
         grouping = group(self.sizes)
-        return (pad_grouping(grouping, self.tail) if self.tail else grouping).to(self.cu_seqlens.device)
+        if self.tail:
+            grouping = joined_groupings(grouping, group(np.array(self.tail), groups=1))
+        return grouping.to(self.cu_seqlens.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the batch by name."""
@@ -245,14 +248,17 @@ def group(lengths: np.ndarray, groups: int = GROUPS) -> Grouping:
     return Grouping(tuple(rectangles), padded, packed)
 
 
-def pad_grouping(grouping: Grouping, tail: int) -> Grouping:
-    """Return `grouping` with one more rectangle, for a last sequence of `tail` tokens."""
-    tokens, padded = len(grouping.packed_rows), len(grouping.padded_rows)
-    rows = torch.arange(tail)
+def joined_groupings(first: Grouping, second: Grouping) -> Grouping:
+    """Return the grouping of two packed batches end to end."""
+    tokens, padded = len(first.packed_rows), len(first.padded_rows)
+    moved = [
+        replace(group, first=group.first + padded, rows=slice(group.rows.start + tokens, group.rows.stop + tokens))
+        for group in second.groups
+    ]
     return Grouping(
-        (*grouping.groups, Group(padded, 1, tail, slice(tokens, tokens + tail), None)),
-        torch.cat([grouping.padded_rows, tokens + rows]),
-        torch.cat([grouping.packed_rows, padded + rows]),
+        (*first.groups, *moved),
+        torch.cat([first.padded_rows, second.padded_rows + tokens]),
+        torch.cat([first.packed_rows, second.packed_rows + padded]),
     )
 
 
@@ -353,33 +359,37 @@ def join_padded_pairs(ids_1: Tensor, mask_1: Tensor, ids_2: Tensor, mask_2: Tens
     return pack(np.concatenate(ids), np.array(lengths), np.array(second_start)).to(ids_1.device)
 
 
-def bucket(tokens: int, longest: int) -> tuple[int, int]:
-    """Return a number of tokens above `tokens` and a length of at least `longest`, of which few pairs occur.
+def bucket(tokens: int, longest: int) -> tuple[int, int, int]:
+    """Return the size that a batch is filled up to: tokens, sequences of the tail, and a bound of the lengths.
 
-    The numbers are multiples of an eighth of the power of two below them, and of 64, so a tail adds 1/16 on average.
-    The lengths are powers of two that hold the longest tail.
+    Few sizes occur. The tokens are a multiple of an eighth of the power of two below them, and of 64, so a tail adds
+    1/16 on average. It has at least one token and at most PIECE for each of its sequences.
     """
     step = max(64, 1 << max(tokens.bit_length() - 4, 0))
-    return (tokens // step + 1) * step, 1 << (max(longest, step) - 1).bit_length()
+    pieces = step // PIECE + 1
+    return -(-(tokens + pieces) // step) * step, pieces, -(-longest // PIECE) * PIECE
 
 
 def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
-    """Return a batch on the host that is filled up to its `bucket` by one more sequence.
+    """Return a batch on the host that is filled up to its `bucket` by a tail of short sequences.
 
-    Nothing reads the output of that sequence, so losses and gradients stay the same.
+    Nothing reads the output of these sequences, so losses and gradients stay the same.
     """
-    tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
-    tail = tokens - batch.num_tokens
+    tokens, pieces, longest = bucket(batch.num_tokens, batch.max_seqlen)
+    fill = tokens - batch.num_tokens
+    lengths = np.full(pieces, fill // pieces)
+    lengths[pieces - fill % pieces :] += 1
 
     def grown(rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, tail))  # token, type and position 0, which every backbone has
+        return torch.nn.functional.pad(rows, (0, fill))  # token, type and position 0, which every backbone has
 
+    ends = torch.from_numpy(batch.num_tokens + lengths.cumsum()).to(batch.cu_seqlens.dtype)
     return replace(
         batch,
         input_ids=grown(batch.input_ids),
         token_type_ids=grown(batch.token_type_ids),
         position_ids=grown(batch.position_ids),
-        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([tokens])]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, ends]),
         max_seqlen=longest,
-        tail=tail,
+        tail=tuple(lengths.tolist()),
     )

@@ -2,7 +2,13 @@
 
 import pytest
 
-from benchmarks.launch_counts import CASES, step_launches
+from benchmarks.launch_counts import CASES, graph_shapes, step_launches
+
+
+@pytest.mark.parametrize(("size", "most"), [(64, 5), (256, 3), (512, 3)])
+def test_padding_for_graphs_starts_few_blocks_in_few_shapes(size: int, most: int) -> None:
+    ratio, shapes = graph_shapes(size)
+    assert ratio <= 1.15 and shapes <= most
 
 
 @pytest.mark.gpu

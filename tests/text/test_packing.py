@@ -16,6 +16,7 @@ from base_bert import read_config
 from bert import BertModel
 from text.packing import (
     GROUPS,
+    PIECE,
     EncodedBatch,
     PackedBatch,
     bucket,
@@ -283,28 +284,33 @@ def test_bytes_of_many_tensors_travel_together(shapes: list[tuple[int, torch.dty
 
 @QUICK
 @given(lengths_lists, st.integers(0, 2**32 - 1))
-def test_a_tail_is_one_more_sequence(lengths: list[int], seed: int) -> None:
+def test_a_tail_is_short_sequences_more(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = packed(ragged_ids(lengths, rng), [int(rng.integers(0, n + 1)) for n in lengths])
     tailed = pad_to_bucket(batch)
-    tokens, longest = bucket(batch.num_tokens, batch.max_seqlen)
-    assert (tailed.num_tokens, tailed.max_seqlen, tailed.tail) == (tokens, longest, tokens - sum(lengths))
-    assert tailed.num_sequences == len(lengths) + 1 and batch.num_sequences == len(lengths)
+    tokens, pieces, longest = bucket(batch.num_tokens, batch.max_seqlen)
+    tail = list(tailed.tail)
+    assert (tailed.num_tokens, len(tail), tailed.max_seqlen) == (tokens, pieces, longest)
+    assert tail == sorted(tail) and tail[0] >= 1 and tail[-1] <= PIECE and sum(tail) == tokens - sum(lengths)
+    assert tailed.num_sequences == len(lengths) + pieces and batch.num_sequences == len(lengths)
     for name in ("input_ids", "token_type_ids", "position_ids"):
-        own = getattr(tailed, name)
-        assert torch.equal(own[: batch.num_tokens], getattr(batch, name)) and not own[batch.num_tokens :].any()
-    assert tailed.cu_seqlens.tolist() == [*batch.cu_seqlens.tolist(), tokens]
-    assert tailed.cu_seqlens.dtype == torch.int32
+        rows = getattr(tailed, name)
+        assert torch.equal(rows[: batch.num_tokens], getattr(batch, name)) and not rows[batch.num_tokens :].any()
+    assert tailed.cu_seqlens.dtype == torch.int32 and tailed.cu_seqlens[-1] == tokens
     assert torch.equal(tailed.restore, batch.restore) and torch.equal(tailed.order, batch.order)
-    assert tailed.lengths.tolist() == [*batch.lengths.tolist(), tailed.tail]
-    assert tailed.sequence_ids.tolist() == [*batch.sequence_ids.tolist(), *[len(lengths)] * tailed.tail]
+    assert tailed.lengths.tolist() == [*batch.lengths.tolist(), *tail]
     plain, made = batch.grouping, tailed.grouping
-    assert len(made.groups) == len(plain.groups) + 1
-    assert (made.groups[-1].sequences, made.groups[-1].length, made.groups[-1].key_mask) == (1, tailed.tail, None)
-    assert made.groups[-1].first == len(plain.padded_rows)
+    last = made.groups[-1]
+    assert len(made.groups) == len(plain.groups) + 1 and (last.sequences, last.length) == (pieces, tail[-1])
+    assert (last.first, last.rows) == (len(plain.padded_rows), slice(batch.num_tokens, tokens))
     assert made.padded_rows[made.packed_rows].tolist() == list(range(tokens))
     assert made.padded_rows[: len(plain.padded_rows)].tolist() == plain.padded_rows.tolist()
-    assert made.groups[-1].rows == slice(batch.num_tokens, batch.num_tokens + tailed.tail)
+
+
+@given(st.integers(1, 1 << 17), st.integers(1, 512))
+def test_the_tail_of_any_batch_has_short_sequences_and_none_is_empty(tokens: int, longest: int) -> None:
+    whole, pieces, bound = bucket(tokens, longest)
+    assert pieces <= whole - tokens <= pieces * PIECE and longest <= bound < longest + PIECE
 
 
 def test_a_part_knows_its_longest_sequence() -> None:
