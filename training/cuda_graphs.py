@@ -6,7 +6,7 @@ graph starts all of them at once. It has fixed shapes and fixed memory: batches 
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,9 +162,7 @@ class CudaGraphRunner:
         """Return the loss and outputs of a batch by a graph. Gradients stay in its memory unless they must `keep`."""
         torch._foreach_copy_(graph.inputs, [*batch.inputs.tensors().values(), batch.labels])
         graph.replay()
-        for parameter, computed in graph.gradients:
-            gradient = computed.clone() if keep else computed
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        add_gradients(graph.gradients, keep)
         return graph.loss.clone(), graph.outputs.clone()
 
     def drop_graphs(self) -> None:
@@ -179,6 +177,23 @@ class CudaGraphRunner:
         replayed = counts.pop("replayed", 0)
         others = "".join(f", {count:,} {reason}" for reason, count in counts.items())
         return f"--cuda_graphs: {replayed:,} passes replayed from {len(self.graphs)} graphs{others}"
+
+
+def add_gradients(computed: Sequence[tuple[nn.Parameter, Tensor]], keep: bool) -> None:
+    """Add gradients in a graph's memory to those of their parameters, by one launch for all.
+
+    With `keep`, the sums survive the next replay, since they lie in other memory.
+    """
+    waiting = [(parameter.grad, gradient) for parameter, gradient in computed if parameter.grad is not None]
+    first = [(parameter, gradient) for parameter, gradient in computed if parameter.grad is None]
+    if waiting:
+        torch._foreach_add_([total for total, _ in waiting], [gradient for _, gradient in waiting])
+    gradients = [gradient for _, gradient in first]
+    if keep and first:
+        gradients = [torch.empty_like(gradient) for gradient in gradients]
+        torch._foreach_copy_(gradients, [gradient for _, gradient in first])
+    for (parameter, _), gradient in zip(first, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def check_device(config: Config, device: Device) -> None:

@@ -30,7 +30,7 @@ from training.logger import Logger, describe_freezing, epoch_table, parameter_ta
 from training.meters import BatchResult, EpochRecord, StepResult
 from training.objective import MaskedWordObjective, Objective
 from training.optimizers import Optimizers
-from training.pcgrad import Gradient, assign_gradients, detach_gradients, pcgrad
+from training.pcgrad import FlatGradient, assign_gradients, detach_gradients, pcgrad
 from training.resume import Checkpointer, check_finite, generator_states, restore_generators
 from training.run_directory import RunDirectory
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
@@ -128,7 +128,7 @@ class Trainer:
         """
         optimizer = self.optimizers.for_step(step)
         results: list[BatchResult] = []
-        gradients: list[Gradient] = []
+        gradients: list[FlatGradient] = []
         last = step.batches[-1] if self.data_parallel is None else self.data_parallel.last_trained(step)
         for batch in step.batches:
             loaded = self.loader.next(batch, self.progress.batches + len(results))
@@ -172,12 +172,13 @@ class Trainer:
         return loss.detach(), outputs
 
     def task_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that any of the tasks reaches, each once."""
-        return list(dict.fromkeys(chain.from_iterable(map(self.model.task_parameters, self.model.tasks))))
+        """Return the parameters that train and that any of the tasks reaches, each once."""
+        reached = dict.fromkeys(chain.from_iterable(map(self.model.task_parameters, self.model.tasks)))
+        return [parameter for parameter in reached if parameter.requires_grad]
 
-    def assign_projected(self, gradients: Sequence[Gradient]) -> None:
+    def assign_projected(self, gradients: Sequence[FlatGradient]) -> None:
         """Give the parameters the sum of the tasks' gradients after gradient surgery, and count the conflicts."""
-        gradients = [gradient for gradient in gradients if any(part is not None for part in gradient)]
+        gradients = [gradient for gradient in gradients if any(gradient.reached)]
         if not gradients:
             return
         generator = np.random.default_rng([self.config.train.seed, self.progress.steps])

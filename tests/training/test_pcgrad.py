@@ -1,11 +1,14 @@
 """PCGrad against the algorithm written out on whole vectors."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training.pcgrad import assign_gradients, detach_gradients, pcgrad
+from benchmarks.launch_counts import launches
+from training.pcgrad import FlatGradient, assign_gradients, detach_gradients, flat_gradient, pcgrad
 
 SHAPES = [(3, 4), (5,), (2, 2, 2)]
 
@@ -31,9 +34,16 @@ def by_the_algorithm(vectors: list[np.ndarray], order: np.random.Generator) -> n
     return total
 
 
+def flattened(gradients: Sequence[Sequence[Tensor | None]]) -> list[FlatGradient]:
+    """Of parameters with the shapes that the first gradient of each has."""
+    parameters = [next(part for part in parts if part is not None) for parts in zip(*gradients, strict=True)]
+    return [flat_gradient(gradient, parameters) for gradient in gradients]
+
+
 def surgery(gradients: list[list[Tensor]], seed: int = 5) -> list[Tensor]:
-    found, _ = pcgrad(gradients, np.random.default_rng(seed))
-    return [part for part in found if part is not None]
+    found, _ = pcgrad(flattened(gradients), np.random.default_rng(seed))
+    assert all(found.reached)
+    return found.parts
 
 
 def test_the_example_with_the_original_gradients() -> None:
@@ -68,12 +78,15 @@ def test_the_order_of_projections_matters_and_is_seeded() -> None:
 def test_parameters_that_a_task_does_not_reach() -> None:
     """They count as zero; a parameter that none reaches, as a frozen one, keeps no gradient."""
     first, second = random_gradients(2, 3)
+    parameters = [nn.Parameter(torch.zeros_like(part)) for part in first]
     holes = [[first[0], None, None], [second[0], second[1], None]]
     zeros = [[first[0], torch.zeros(5).double(), torch.zeros(2, 2, 2).double()], [*second[:2], torch.zeros(2, 2, 2)]]
-    found, _ = pcgrad(holes, np.random.default_rng(1))
+    found, _ = pcgrad([flat_gradient(gradient, parameters) for gradient in holes], np.random.default_rng(1))
     wanted = by_the_algorithm([flat(gradient) for gradient in zeros], np.random.default_rng(1))
-    assert found[2] is None and found[0] is not None and found[1] is not None
-    assert flat([found[0], found[1]]) == pytest.approx(wanted[:17], abs=1e-12)
+    assert found.reached == [True, True, False]
+    assert flat(found.parts[:2]) == pytest.approx(wanted[:17], abs=1e-12)
+    assign_gradients(parameters, found)
+    assert parameters[2].grad is None and parameters[1].grad is found.parts[1]
 
 
 def test_a_gradient_of_zero_changes_nothing() -> None:
@@ -84,7 +97,7 @@ def test_a_gradient_of_zero_changes_nothing() -> None:
 
 def test_conflicts_are_counted_by_pairs() -> None:
     gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])], [torch.tensor([0.0, 1.0])]]
-    assert pcgrad(gradients, np.random.default_rng(0))[1].item() == 1
+    assert pcgrad(flattened(gradients), np.random.default_rng(0))[1].item() == 1
 
 
 def test_gradients_are_copied_and_cleared_and_given_back() -> None:
@@ -94,6 +107,22 @@ def test_gradients_are_copied_and_cleared_and_given_back() -> None:
     reached.grad = memory
     gradient = detach_gradients([reached, other])
     memory.fill_(9)
-    assert reached.grad is None and gradient[0] is not None and gradient[0].tolist() == [1, 2] and gradient[1] is None
+    assert reached.grad is None and gradient.reached == [True, False]
     assign_gradients([reached, other], gradient)
-    assert reached.grad is gradient[0] and other.grad is None
+    assert reached.grad is not None and reached.grad.tolist() == [1, 2] and other.grad is None
+
+
+def test_the_launches_do_not_grow_with_the_parameters() -> None:
+    """On torch's meta device, which goes the way of a GPU."""
+
+    def step(parameters: list[nn.Parameter]) -> None:
+        gradients = []
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = parameter.detach()
+            gradients.append(detach_gradients(parameters))
+        assign_gradients(parameters, pcgrad(gradients, np.random.default_rng(0))[0])
+
+    few, many = ([nn.Parameter(torch.zeros(2, 3, device="meta")) for _ in range(count)] for count in (10, 100))
+    found = launches(lambda: step(few)).total(), launches(lambda: step(many)).total()
+    assert found[0] == found[1] <= 50
