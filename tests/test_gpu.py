@@ -25,6 +25,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import multitask_classifier
 from bert import attention
@@ -150,6 +151,22 @@ def test_a_step_waits_for_nothing(tiny_flags: list[str], tmp_path: Path, more: l
     """Between two looks at the loss no step may wait for the device."""
     trainer = make_ready(tiny_flags, tmp_path / "run", *more, device=BF16)
     run_without_waiting(trainer, steps_of(trainer))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the device, as an Apple GPU does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        wide = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype == torch.float64]
+        assert all(x.device.type == "cpu" for x in wide), f"{func} makes float64"
+        return out
+
+
+def test_a_run_without_float64_on_the_device(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run", "--sst_smart", 1, "--clip", 1, device=FP32)
+    with NoFloat64():
+        assert trainer.fit()["score"] > 0
 
 
 def test_resuming_on_the_gpu(tiny_flags: list[str], tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ class TaskMeter:
 
     def epoch_figures(self, task: Task) -> TaskEpoch:
         """Return the figures of the epoch. Their scores are those of the training passes, with dropout."""
-        losses = self.losses().double()
-        sizes = torch.tensor([len(result.outputs) for result in self.results], dtype=torch.float64).to(losses.device)
+        losses = self.losses().cpu().double()  # an Apple GPU has no float64
+        sizes = torch.tensor([len(result.outputs) for result in self.results], dtype=torch.float64)
         scores: Scores = {}
         if self.scored:
             outputs = torch.cat([result.outputs for result in self.results]).float().cpu().numpy()

@@ -27,6 +27,7 @@ from text.tokenizer import Tokenizer
 from training.distributed import DistributedContext
 from training.meters import REMEDY
 from training.run_directory import RunDirectory
+from utils.device import random_state, set_random_state
 from utils.errors import UserError
 from utils.files import cause
 
@@ -219,8 +220,8 @@ def optimizer_numbers(states: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 def generator_states(device: torch.device, context: DistributedContext) -> dict[str, Tensor]:
     """Return the states [ranks, bytes] of the generators that training draws from, of all ranks."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        states[device.type] = random_state(device)
     return {name: context.all_gather(state) for name, state in states.items()}
 
 
@@ -230,6 +231,6 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device, conte
         return False
     # clones, because torch reads beyond a state that is a row of another tensor
     torch.set_rng_state(states["cpu"][context.rank].clone())
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"][context.rank].clone(), device)
+    if device.type != "cpu" and device.type in states:
+        set_random_state(device, states[device.type][context.rank].clone())
     return True

@@ -116,6 +116,8 @@ def free_memory(root: Path = Path("/")) -> int:
 
 def random_state(device: torch.device) -> torch.Tensor:
     """Return the state of the random generator of `device`, which dropout uses."""
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
@@ -123,6 +125,8 @@ def set_random_state(device: torch.device, state: torch.Tensor) -> None:
     """Restore a state that `random_state` returned."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
     else:
         torch.set_rng_state(state)
 
@@ -131,6 +135,8 @@ def seed_generator(device: torch.device, seed: int) -> None:
     """Seed the generator that dropout on `device` draws from."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)  # of the GPU that this process has chosen
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
 

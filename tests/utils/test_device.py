@@ -7,7 +7,7 @@ import torch
 from helpers import refusal
 
 from utils import device as device_module
-from utils.device import choose_device, free_memory
+from utils.device import choose_device, free_memory, random_state, seed_generator, set_random_state
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def test_the_type_of_mixed_precision(
         return
     found = choose_device(gpu, True, None, print, dtype)
     assert (found.amp, found.scaled) == (wanted, wanted is torch.float16)
+
+
+def test_the_generator_of_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has one of its own, with which dropout draws there; the CPU's is left alone."""
+    device, generator = torch.device("mps"), torch.Generator()
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    monkeypatch.setattr(torch.mps, "manual_seed", generator.manual_seed)
+    before = torch.get_rng_state()
+    seed_generator(device, 7)
+    state, first = random_state(device), torch.rand(3, generator=generator)
+    set_random_state(device, state)
+    assert torch.equal(torch.rand(3, generator=generator), first) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_type_of_mixed_precision_needs_it() -> None:
