@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from base_bert import init_weights
 from config import BertConfig
-from kernels import flash_attention as flash
+from kernels import varlen_attention
 from kernels.dropout import Dropout
 from kernels.embedding import WordEmbedding
 from kernels.grouped_attention import grouped_attention
@@ -31,12 +31,14 @@ def attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # adapters may return fp32
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if not flash.usable(query, key, value, heads):
+    kernel = varlen_attention.choose_kernel(query, key, value, heads)
+    if kernel is None:
         return grouped_attention(query, key, value, batch.grouping, heads, dropout, cls_only)
     starts = batch.cu_seqlens
     query_starts = torch.arange(len(starts), dtype=starts.dtype, device=starts.device) if cls_only else starts
     query, key, value = (x.unflatten(1, (heads, -1)) for x in (query, key, value))  # [.., H] -> [.., heads, width]
-    return flash.attend(query, key, value, query_starts, starts, batch.max_seqlen, dropout).flatten(1)
+    out = varlen_attention.attend(kernel, query, key, value, query_starts, starts, batch.max_seqlen, dropout)
+    return out.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from benchmarks.workloads import (
 from bert import BertModel
 from config import BertConfig, ComputeOptions
 from datasets import BadRows, TaskData, read_examples
-from kernels import flash_attention
+from kernels import varlen_attention
 from kernels.linear import product
 from lora import LoRAConfig
 from models.checkpoint import git_commit
@@ -433,7 +433,7 @@ def run(options: BenchmarkOptions) -> None:
         "device": device.name,
         "amp": device.amp and str(device.amp),
         "started": started,
-        "attention": dict(flash_attention.calls),
+        "attention": dict(varlen_attention.calls),
         "results": compared + others,
     }
     path = Path(options.out) / f"{Path(options.pretrained).name}-{device.device.type}-{started}.json"

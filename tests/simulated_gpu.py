@@ -2,8 +2,9 @@
 
 simulated_gpu.cpp gives torch a device of type "cuda" that computes on the CPU, and this module gives it what torch.cuda
 offers: streams (without any time of their own), graphs (which hold addresses, sizes and numbers, as CUDA's do), errors
-where the host would wait, and FlashAttention by its formula. It shows wrong devices and types, waits, and what a graph
-may not bake in. It knows nothing of speed, of kernels' own rounding, or of streams that do not wait for each other.
+where the host would wait, and the kernels of attention by their formula. It shows wrong devices and types, waits, and
+what a graph may not bake in. It knows nothing of speed, of kernels' own rounding, or of streams that do not wait for
+each other.
 
 `python tests/simulated_gpu.py FOLDER` compiles it; a run of pytest loads it by `-p simulated_gpu` with FOLDER in
 SIMULATED_GPU. It follows the inside of the pinned torch, so that another one may need other lines here.
@@ -175,8 +176,8 @@ def streams_and_graphs(device: Any) -> dict[str, Any]:
     }
 
 
-def install_flash_attention() -> list[Any]:
-    """torch's operator by the formula; what the kernel refuses is refused. Returns what must be kept."""
+def install_attention() -> list[Any]:
+    """torch's operators by the formula; what a kernel refuses is refused. Returns what must be kept."""
     import torch
 
     def parts(query_starts: torch.Tensor, starts: torch.Tensor) -> Iterator[tuple[slice, slice]]:
@@ -244,7 +245,28 @@ def install_flash_attention() -> list[Any]:
             out, query, key, value, query_starts, starts, rest[4], rest[2], options["scale"]
         )
 
+    def attend_efficiently(
+        query: Any, key: Any, value: Any, bias: Any, query_starts: Any, starts: Any, longest_query: int, longest: int,
+        dropout: float, *_: Any, **options: Any,
+    ) -> Any:  # fmt: skip
+        for tensor in (query, key, value):
+            assert tensor.dim() == 4 and len(tensor) == 1 and tensor.stride(3) == 1 and tensor.dtype == query.dtype
+        assert query_starts.dtype == starts.dtype == torch.int32 and query_starts.is_cuda and starts.is_cuda
+        rows = query[0], key[0], value[0]
+        out, seed = torch.ops.simulated_gpu.forward(*rows, query_starts, starts, dropout, options["scale"])
+        return out[None], out.new_empty(0), seed, out.new_empty(0), longest_query, longest
+
+    def attend_efficiently_back(
+        out: Any, query: Any, key: Any, value: Any, bias: Any, _out: Any, query_starts: Any, starts: Any, _query: int,
+        _longest: int, _sums: Any, dropout: float, seed: Any, *_: Any, **options: Any,
+    ) -> Any:  # fmt: skip
+        rows = out[0], query[0], key[0], value[0]
+        found = torch.ops.simulated_gpu.backward(*rows, query_starts, starts, seed, dropout, options["scale"])
+        return *(x[None] for x in found), out.new_empty(0)
+
     theirs = torch.library.Library("aten", "IMPL")
+    theirs.impl("_efficient_attention_forward", attend_efficiently, "CUDA")
+    theirs.impl("_efficient_attention_backward", attend_efficiently_back, "CUDA")
     theirs.impl("_flash_attention_forward", attend, "CUDA")
     theirs.impl("_flash_attention_backward", attend_back, "CUDA")
     return [own, theirs]
@@ -255,4 +277,4 @@ if __name__ == "__main__":
 else:
     simulated = load_device(Path(os.environ["SIMULATED_GPU"]))
     install(simulated)
-    kept = install_flash_attention()
+    kept = install_attention()

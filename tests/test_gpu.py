@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import multitask_classifier
 from bert import attention
-from kernels import flash_attention
+from kernels import varlen_attention
 from optimizer import OPTIMIZERS
 from tasks import DEFAULT_TASKS
 from text.packing import pad_to_bucket
@@ -208,26 +208,30 @@ def test_a_profile_counts_the_gpus_time(tiny_flags: list[str], tmp_path: Path, c
     assert (tmp_path / "run" / "profile.pt.trace.json.gz").exists() and 0 < shares[0] <= 100
 
 
-def test_flash_attention_works_here() -> None:
-    """With the widths of BERT-base and MiniLM; its own trial compares numbers and dropout with the formula."""
-    for dtype in (torch.bfloat16, torch.float16):
+TYPES = {"flash": [torch.bfloat16, torch.float16], "memory-efficient": [torch.bfloat16, torch.float16, torch.float32]}
+
+
+@pytest.mark.parametrize("kernel", TYPES)
+def test_the_kernels_of_attention_work_here(kernel: str) -> None:
+    """With the widths of BERT-base and MiniLM; their own trial compares numbers and dropout with the formula."""
+    for dtype in TYPES[kernel]:
         for width in (32, 64):
-            assert flash_attention.works(GPU, dtype, width)
+            assert varlen_attention.works(kernel, GPU, dtype, width)
 
 
+@pytest.mark.parametrize("kernel", TYPES)
 @pytest.mark.parametrize("cls_only", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
-def test_flash_attention_gives_the_numbers_of_padded_groups(
-    cls_only: bool, tail: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_kernels_give_the_numbers_of_padded_groups(
+    cls_only: bool, tail: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     batch = packed(ragged_ids(rng.integers(1, 90, 64).tolist(), rng))
     batch = (pad_to_bucket(batch) if tail else batch).to(GPU)
     drawn = torch.randn(3, batch.num_tokens, 768, device=GPU, dtype=torch.bfloat16)
     found = []
-    for use in (True, False):
-        if not use:
-            monkeypatch.setattr(flash_attention, "usable", lambda *_: False)
+    for use in (kernel, None):
+        monkeypatch.setattr(varlen_attention, "choose_kernel", lambda *_, use=use: use)
         query, key, value = (tensor.clone().requires_grad_() for tensor in drawn)
         asked = query.index_select(0, batch.cu_seqlens[:-1]) if cls_only else query
         out = attention(asked, key, value, batch, 12, 0.0, cls_only)
@@ -238,7 +242,7 @@ def test_flash_attention_gives_the_numbers_of_padded_groups(
         torch.testing.assert_close(tensor, wanted, rtol=0.1, atol=0.2)
 
 
-def test_flash_attention_drops_the_share_that_it_should() -> None:
+def test_varlen_attention_drops_the_share_that_it_should() -> None:
     """The mean over many draws is what comes out without dropout, and the spread is that of Bernoulli numbers."""
     batch = packed(ragged_ids([64] * 32, np.random.default_rng(1))).to(GPU)
     query, key = torch.zeros(2, batch.num_tokens, 768, device=GPU, dtype=torch.bfloat16)  # every key counts alike

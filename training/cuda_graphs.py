@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bert import BertSelfAttention
 from config import Config
-from kernels.flash_attention import works
+from kernels.varlen_attention import first_working
 from text.packing import PackedBatch
 from training.auxiliary_losses import build_auxiliary_losses
 from training.loader import LoadedBatch
@@ -213,6 +213,7 @@ def make_cuda_graph_runner(
     refusals = {task: "with auxiliary losses" for task, losses in auxiliary.items() if losses}
     layers = [module for module in model.modules() if isinstance(module, BertSelfAttention)]
     widths = {len(layer.query.weight) // layer.heads for layer in layers}
-    if device.amp is None or not all(works(device.device, device.amp, width) for width in widths):
+    dtype = device.amp or torch.float32
+    if not all(first_working(device.device, dtype, width) for width in widths):
         refusals = dict.fromkeys(config.tasks, "whose attention is padded")  # to shapes of each batch's own
     return CudaGraphRunner(compute, model, Capturer(device.device), refusals, say)

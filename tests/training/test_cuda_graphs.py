@@ -13,7 +13,7 @@ from torch import Tensor
 
 import multitask_classifier
 import training.cuda_graphs
-from kernels import flash_attention
+from kernels import varlen_attention
 from tasks import DEFAULT_TASKS
 from training.cuda_graphs import GRAPHS, USES, Captured, CudaGraphRunner, make_cuda_graph_runner
 from training.task_sampling import task_batches
@@ -27,7 +27,7 @@ FLAGS = ["--hidden_dropout_prob", 0, "--backbone_dropout_prob", 0, "--arch", "v1
 def attention_by_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let attention read where sequences begin from the batch itself, as the kernel on a GPU does."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts: Tensor, *_: Any) -> Tensor:
+    def attend(_: str, query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts: Tensor, *__: Any) -> Tensor:
         outputs = []
         for i in range(len(starts) - 1):
             q = query[starts_q[i] : starts_q[i + 1]].transpose(0, 1)  # [heads, L, width]
@@ -35,8 +35,8 @@ def attention_by_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
             outputs.append(((q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(dim=2) @ v).transpose(0, 1))
         return torch.cat(outputs)
 
-    monkeypatch.setattr(flash_attention, "usable", lambda *_: True)
-    monkeypatch.setattr(flash_attention, "attend", attend)
+    monkeypatch.setattr(varlen_attention, "choose_kernel", lambda *_: "flash")
+    monkeypatch.setattr(varlen_attention, "attend", attend)
 
 
 class PythonCapturer:
@@ -237,7 +237,9 @@ def test_which_tasks_are_captured(tiny_flags: list[str], tmp_path: Path, monkeyp
         (True, {"sst": "with auxiliary losses"}),
         (False, dict.fromkeys(DEFAULT_TASKS, "whose attention is padded")),
     ):
-        monkeypatch.setattr(training.cuda_graphs, "works", lambda _, dtype, width, k=kernel: widths.add(width) or k)
+        monkeypatch.setattr(
+            training.cuda_graphs, "first_working", lambda _, dtype, width, k=kernel: widths.add(width) or k
+        )
         runner = make_cuda_graph_runner(config, trainer.model, device, trainer.forward_backward, print)
         assert runner is not None and runner.refusals == wanted
     assert widths == {16}

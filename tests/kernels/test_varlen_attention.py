@@ -1,4 +1,4 @@
-"""The call of torch's FlashAttention, on a CPU: an operator that works by the formula stands in its place."""
+"""The calls of torch's kernels of attention, on a CPU: operators that work by the formula stand in their place."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,7 @@ from helpers import weighted_sum
 from torch import Tensor
 
 from bert import attention
-from kernels import flash_attention as flash
+from kernels import varlen_attention as varlen
 from text.packing import PackedBatch, pack_padded, pad_to_bucket
 
 
@@ -47,6 +47,22 @@ class Operator:
         longest_q: int, longest: int, dropout: float, *rest: Any, **options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return gradients(grad, q, k, v, starts_q, starts, self.backward_dropout(dropout))
+
+    def efficient_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: None, starts_q: Tensor, starts: Tensor, longest_q: int,
+        longest: int, dropout: float, mask: int, compute_log_sumexp: bool, *, scale: float, **_: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        assert bias is None and mask == 0 and compute_log_sumexp and len(q) == len(k) == len(v) == 1
+        lengths = longest_q, longest
+        out, *empty = self.forward(q[0], k[0], v[0], starts_q, starts, *lengths, dropout, False, False, scale=scale)
+        return out[None], *empty[:3], longest_q, longest
+
+    def efficient_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, out: Tensor, starts_q: Tensor, starts: Tensor,
+        longest_q: int, longest: int, sums: Tensor, dropout: float, *rest: Any, **options: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dropout = self.backward_dropout(dropout)
+        return *(x[None] for x in gradients(grad[0], q[0], k[0], v[0], starts_q, starts, dropout)), torch.empty(0)
 
 
 def by_formula(
@@ -90,7 +106,8 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_flash_attention_forward", operator.forward, "CPU")
         library.impl("_flash_attention_backward", operator.backward, "CPU")
-        monkeypatch.setattr(flash, "usable", lambda query, key, value, heads: True)
+        library.impl("_efficient_attention_forward", operator.efficient_forward, "CPU")
+        library.impl("_efficient_attention_backward", operator.efficient_backward, "CPU")
         yield operator
 
 
@@ -99,16 +116,17 @@ def batch_of(lengths: list[int]) -> PackedBatch:
     return pack_padded(mask.long(), mask)
 
 
+@pytest.mark.parametrize("kernel", varlen.KERNELS)
 @pytest.mark.parametrize("cls_only", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("lengths", [[5, 1, 7, 3, 3], [1, 1, 1], [9]])
 def test_the_same_numbers_as_padded_groups(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch, lengths: list[int], tail: bool, cls_only: bool
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, lengths: list[int], tail: bool, cls_only: bool, kernel: str
 ) -> None:
     batch = pad_to_bucket(batch_of(lengths)) if tail else batch_of(lengths)
     results = []
-    for use in (True, False):
-        monkeypatch.setattr(flash, "usable", lambda *_, use=use: use)
+    for use in (kernel, None):
+        monkeypatch.setattr(varlen, "choose_kernel", lambda *_, use=use: use)
         torch.manual_seed(3)
         query, key, value = torch.randn(3, batch.num_tokens, 16, dtype=torch.float64)
         query = query[: batch.num_sequences] if cls_only else query
@@ -121,21 +139,24 @@ def test_the_same_numbers_as_padded_groups(
     assert longest_query == (1 if cls_only or batch.num_tokens == batch.num_sequences else batch.max_seqlen)
 
 
-def test_the_call_is_one_that_torch_knows() -> None:
+@pytest.mark.parametrize("kernel", varlen.KERNELS)
+def test_the_call_is_one_that_torch_knows(kernel: str) -> None:
     """Names, types and order of the operator's arguments, and its gradient, by torch's own rules of shapes."""
     query, key = (torch.empty(n, 4, 32, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (3, 20))
     starts = torch.empty(4, dtype=torch.int32, device="meta")
-    out = flash.attend(query, key, key, starts, starts, 9, 0.1)
+    out = varlen.attend(kernel, query, key, key, starts, starts, 9, 0.1)
     assert (out.shape, out.dtype) == (query.shape, torch.bfloat16)
+    if kernel == "memory-efficient":  # torch's rule of the shapes of its gradient lacks an argument
+        return
     out.sum().backward()
     assert query.grad is not None and query.grad.shape == query.shape
 
 
-def check() -> None:
-    flash.check_kernel(torch.device("cpu"), torch.float32, 16)
+@pytest.mark.parametrize("kernel", varlen.KERNELS)
+def test_the_check_accepts_what_is_right_and_refuses_what_is_wrong(operator: Operator, kernel: str) -> None:
+    def check() -> None:
+        varlen.check_kernel(kernel, torch.device("cpu"), torch.float32, 16)
 
-
-def test_the_check_accepts_what_is_right_and_refuses_what_is_wrong(operator: Operator) -> None:
     check()
     assert [dropout for *_, dropout in operator.calls] == [0.0, 0.5, 0.5]
     operator.forward_dropout = lambda dropout: 0.0
@@ -154,10 +175,10 @@ def test_an_evaluation_may_be_the_first_to_try(operator: Operator, monkeypatch: 
     """The check needs gradients, which evaluation has switched off, and exact types, which autocast changes."""
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-    flash.works.cache_clear()
+    varlen.works.cache_clear()
     with torch.inference_mode(), torch.autocast("cpu", torch.float16):
-        assert flash.works(torch.device("cpu"), torch.bfloat16, 16)
-    flash.works.cache_clear()
+        assert varlen.works("flash", torch.device("cpu"), torch.bfloat16, 16)
+    varlen.works.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -170,28 +191,35 @@ def test_where_it_does_not_work_that_is_said_once(
     def fails(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(flash, "check_kernel", fails)
+    monkeypatch.setattr(varlen, "check_kernel", fails)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "state")
     states: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(state))
-    flash.works.cache_clear()
+    varlen.works.cache_clear()
     with caplog.at_level(logging.WARNING, "minbert"):
         for _ in range(3):
-            assert not flash.works(torch.device("cuda"), torch.bfloat16, 64)
-    flash.works.cache_clear()
+            assert varlen.first_working(torch.device("cuda"), torch.bfloat16, 64) is None
+    varlen.works.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        f"attention: torch's FlashAttention does not work here ({reason}); going on with padded groups"
+        f"attention: torch's {kernel} kernel does not work here ({reason}); going on without it"
+        for kernel in ("flash", "memory-efficient")
     ]
-    assert states == ["state"]  # dropout draws what it would have drawn
+    assert states == ["state"] * 2  # dropout draws what it would have drawn
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 17), (torch.bfloat16, 264)])
-def test_what_the_kernel_does_not_take(dtype: torch.dtype, width: int) -> None:
-    assert not flash.works(torch.device("cuda"), dtype, width)
+def test_what_flash_attention_does_not_take(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+    """The other kernel is tried then."""
+    monkeypatch.setattr(varlen, "check_kernel", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    varlen.works.cache_clear()
+    assert varlen.first_working(torch.device("cuda"), dtype, width) == "memory-efficient"
+    varlen.works.cache_clear()
 
 
 class OnGpu:
-    """What `usable` asks of rows [N, 64] on a GPU."""
+    """What `choose_kernel` asks of rows [N, 64] on a GPU."""
 
     device = torch.device("cuda")
 
@@ -208,18 +236,18 @@ class OnGpu:
         (4, torch.bfloat16, torch.bfloat16, [(torch.device("cuda"), torch.bfloat16, 32)], {"flash": 1}),
         (0, torch.bfloat16, torch.bfloat16, [], {}),  # the kernel refuses a shard without examples
         (4, torch.bfloat16, torch.float32, [], {"groups": 1}),
-        (4, torch.float32, torch.float32, [], {}),  # where nobody expects it
+        (4, torch.float32, torch.float32, [(torch.device("cuda"), torch.float32, 32)], {"flash": 1}),
     ],
 )
-def test_the_kernel_takes_rows_of_one_half_precision(
+def test_a_kernel_takes_rows_of_one_type(
     monkeypatch: pytest.MonkeyPatch, rows: int, query: torch.dtype, key: torch.dtype, asked: Any, counted: Any
 ) -> None:
     """It is asked for the width of a head."""
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(flash, "works", lambda *given: not seen.append(given))
-    monkeypatch.setattr(flash, "calls", Counter())
+    monkeypatch.setattr(varlen, "first_working", lambda *given: seen.append(given) or "flash")
+    monkeypatch.setattr(varlen, "calls", Counter())
     given: list[Any] = [OnGpu(rows, dtype) for dtype in (query, key, query)]
-    assert flash.usable(*given, 2) == bool(asked)
-    assert seen == asked and flash.calls == counted
-    assert not flash.usable(*torch.zeros(3, 4, 16, dtype=torch.bfloat16), 2)  # on a CPU
-    assert flash.calls == counted
+    assert varlen.choose_kernel(*given, 2) == ("flash" if asked else None)
+    assert seen == asked and varlen.calls == counted
+    assert varlen.choose_kernel(*torch.zeros(3, 4, 16, dtype=torch.bfloat16), 2) is None  # on a CPU
+    assert varlen.calls == counted
