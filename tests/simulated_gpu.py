@@ -84,7 +84,6 @@ def install(gpu: Any) -> None:
 
     torch.empty = empty
     torch.Tensor.pin_memory = lambda self, device=None: pin(self.clone())  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
     properties = types.SimpleNamespace(name="simulated GPU", total_memory=16 << 30, multi_processor_count=1)
     properties.major, properties.minor = 9, 0
     offered: dict[str, Any] = {
@@ -131,6 +130,22 @@ def streams_and_graphs(device: Any) -> dict[str, Any]:
         def replay(self) -> None:
             self.graph.replay()
 
+    capturing: set[int] = set()  # pools that the allocator has not left
+    leaked: list[torch.Tensor] = []
+
+    def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
+        if capturing:
+            leaked.append(tensor)
+
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
+
+    def end_allocate_to_pool(device: int, pool: tuple[int, int]) -> None:
+        if pool[1] not in capturing:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        capturing.remove(pool[1])
+
+    torch._C._cuda_endAllocateToPool = end_allocate_to_pool
+    torch._C._cuda_releasePool = lambda device, pool: None
     main_stream = Stream()
     current = [main_stream]
     pools: dict[int, list[weakref.ref[CUDAGraph]]] = {}
@@ -158,6 +173,11 @@ def streams_and_graphs(device: Any) -> dict[str, Any]:
         graph.graph.begin(pool[1])
         try:
             yield
+        except RuntimeError as error:
+            if "stream is capturing" in str(error):  # which makes a capture invalid: torch fails to end it
+                capturing.add(pool[1])
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+            raise
         finally:
             graph.graph.end()
             torch.set_rng_state(state)

@@ -401,6 +401,26 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was() -> None:
     assert torch.as_tensor(out).tolist() == [6, 6, 6]
 
 
+def test_steps_after_a_failed_capture_leak_nothing(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    """CUDA makes a capture invalid that waits; the first cause is named."""
+    trainer = make("--arch", "v1", graphs=True)
+    runner, compute, taken = graphs_of(trainer), trainer.forward_backward, []
+
+    def waits(*args: Any) -> Any:
+        loss, outputs = compute(*args)
+        loss.item()
+        return loss, outputs
+
+    runner.compute = waits
+    steps = [step_of("sst", range(8))] * 3
+    for _ in range(4):
+        run_steps(trainer, steps)
+        torch.cuda.synchronize()
+        taken.append(torch.cuda.memory_allocated())
+    assert runner.counts == {"of a rare shape": 2, "that could not be captured": 10}
+    assert "previous error" not in capsys.readouterr().out and taken[1] == taken[2] == taken[3]
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SparseAdam"])
 def test_optimizers_move_as_on_the_cpu(name: str) -> None:
     weights = []

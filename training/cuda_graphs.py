@@ -7,6 +7,7 @@ graph starts all of them at once. It has fixed shapes and fixed memory: batches 
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from utils.device import Device
 from utils.errors import UserError, first_line, is_out_of_memory
 
 USES = 3  # of a shape until it is captured: rare ones, such as an epoch's last batch, are not worth the second it takes
-GRAPHS = 32  # at most; each keeps gradients of its own, and all share the rest of their memory
+GRAPHS = 32  # at most
 
 # Computes the loss and outputs of a batch, without their history, and adds its gradients, scaled, to the parameters'.
 Compute = Callable[[LoadedBatch, float], tuple[Tensor, Tensor]]
@@ -66,8 +67,20 @@ class Capturer:
                 captured = function()
         except BaseException:
             torch.cuda.set_stream(computing)  # a capture that fails at its beginning or end does not do this
+            self.leave_pool()
             raise
         return captured, graph.replay
+
+    def leave_pool(self) -> None:
+        """Let torch's allocator leave the pool after a failed capture.
+
+        Where CUDA has made the capture invalid, torch does not do this. Every later `record_stream` would then keep its
+        tensor for ever.
+        """
+        pool = torch.cuda.current_device(), self.pool
+        with suppress(RuntimeError):  # it has left
+            torch._C._cuda_endAllocateToPool(*pool)
+            torch._C._cuda_releasePool(*pool)
 
 
 class CudaGraphRunner:
@@ -89,6 +102,7 @@ class CudaGraphRunner:
         self.compute, self.model, self.capturer, self.refusals, self.say = compute, model, capturer, refusals, say
         self.parameters = list(model.parameters())
         self.graphs: dict[Hashable, CapturedGraph] = {}
+        self.gradients: dict[nn.Parameter, Tensor] = {}  # which all graphs write
         self.uses: Counter[Hashable] = Counter()
         self.state: Hashable = None
         self.counts: Counter[str] = Counter()
@@ -100,7 +114,7 @@ class CudaGraphRunner:
         With `keep`, the gradients must survive passes of other batches.
         """
         key, reason = self.key(batch, scale), self.refusals.get(batch.task)
-        graph = self.graphs.get(key) if reason is None else None
+        graph = self.graphs.get(key)
         if reason is None and graph is None:
             self.uses[key] += 1
             if self.uses[key] < USES:
@@ -109,7 +123,7 @@ class CudaGraphRunner:
                 reason = f"beyond the {self.most} graphs that are kept"
             else:
                 graph = self.capture(key, batch, scale)
-                reason = self.refusals.get(batch.task, "for lack of memory")
+                reason = self.refusals.get(batch.task)
         if graph is None:
             self.counts[str(reason)] += 1
             return self.compute(batch, scale)
@@ -127,36 +141,51 @@ class CudaGraphRunner:
         return batch.task, scale, packed.num_tokens, packed.num_sequences, packed.max_seqlen, len(batch.labels)
 
     def capture(self, key: Hashable, batch: LoadedBatch, scale: float) -> CapturedGraph | None:
-        """Capture the pass of a batch; return None where that fails.
+        """Capture the pass of a batch; return None where that fails, and try the task no more.
 
-        After a lack of memory half as many graphs are kept. After another failure the task is not tried again.
+        After a lack of memory, half as many graphs are kept and the capture is tried again.
         """
+        while True:
+            try:
+                self.graphs[key] = self.captured(batch, scale)
+                return self.graphs[key]
+            except RuntimeError as error:
+                cause = first_cause(error)
+            lacks_memory = is_out_of_memory(cause)
+            if lacks_memory and self.graphs:
+                self.most = max(1, len(self.graphs) // 2)
+                self.drop_graphs(keep=self.most - 1)
+                continue
+            self.refusals[batch.task] = "for lack of memory" if lacks_memory else "that could not be captured"
+            self.drop_graphs(keep=len(self.graphs))
+            self.say(f"--cuda_graphs: a pass of {batch.task} could not be captured ({first_line(cause)})")
+            return None
+
+    def captured(self, batch: LoadedBatch, scale: float) -> CapturedGraph:
+        """Return the graph of the pass of a batch. Raises RuntimeError where that fails."""
         assert isinstance(batch.inputs, PackedBatch)
         inputs = {name: tensor.clone() for name, tensor in batch.inputs.tensors().items()}
         copied = replace(batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone())
         waiting = [parameter.grad for parameter in self.parameters]
+        if not self.gradients:  # not in the memory of any graph
+            self.gradients = {p: torch.empty_like(p) for p in self.parameters if p.requires_grad}
 
         def run() -> Captured:
             loss, outputs = self.compute(copied, scale)
-            return loss, outputs, [(p, p.grad) for p in self.parameters if p.grad is not None]
+            computed = [(parameter, parameter.grad) for parameter in self.parameters if parameter.grad is not None]
+            gradients = [(parameter, self.gradients[parameter]) for parameter, _ in computed]
+            if computed:
+                torch._foreach_copy_([into for _, into in gradients], [gradient for _, gradient in computed])
+            return loss, outputs, gradients
 
         try:
             for parameter in self.parameters:
                 parameter.grad = None  # so that the graph writes gradients and adds to none
             (loss, outputs, gradients), replay = self.capturer(run)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                self.most = len(self.graphs) // 2
-            else:
-                self.refusals[batch.task] = "that could not be captured"
-            self.drop_graphs()  # a failed capture may have taken memory that other graphs count on
-            self.say(f"--cuda_graphs: a pass of {batch.task} could not be captured ({first_line(error)})")
-            return None
         finally:
             for parameter, gradient in zip(self.parameters, waiting, strict=True):
                 parameter.grad = gradient
-        self.graphs[key] = CapturedGraph([*inputs.values(), copied.labels], loss, outputs, gradients, replay)
-        return self.graphs[key]
+        return CapturedGraph([*inputs.values(), copied.labels], loss, outputs, gradients, replay)
 
     def replay(self, graph: CapturedGraph, batch: LoadedBatch, keep: bool) -> tuple[Tensor, Tensor]:
         """Return the loss and outputs of a batch by a graph. Gradients stay in its memory unless they must `keep`."""
@@ -165,11 +194,14 @@ class CudaGraphRunner:
         add_gradients(graph.gradients, keep)
         return graph.loss.clone(), graph.outputs.clone()
 
-    def drop_graphs(self) -> None:
-        """Drop all graphs and the memory that they share."""
-        self.graphs.clear()
-        self.uses.clear()
-        self.capturer.renew()
+    def drop_graphs(self, keep: int = 0) -> None:
+        """Drop all graphs but the first `keep`; without any, drop the memory that they share."""
+        for key in list(self.graphs)[keep:]:
+            del self.graphs[key]
+        if not self.graphs:
+            self.uses.clear()
+            self.gradients.clear()
+            self.capturer.renew()
 
     def report(self) -> str:
         """Return how many passes were replayed since the last report, and why the others were not."""
@@ -177,6 +209,13 @@ class CudaGraphRunner:
         replayed = counts.pop("replayed", 0)
         others = "".join(f", {count:,} {reason}" for reason, count in counts.items())
         return f"--cuda_graphs: {replayed:,} passes replayed from {len(self.graphs)} graphs{others}"
+
+
+def first_cause(error: Exception) -> Exception:
+    """Return the error that came first: torch fails once more as it ends a capture that has failed."""
+    while isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
 
 
 def add_gradients(computed: Sequence[tuple[nn.Parameter, Tensor]], keep: bool) -> None:
