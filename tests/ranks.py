@@ -138,7 +138,10 @@ def gradients_of_tasks(context: DistributedContext, flags: list[str], run_dir: P
     found: list[list[Tensor | None]] = []
     with exact():
         trainer = make_trainer(flags, run_dir, "--routine", "joint", "--pcgrad", context=context, double=True)
-        trainer.assign_projected = lambda gradients: found.extend(map(list, gradients))  # type: ignore[method-assign]
+        trainer.assign_projected = lambda gradients: found.extend(  # type: ignore[method-assign]
+            [part if reached else None for part, reached in zip(flat.parts, flat.reached, strict=True)]
+            for flat in gradients
+        )
         list(first_steps(trainer, 1))
     return found
 

@@ -26,7 +26,7 @@ class FlatGradient:
 def flat_gradient(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> FlatGradient:
     """Return a copy of the gradients of some parameters; None stands for a parameter that the task does not reach."""
     sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
-    numbers = parameters[0].new_zeros(sum(sizes))
+    numbers = parameters[0].new_zeros(sum(sizes)) if parameters else torch.zeros(0)
     parts = [
         space[: parameter.numel()].view(parameter.shape)
         for space, parameter in zip(numbers.split(sizes), parameters, strict=True)
