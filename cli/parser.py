@@ -9,7 +9,9 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from cli.checks import check, check_evaluate, check_processes
@@ -37,25 +39,24 @@ class ShowHelp(argparse.Action):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line, without the usage of all flags before it.
 
-    `pages` returns the texts of --help GROUP by group. The page "tasks" and the examples end the text of --help.
+    `pages` makes the text of --help GROUP for each group. The page "tasks" and the examples end the text of --help.
     """
 
-    pages: Callable[[], Mapping[str, str]] | None = None
+    pages: Mapping[str, Callable[[], str]] = MappingProxyType({})
     examples = ""
 
     def format_help(self) -> str:
         """Return the text of --help."""
-        tasks = self.pages().get("tasks", "") if self.pages else ""
+        tasks = self.pages["tasks"]() if "tasks" in self.pages else ""
         self.epilog = "\n\n".join(filter(None, [tasks, self.examples]))
         return super().format_help()
 
     def print_help_of(self, group: str) -> NoReturn:
         """Print the page of a group or, for "", the whole help, and exit."""
-        pages = {"": self.format_help(), **(self.pages() if self.pages else {})}
-        if group not in pages:
-            names = ", ".join(filter(None, pages))
-            self.error(f"--help {group}: there is no such group of flags; choose from {names}")
-        self._print_message(pages[group].rstrip() + "\n", sys.stdout)
+        if group and group not in self.pages:
+            self.error(f"--help {group}: there is no such group of flags; choose from {', '.join(self.pages)}")
+        text = self.pages[group]() if group else self.format_help()
+        self._print_message(text.rstrip() + "\n", sys.stdout)
         sys.exit(0)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -252,16 +253,14 @@ def build_parser(
         fill(parser, *arguments)
         return parser.format_help().strip()
 
-    def pages() -> dict[str, str]:
-        texts = {name: page(add_group, name, cls) for name, cls in groups.items()}
-        if tasks:
-            texts["tasks"] = page(add_tasks_for_help, tasks, only)
-        return texts | {alias: page(add_task, tasks[name], only) for alias, name in task_by_alias(tasks).items()}
+    pages = {name: partial(page, add_group, name, cls) for name, cls in groups.items()}
+    if tasks:
+        pages["tasks"] = partial(page, add_tasks_for_help, tasks, only)
+    pages |= {alias: partial(page, add_task, tasks[name], only) for alias, name in task_by_alias(tasks).items()}
 
     parser = empty_parser(prog, description=description, usage=f"{prog} [flags] [@file-of-flags]")
     parser.pages, parser.examples = pages, examples
-    names = ", ".join([*groups, *(["tasks", *task_by_alias(tasks)] if tasks else [])])
-    help = f"print all flags, or those of one group: {names}"
+    help = f"print all flags, or those of one group: {', '.join(pages)}"
     options: dict[str, Any] = {"nargs": "?", "const": "", "default": argparse.SUPPRESS, "metavar": "GROUP"}
     parser.add_argument("-h", "--help", action=ShowHelp, help=help, **options)
     for name, cls in groups.items():

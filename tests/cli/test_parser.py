@@ -277,8 +277,7 @@ def test_help_does_not_wait_for_torch(script: str) -> None:
 
 def test_help_names_every_visible_flag_and_default() -> None:
     parser = build_parser("prog", "Test.", TASKS)
-    assert parser.pages is not None
-    text = " ".join("".join([parser.format_help(), *parser.pages().values()]).split())
+    text = " ".join("".join([parser.format_help(), *(page() for page in parser.pages.values())]).split())
     for action in actions(parser):
         assert action.help
         if action.help != argparse.SUPPRESS or action.dest.startswith("tasks."):
