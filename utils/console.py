@@ -5,11 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError, first_line, is_lost_connection, is_out_of_memory
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 SECONDS_FOR_MAIN_PROCESS = 10.0  # to report a mistake that all processes have met
@@ -120,6 +121,8 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
 
     In a file or a pipe, a bar that stays (`leave`) prints a line every half minute, and another one prints nothing.
     """
+    from tqdm import tqdm  # takes a third of the time of --help, which draws no bar
+
     return tqdm(
         items,
         desc=description,
