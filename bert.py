@@ -6,6 +6,7 @@ Every layer works on [T, H], the tokens of all sequences end to end. Only `atten
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from kernels import varlen_attention
 from kernels.dropout import Dropout
 from kernels.embedding import WordEmbedding
 from kernels.grouped_attention import grouped_attention
+from kernels.half_copies import half_copies
 from kernels.linear import linear
 from text.packing import Batch, EncodedBatch, PackedBatch, pack_padded, unpack
 
@@ -77,6 +79,10 @@ class Linear(nn.Linear):
             self.cast = None
         return linear(x, self.weight, self.bias, gelu)
 
+    def trains(self) -> bool:
+        """Return whether weight and bias, in fp32, get gradients."""
+        return all(p.requires_grad and p.dtype == torch.float32 for p in (self.weight, self.bias))
+
     def uses_copies(self, device: str) -> bool:
         """Return whether autocast would cast frozen weights here."""
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
@@ -92,6 +98,15 @@ class Linear(nn.Linear):
         return self.cast[1:]
 
 
+Parameters = tuple[Tensor, Tensor]  # weight and bias of a linear layer
+
+
+def apply_linear(layer: nn.Module, x: Tensor, half: Parameters | None, gelu: bool = False) -> Tensor:
+    """Return the output of a linear layer, by half-precision copies of its parameters if there are some."""
+    out: Tensor = layer(x, gelu) if half is None else linear(x, *half, gelu)
+    return out
+
+
 class BertSelfAttention(nn.Module):
     """Multi-head self-attention, without the output projection."""
 
@@ -103,11 +118,20 @@ class BertSelfAttention(nn.Module):
         self.key = Linear(config.hidden_size, config.hidden_size)
         self.value = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False) -> Tensor:
-        """Map [T, H] to [T, H], or with `cls_only` to [S, H]."""
-        query = self.query(output_rows(hidden, batch, cls_only))
+    def forward(
+        self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, joined: Parameters | None = None
+    ) -> Tensor:
+        """Map [T, H] to [T, H], or with `cls_only` to [S, H].
+
+        `joined` are weight [3H, H] and bias [3H] of query, key and value together, for one product instead of three.
+        """
+        if joined is None:
+            query, key, value = self.query(output_rows(hidden, batch, cls_only)), self.key(hidden), self.value(hidden)
+        else:
+            query, key, value = linear(hidden, *joined).chunk(3, dim=1)
+            query = output_rows(query, batch, cls_only)
         dropout = self.dropout if self.training else 0.0
-        return attention(query, self.key(hidden), self.value(hidden), batch, self.heads, dropout, cls_only)
+        return attention(query, key, value, batch, self.heads, dropout, cls_only)
 
 
 class BertLayer(nn.Module):
@@ -134,12 +158,36 @@ class BertLayer(nn.Module):
                 return total
             return total + adapter.function(hidden, batch, cls_only)
 
-        context = self.self_attention(hidden, batch, cls_only)
-        total = output_rows(hidden, batch, cls_only) + self.dropout(self.attention_dense(context))
+        half: Sequence[Parameters | None] = self.half_parameters(hidden.device.type) or [None] * 4
+        joined, dense, interm, out = half
+        context = self.self_attention(hidden, batch, cls_only, joined)
+        projected = apply_linear(self.attention_dense, context, dense)
+        total = output_rows(hidden, batch, cls_only) + self.dropout(projected)
         attended = self.attention_layer_norm(adapted(total, "attention"))
-        expanded = self.interm_dense(attended, gelu=True)
-        total = attended + self.dropout(self.out_dense(expanded))
+        expanded = apply_linear(self.interm_dense, attended, interm, gelu=True)
+        total = attended + self.dropout(apply_linear(self.out_dense, expanded, out))
         return self.out_layer_norm(adapted(total, "feed-forward"))
+
+    def half_parameters(self, device: str) -> list[Parameters] | None:
+        """Return what autocast would cast one by one on a GPU: weight and bias of query, key and value joined, then
+        those of `attention_dense`, `interm_dense` and `out_dense`.
+
+        Return None on a CPU, without autocast, and where adapters or frozen layers need them apart.
+        """
+        if device == "cpu" or not torch.is_autocast_enabled(device):
+            return None
+        attention = self.self_attention
+        groups: list[list[Any]] = [
+            [attention.query, attention.key, attention.value],
+            [self.attention_dense],
+            [self.interm_dense],
+            [self.out_dense],
+        ]
+        if not all(isinstance(layer, Linear) and layer.trains() for group in groups for layer in group):
+            return None
+        weights, biases = ([[getattr(x, name) for x in group] for group in groups] for name in ("weight", "bias"))
+        copies = half_copies(torch.get_autocast_dtype(device), [*weights, *biases])
+        return list(zip(copies[: len(groups)], copies[len(groups) :], strict=True))
 
 
 class BertModel(nn.Module):

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import multitask_classifier
-from bert import attention
+from bert import BertLayer, attention
 from kernels import varlen_attention
 from optimizer import OPTIMIZERS
 from tasks import DEFAULT_TASKS
@@ -285,6 +285,20 @@ def make(tiny_flags: list[str], tmp_path: Path) -> Maker:
         return make_ready(tiny_flags, tmp_path / str(next(runs)), *flags, device=device)
 
     return make_one
+
+
+def test_one_product_for_query_key_and_value_gives_their_numbers(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it, all parameters of a layer are cast at once."""
+    trainer, found = make(*STILL, "--arch", "v1"), []
+    for _ in range(2):
+        loss, outputs = trainer.forward_backward(load_batch(trainer, "para", range(8)), 1.0)
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        found.append((outputs, torch.cat(gradients)))
+        trainer.model.zero_grad(set_to_none=True)
+        monkeypatch.setattr(BertLayer, "half_parameters", lambda *_: None)
+    (outputs, gradient), (wanted, wanted_gradient) = found
+    torch.testing.assert_close(outputs, wanted, rtol=0.02, atol=0.02)
+    assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 0.02
 
 
 def graphs_of(trainer: Trainer) -> CudaGraphRunner:
