@@ -52,7 +52,7 @@ tables: $(VENV)/run.done
 
 # make docs/reports.md   make the page of all tables again, after a change in recipes/r?/tables.toml
 docs/reports.md: $(wildcard recipes/r?/tables.toml) | $(VENV)/run.done
-	$(BIN)/python -m studies.report_tables > $@
+	$(BIN)/python -m studies.report_tables > $@.new && mv $@.new $@
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -141,8 +141,10 @@ def read_content(path: Path) -> bytes:
 def column_names(path: Path) -> list[str]:
     """Return the column names in the first line of a file, or nothing if it cannot be read."""
     try:
-        return max(possible_headers(read_content(path).split(b"\n", 1)[0].rstrip(b"\r"), path).values(), key=len)
-    except (UserError, RowError):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            first = file.readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        return max(possible_headers(first, path).values(), key=len)
+    except (OSError, EOFError, zlib.error, RowError):
         return []
 
 

@@ -16,9 +16,9 @@ class Task:
     """One row of the task table.
 
     `kind` decides how a label is read and scored: `classes` (an integer class, accuracy), `binary` (0 or 1, accuracy)
-    or `similarity` (a real number, Pearson correlation). Files have tabs or commas, whatever they are
-    called, and begin with a line of column names: `id`, which may be missing, the one or two `text_columns` and, except
-    in a test file, the `label_column`. A file called .jsonl has a JSON object with these names in each line.
+    or `similarity` (a real number, Pearson correlation). Files have tabs or commas, whatever they are called, and begin
+    with a line of column names: `id`, which may be missing, the one or two `text_columns` and, except in a test file,
+    the `label_column`. A file called .jsonl has a JSON object with these names in each line.
     `backbone` is `sentiment` or `similarity`: the task's backbone in an architecture that has these two. `losses` are
     names in training/losses.py. `lr_multiplier`, `weight_decay` and `lr_floor` (the end of the cosine schedule as a
     fraction of its start) are the defaults of R0, appendix I and section M.4.

@@ -15,7 +15,7 @@ from evaluation.prediction_files import refuse_training_run, score_and_write
 from models.checkpoint import load, load_model, model_checkpoint, save
 from tasks import TASKS
 from utils.console import say
-from utils.device import choose_device
+from utils.device import device_of
 from utils.errors import UserError
 from utils.files import probe_folder, write_json
 
@@ -54,7 +54,7 @@ def combine(members: Sequence[Member], splits: Splits, options: EnsembleOptions,
         scores = score_dev(values, dev)
         return scores | {half: score_dev(values, dev, rows)["score"] for half, rows in rows_of_half.items()}
 
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+    device = device_of(compute, say)
     predictor = Predictor(Path(options.cache), device, compute.eval_batch_size)
     outputs = [predictor.outputs(member, splits) for member in members]
     member_names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]

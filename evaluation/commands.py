@@ -14,7 +14,7 @@ from models.peft_exchange import export_peft
 from models.sentence_transformers import export_sentence_transformers
 from tasks import Task
 from utils.console import say
-from utils.device import choose_device
+from utils.device import device_of
 from utils.errors import UserError
 from utils.files import probe_folder
 
@@ -25,7 +25,7 @@ def trained_model(config: Config, say: Callable[[str], None]) -> TrainedModel:
     `say` tells what the device lacks. Raises UserError if the file is no checkpoint, or if --mlm has made it.
     """
     compute = config.compute
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+    device = device_of(compute, say)
     return load_trained(Path(str(config.run.evaluate)), device, compute.eval_batch_size, base_of(config))
 
 

@@ -102,9 +102,9 @@ def model_checkpoint(
     """Return the content of a checkpoint: everything that evaluation needs, with the tokenizer.
 
     A model with adapters leaves out the tokenizer and the pretrained weights that never train, since loading needs the
-    folder of the base weights anyway. `lines` are slope and intercept of each similarity (`similarity_lines`).
-    `base_sha256` and `tokenizer_sha256` identify them. But what began with
-    --init_from has no such folder, and nothing is left out.
+    folder of the base weights anyway. `base_sha256` and `tokenizer_sha256` identify them. But what began with
+    --init_from has no such folder, and nothing is left out. `lines` are slope and intercept of each similarity
+    (`similarity_lines`).
     """
     frozen = model.frozen_parameter_names(config.train)
     return {

@@ -19,7 +19,7 @@ from reporting.tables import Column, Table, Value
 from tasks import TASKS, Task
 from training.logger import class_names
 from utils.console import say
-from utils.device import Device, choose_device
+from utils.device import Device, device_of
 from utils.errors import UserError
 
 SHOWN_EXAMPLES = 15  # in a table of the largest disagreements
@@ -185,7 +185,7 @@ def compare_checkpoints(
     """
     tasks = shared_tasks(paths)
     dev = load_splits(data, files, tasks, ["dev"], say)["dev"]
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+    device = device_of(compute, say)
     a, b = (predict_dev(path, dev, device, compute.eval_batch_size) for path in paths)
     pairs = [pair_predictions(dev[name], a.predictions[name], b.predictions[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]

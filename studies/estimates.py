@@ -1,6 +1,5 @@
 """--dry_run of a report's table: runs, steps, memory and hours of its trials."""
 
-import csv
 import io
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from statistics import mean
 import torch
 
 from config import Config
+from studies.results import study_results
 from studies.study_table import label_of
 from studies.trials import SCRIPT, Plan, Trial, grid_name
 from training import task_sampling
@@ -19,7 +19,7 @@ from training.commands import load_inputs
 from training.distributed import SINGLE_PROCESS
 from training.dry_run import described_cache, memory_bytes
 from utils.console import format_table
-from utils.device import Device, choose_device, process_peak
+from utils.device import Device, device_of, process_peak
 from utils.errors import UserError, first_line
 
 SIZE, REPEATS = 2048, 20  # of the matrix products that measure a machine
@@ -83,19 +83,13 @@ def measured_speed(device: Device) -> float:
     return 2.0 * SIZE**3 / min(seconds)
 
 
-def finished_rows(out: Path) -> dict[str, dict[str, str]]:
-    """Return the rows of a study's trials that have ended well, none where there is no table."""
-    path = out / "results.csv"
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["trial"]: row for row in csv.DictReader(file) if row.get("status") == "ok"}
+def speed_of(plan: Plan, estimates: Mapping[str, Estimate], done: Mapping[str, Mapping[str, str]]) -> tuple[float, str]:
+    """Return the operations per second with which hours are estimated, and where they are from.
 
-
-def speed_of(plan: Plan, estimates: Mapping[str, Estimate], out: Path) -> tuple[float, str]:
-    """Return the operations per second with which hours are estimated, and where they are from."""
+    `done` has the rows of the finished trials.
+    """
     operations, seconds, count = 0.0, 0.0, 0
-    for name, row in finished_rows(out).items():
+    for name, row in done.items():
         trial = plan.trials.get(name)
         if trial is not None and kind_of(trial) in estimates and row.get("minutes"):
             operations += estimates[kind_of(trial)].operations
@@ -105,7 +99,7 @@ def speed_of(plan: Plan, estimates: Mapping[str, Estimate], out: Path) -> tuple[
         speed = operations / seconds
         return speed, f"hours by the {count} finished trials of this study: {speed / 1e9:,.0f} GFLOP/s in the encoders"
     compute = next(trial.config.compute for trial in plan.trials.values() if trial.config is not None)
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, lambda line: None)
+    device = device_of(compute, lambda line: None)
     speed = measured_speed(device)
     return speed, (
         f"hours as if the encoders ran at {speed / 1e9:,.0f} GFLOP/s, the speed of a large matrix product on "
@@ -132,8 +126,9 @@ def describe_plan(plan: Plan, out: Path) -> str:
             estimates[kind] = estimate(trial.config, 0 if on_gpu else program)
         except UserError as error:
             problems.append(f"{kind}: cannot be estimated: {first_line(error)}")
-    speed, source = speed_of(plan, estimates, out) if estimates else (0.0, "")
-    done, rows, left = finished_rows(out), [], 0.0
+    done = {row["trial"]: row for row in study_results(out, plan.flags).rows() if row["status"] == "ok"}
+    speed, source = speed_of(plan, estimates, done) if estimates else (0.0, "")
+    rows, left = [], 0.0
     for kind, trials in kinds.items():
         todo = sum(trial.name not in done for trial in trials)
         row = [kind, str(len(trials)), str(todo)]

@@ -7,7 +7,7 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -141,3 +141,8 @@ class Table:
                 writer.writeheader()
                 writer.writerows([*rows, *fresh])
                 write_text(self.path, text.getvalue())
+
+
+def study_results(out: Path, flags: Iterable[str]) -> Table:
+    """Return the table of the study in the folder `out`, whose trials set these flags."""
+    return Table(out / "results.csv", list(dict.fromkeys(["trial", "status", *flags, *COLUMNS])))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Config
 from models.checkpoint import git_commit
-from studies.results import COLUMNS, Table, figures, read_lines
+from studies.results import figures, read_lines, study_results
 from studies.shared_study import SharedStudy
 from studies.trials import SCRIPT, Plan, SweepOptions, Trial
 from training.distributed import cores
@@ -89,8 +89,7 @@ class Sweep:
         probe_folder(self.out, "--out")
         if plan.table is not None:
             plan.table.save(self.out)
-        flags = [*plan.ranges, *(flag for trial in plan.trials.values() for flag in trial.flags)]
-        self.table = Table(self.out / "results.csv", list(dict.fromkeys(["trial", "status", *flags, *COLUMNS])))
+        self.table = study_results(self.out, plan.flags)
         self.place, rows = options.storage or str(self.out / "study.journal"), self.rows()
         try:
             self.shared = SharedStudy(self.place, self.out.resolve().name, plan.ranges, self.out / "trials")

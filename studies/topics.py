@@ -18,7 +18,7 @@ from tasks import Task
 from text.packing import pack, ragged_rows
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.console import progress, say
-from utils.device import Device, choose_device
+from utils.device import Device, device_of
 from utils.errors import UserError, first_line
 
 COLUMN = "topic"
@@ -137,7 +137,7 @@ def assign_topics(
     examples: Examples, topics: Mapping[str, Topic], pretrained: str, compute: ComputeOptions
 ) -> np.ndarray:
     """Return the name [N] of the topic whose words are nearest to each example. All its texts count equally."""
-    device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+    device = device_of(compute, say)
     folder = resolve_pretrained(pretrained)
     config = read_config(folder)
     model = BertModel(config)

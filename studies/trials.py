@@ -80,6 +80,11 @@ class Plan:
     ranges: Mapping[str, Any]
     table: StudyTable | None = None
 
+    @property
+    def flags(self) -> list[str]:
+        """Return the flags that the study sets, some of them several times."""
+        return [*self.ranges, *(flag for trial in self.trials.values() for flag in trial.flags)]
+
     def trial(self, name: str, values: Mapping[str, object]) -> Trial:
         """Return the trial of this name, in a search with the values that were sampled for it."""
         flags = {flag: str(values[flag]) for flag in self.ranges}

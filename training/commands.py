@@ -20,7 +20,7 @@ from training.dry_run import checkpoint_bytes, describe
 from training.run_directory import RunDirectory
 from training.trainer import Trainer
 from utils.console import say
-from utils.device import Device, choose_device
+from utils.device import Device, device_of
 from utils.files import probe_file
 
 
@@ -43,8 +43,7 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     LoRAConfig.from_options(config.lora)
     with context.main_process_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
-        compute = config.compute
-        device = choose_device(compute.use_gpu, compute.amp, compute.threads, say, compute.amp_dtype)
+        device = device_of(config.compute, say)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks, say)
         data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import torch
 
@@ -159,6 +160,20 @@ def why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"this torch {torch.__version__} is a build for CPUs alone"
     return f"this torch {torch.__version__} is a build for GPUs, so see whether nvidia-smi lists one"
+
+
+class DeviceOptions(Protocol):
+    """What of the flags decides about the device."""
+
+    use_gpu: bool
+    amp: bool
+    threads: int | None
+    amp_dtype: str
+
+
+def device_of(options: DeviceOptions, say: Callable[[str], None]) -> Device:
+    """Return what `choose_device` returns for these options."""
+    return choose_device(options.use_gpu, options.amp, options.threads, say, options.amp_dtype)
 
 
 def choose_device(
