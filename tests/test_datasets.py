@@ -216,6 +216,12 @@ def test_peoples_files_are_read_as_they_are(tmp_path: Path, kind: str, ids: bool
     assert examples.labels is not None and examples.labels.tolist() == [3, 0, 2]
 
 
+def test_renamed_columns_leave_a_file_of_the_course_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"id\tsentence\tsentiment\na\tText\t3\n")
+    examples = read_examples(tmp_path / "x.csv", SST, "dev", BadRows(0, print), ("text=review", "label=stars"))
+    assert (examples.ids, examples.texts) == (["a"], (["Text"],))
+
+
 def test_bad_lines_of_json_are_counted(tmp_path: Path) -> None:
     rows = [{"sentence": "A", "sentiment": 1}, [1], {"sentence": None, "sentiment": 1}, {"sentence": "\ud800 B"}]
     text = "\n".join([*map(json.dumps, rows), "{", json.dumps({"sentence": "C", "sentiment": True})])

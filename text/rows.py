@@ -48,8 +48,12 @@ class Layout:
 
 
 def our_names(header: Sequence[str], renames: Mapping[str, str]) -> list[str]:
-    """Return the columns by our words; a column whose name another one takes over has none."""
-    return [renames.get(name, "" if name in renames.values() else name) for name in header]
+    """Return the columns by our words; a column whose name another one of this header takes over has none.
+
+    So a file that has none of the renamed columns, such as the course's test file, is read by the usual names.
+    """
+    taken = {renames[name] for name in header if name in renames}
+    return [renames.get(name, "" if name in taken else name) for name in header]
 
 
 def parse_renames(columns: Sequence[str], task: Task) -> dict[str, str]:
