@@ -24,7 +24,7 @@ from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError, describe_error
 from utils.files import cache_folder, sha256, write_atomically, write_json, write_text
-from utils.untrusted import read_json, refuse_inflating, shown
+from utils.untrusted import read_json, refuse_objects, shown
 
 logger = logging.getLogger("minbert")
 
@@ -168,7 +168,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        refuse_inflating(path)
+        refuse_objects(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parsers raise a dozen types of errors for a bad file
         raise UserError(f"{path}: cannot be read as weights ({describe_error(error)}); fetch the file again") from error

@@ -20,7 +20,7 @@ from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UserError, first_line
 from utils.files import write_atomically
-from utils.untrusted import refuse_inflating
+from utils.untrusted import refuse_objects
 
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
@@ -59,7 +59,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or no checkpoint of this program.
     """
     try:
-        refuse_inflating(path)
+        refuse_objects(path)
         if not mmap:
             verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -1,4 +1,4 @@
-"""The documents: every command that they print runs, and the README stays short."""
+"""Every command that the documents print runs, and the README stays short."""
 
 import re
 import shlex
