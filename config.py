@@ -57,21 +57,22 @@ class BertConfig:
         Raises UserError, naming `source`, if the configuration has another architecture, activation or position
         embedding than a BERT, or an impossible size.
         """
-        expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for key, value in expected.items():
-            if values.get(key, value) != value:
+        gelus = ("gelu", "gelu_python")  # the second spells out the same function
+        expected = {"model_type": ("bert",), "hidden_act": gelus, "position_embedding_type": ("absolute",)}
+        for key, known in expected.items():
+            if values.get(key, known[0]) not in known:
                 raise UserError(
-                    f"{source}: {key} is {reprlib.repr(values[key])}, but only {value!r} is supported; choose a BERT"
+                    f"{source}: {key} is {reprlib.repr(values[key])}, but only {known[0]!r} is supported; choose a BERT"
                 )
-        known = {spec.name: values.get(spec.name, spec.default) for spec in fields(cls)}
+        sizes = {spec.name: values.get(spec.name, spec.default) for spec in fields(cls)}
         for spec in fields(cls):
-            value, real = known[spec.name], isinstance(spec.default, float)
+            value, real = sizes[spec.name], isinstance(spec.default, float)
             low = 0 if real or spec.name == "pad_token_id" else 1
             high = 1 if real else MAX_LAYERS if spec.name == "num_hidden_layers" else MAX_SIZE
             numeric = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
             if not numeric or not low <= value <= high:
                 raise UserError(f"{source}: {spec.name} is {reprlib.repr(value)}, which is impossible; use a BERT's")
-        config = cls(**known)
+        config = cls(**sizes)
         if config.pad_token_id >= config.vocab_size:
             raise UserError(f"{source}: pad_token_id {config.pad_token_id} is beyond vocab_size {config.vocab_size}")
         if config.hidden_size % config.num_attention_heads:

@@ -168,12 +168,19 @@ class MultitaskBERT(nn.Module):
     def start_from_adapters(self, config: LoRAConfig, state: Mapping[str, Tensor], source: str) -> None:
         """Give every backbone these adapters of one backbone. `source` names their file in messages.
 
-        Raises UserError if they do not fit; the model is then unchanged.
+        Layers of which `state` has nothing get new adapters, which change nothing yet. Raises UserError if the others
+        do not fit; the model is then unchanged.
         """
         self.add_adapters(config)
+        layers = {name.split(".")[1] for name in state}
         try:
             for backbone in self.backbones.values():
-                load_adapter_state_dict(backbone, state, source)
+                new = {
+                    name: tensor
+                    for name, tensor in adapter_state_dict(backbone).items()
+                    if name.split(".")[1] not in layers
+                }
+                load_adapter_state_dict(backbone, {**new, **state}, source)
         except UserError:
             self.remove_adapters()
             raise

@@ -10,19 +10,19 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from base_bert import read_tensors
 from lora import MODES, TARGETS, LoRAConfig, adapter_state_dict
 from utils.errors import UserError, describe_error
 from utils.files import write_atomically, write_json
 from utils.untrusted import read_json, shown
 
-PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
+PEFT_FILES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # the last one is older
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 PEFT_PREFIX = "base_model.model."
 # The heads that peft saves beside the adapters of a sentence, token or question model, asked or not. We train our own.
 PEFT_HEADS = ("classifier", "score", "qa_outputs")
 # What a peft configuration may ask for and we do not have: each key with the values that ask for nothing.
 PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
     "init_lora_weights": (True, False, "gaussian", None),  # the others change the base weights
     "bias": ("none",),
     "lora_bias": (False, None),
@@ -75,19 +75,27 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Return options and tensors, in our names, of a BERT's LoRA in peft's format.
 
     They are for `inject` and `load_adapter_state_dict`. The rest of the backbone is frozen, as in peft (`-only`), and a
-    head beside the adapters is ignored. Raises UserError where a file cannot be read, where the adapter is not LoRA,
-    rsLoRA or DoRA, or where it touches more than the six linear layers of each BERT layer.
+    head beside the adapters is ignored. A folder with one named adapter, as peft saves any but the default one, is that
+    adapter's. Layers without adapters (layers_to_transform) are left out. Raises UserError where a file cannot be read,
+    where the adapter is not LoRA, rsLoRA or DoRA, or where it touches more than the six linear layers of each BERT
+    layer.
     """
+    folder = _named_adapter(folder)
     path = folder / PEFT_FILES[0]
     try:
         values = read_json(path)
+        if (kind := values.get("peft_type", "LORA")) != "LORA":
+            raise UserError(f"{path}: holds {reprlib.repr(kind)}, but only LORA (with rsLoRA and DoRA) can be read")
         rank, alpha = values["r"], values["lora_alpha"]
         values["modules_to_save"] = [name for name in values.get("modules_to_save") or () if name not in PEFT_HEADS]
-        saved = safetensors.torch.load_file(folder / PEFT_FILES[1])
+        weights = next((folder / name for name in PEFT_FILES[1:] if (folder / name).is_file()), folder / PEFT_FILES[1])
+        saved = read_tensors(weights)
+    except UserError:
+        raise
     except Exception as error:  # the parsers raise many types of errors for a bad file
         raise UserError(
             f"{folder}: cannot be read as a peft adapter ({describe_error(error)}); "
-            f"name a folder with {' and '.join(PEFT_FILES)}"
+            f"name a folder with {' and '.join(PEFT_FILES[:2])}"
         ) from error
     for key, plain in PEFT_PLAIN.items():
         if values.get(key, plain[0]) not in plain:
@@ -113,6 +121,19 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     return config, tensors
 
 
+def _named_adapter(folder: Path) -> Path:
+    """Return the folder of the adapter: `folder`, or the only folder in it that has one.
+
+    Raises UserError if several have.
+    """
+    if (folder / PEFT_FILES[0]).exists() or not folder.is_dir():
+        return folder
+    inner = sorted(path.parent for path in folder.glob(f"*/{PEFT_FILES[0]}"))
+    if len(inner) > 1:
+        raise UserError(f"{folder}: holds {len(inner)} adapters; name one of them, such as {shown(str(inner[0]))}")
+    return inner[0] if inner else folder
+
+
 def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[str, Tensor]:
     """Return peft's tensors, without heads, in our names and shapes. Raises UserError for any that does not fit."""
     tensors: dict[str, Tensor] = {}
@@ -121,10 +142,15 @@ def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[s
         if name.startswith(heads):
             continue
         ours = _our_name(name)
+        if ours is None and ".pooler." in name:
+            raise UserError(
+                f"{folder}: {shown(name)} is an adapter of the pooler, which has none here; train with target_modules "
+                "that leave it out, or give the model after merge_and_unload() as --pretrained"
+            )
         if ours is None:
-            raise UserError(f"{folder / PEFT_FILES[1]}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT")
+            raise UserError(f"{folder}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT")
         if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
-            raise UserError(f"{folder / PEFT_FILES[1]}: {name} is there twice or has {tensor.dim()} dimensions")
+            raise UserError(f"{folder}: {name} is there twice or has {tensor.dim()} dimensions")
         if ours.endswith("lora_A") and len(tensor) != rank:
             raise UserError(f"{folder}: {name} has rank {len(tensor)}, but {PEFT_FILES[0]} says r {reprlib.repr(rank)}")
         tensors[ours] = tensor[:, None] if ours.endswith("magnitude") else tensor

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from helpers import ROOT, TINY, copied, hf_model, our_names, refusal, write_weights
@@ -70,6 +71,71 @@ def test_load_weights_in_half_precision_and_in_the_old_spelling(tmp_path: Path) 
     old["bert.embeddings.position_ids"] = torch.arange(24)[None]
     old["cls.predictions.transform.LayerNorm.gamma"] = torch.ones(32)
     assert_same(load_weights(write_weights(tmp_path, old, legacy=True), TINY), reference.float())
+
+
+def test_a_model_without_pooler_gets_one_that_is_always_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "minbert")
+    found = []
+    for class_name in ("BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"):
+        reference = hf_model(class_name)
+        loaded = load_weights(write_weights(tmp_path / class_name, copied(reference)), TINY)
+        found.append({name: loaded.pop(name) for name in list(loaded) if name.startswith("pooler_dense.")})
+        wanted = {k: v for k, v in our_names(hf_model()).items() if k in loaded}
+        assert loaded.keys() == wanted.keys() and "has no pooler" in caplog.messages[-1]
+        word = dict(reference.bert.named_parameters())["embeddings.word_embeddings.weight"]
+        assert torch.equal(loaded["word_embedding.weight"], word)
+    weight = found[0]["pooler_dense.weight"]
+    assert all(torch.equal(weight, other["pooler_dense.weight"]) for other in found)
+    assert 0.8 < weight.std() / TINY.initializer_range < 1.2 and not found[0]["pooler_dense.bias"].any()
+
+
+def test_the_layer_of_simcse_is_the_pooler(tmp_path: Path) -> None:
+    state = copied(hf_model())
+    pooler = {part: state.pop(f"pooler.dense.{part}") for part in ("weight", "bias")}
+    state |= {f"mlp.dense.{part}": tensor for part, tensor in pooler.items()}
+    loaded = load_weights(write_weights(tmp_path, state), TINY)
+    assert all(torch.equal(loaded[f"pooler_dense.{part}"], tensor) for part, tensor in pooler.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.bert.", "auto_model.", "bert."])
+def test_prefixes_of_wrappers_are_left_out(tmp_path: Path, prefix: str) -> None:
+    reference = hf_model()
+    folder = write_weights(tmp_path, {prefix + name: tensor for name, tensor in copied(reference).items()})
+    assert_same(load_weights(folder, TINY), reference)
+
+
+@both_formats
+def test_weights_in_several_files(tmp_path: Path, legacy: bool) -> None:
+    reference = hf_model()
+    reference.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    if legacy:
+        for name in set(content["weight_map"].values()):
+            torch.save(safetensors.torch.load_file(tmp_path / name), tmp_path / f"{name}.bin")
+            (tmp_path / name).unlink()
+        content["weight_map"] = {name: f"{file}.bin" for name, file in content["weight_map"].items()}
+        index.rename(index := tmp_path / "pytorch_model.bin.index.json")
+        index.write_text(json.dumps(content))
+    assert resolve_pretrained(str(tmp_path)) == tmp_path
+    assert_same(load_weights(tmp_path, TINY), reference)
+    before = weights_sha256(tmp_path)
+    for wrong in ("../model.safetensors", "nowhere.safetensors", 5):
+        index.write_text(json.dumps({"weight_map": {**content["weight_map"], "x": wrong}}))
+        assert str(index) in refusal(load_weights, tmp_path, TINY)
+    index.write_text(json.dumps(content))
+    last = tmp_path / max(content["weight_map"].values())
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    assert weights_sha256(tmp_path) != before
+
+
+def test_an_old_folder_of_sentence_transformers_is_explained(tmp_path: Path) -> None:
+    write_model(tmp_path / "0_BERT")
+    (tmp_path / "modules.json").write_text("[]")
+    assert f"the model is in {tmp_path / '0_BERT'}" in refusal(resolve_pretrained, str(tmp_path))
 
 
 def test_safetensors_come_first(tmp_path: Path) -> None:

@@ -1,13 +1,25 @@
 """What a model starts from: pretrained weights that fit, or a trained checkpoint (--init_from)."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import changed, configure, copied, interrupted, make_bert, make_trainer, refusal
+from helpers import (
+    TINY,
+    changed,
+    configure,
+    copied,
+    hf_model,
+    interrupted,
+    make_bert,
+    make_trainer,
+    refusal,
+    write_weights,
+)
 
 import multitask_classifier
 from models.build import build_model
@@ -27,6 +39,15 @@ def train(tiny_flags: list[str], run: Path, *more: object) -> State:
     """Train for an epoch; return the weights of best.pt."""
     make_trainer(tiny_flags, run, "--epochs", 1, *more).fit()
     return load(run / "best.pt")["weights"]
+
+
+def test_joined_pairs_need_two_token_types(tiny_flags: list[str], tmp_path: Path) -> None:
+    folder = write_weights(tmp_path, copied(hf_model(config=(one := replace(TINY, type_vocab_size=1)))), one)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    flags = [*tiny_flags, "--pretrained", folder, "--max_length", 8, "--dry_run"]
+    message = refusal(multitask_classifier.main, [*map(str, flags), "--pair_encoding", "cross"])
+    assert "type_vocab_size 1" in message and "--pair_encoding siamese" in message
+    multitask_classifier.main([*map(str, flags), "--pair_encoding", "siamese"])
 
 
 def test_bad_start_weights_are_refused(tiny_flags: list[str], tiny_bert: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import TINY, make_texts, max_difference, randomise, refusal, weighted_sum
+from helpers import TINY, make_model, make_texts, max_difference, randomise, refusal, weighted_sum
 from safetensors.torch import load_file, save_file
 
 from base_bert import save_pretrained
@@ -131,7 +131,7 @@ def peft_folder(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', which is not supported"),
+        ({"peft_type": "IA3"}, "holds 'IA3', but only LORA"),
         ({"bias": "all"}, "bias is 'all', which is not supported"),
         ({"rank_pattern": {"query": 2}}, "rank_pattern is {'query': 2}, which is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which is not supported"),
@@ -153,10 +153,52 @@ def test_unreadable_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
     path = peft_folder(tmp_path) / "adapter_model.safetensors"
     saved = load_file(path)
     save_file({**saved, "base_model.model.pooler.dense.lora_A.weight": torch.ones(1, 16)}, path)
-    assert "pooler.dense.lora_A.weight is no adapter of query," in refusal(import_peft, tmp_path)
+    assert "pooler.dense.lora_A.weight is an adapter of the pooler" in refusal(import_peft, tmp_path)
+    save_file({**saved, "base_model.model.encoder.layer.0.x.lora_A.weight": torch.ones(1, 16)}, path)
+    assert "layer.0.x.lora_A.weight is no adapter of query," in refusal(import_peft, tmp_path)
     name = next(iter(saved))
     save_file({**saved, name: saved[name].flatten()}, path)
     assert "is there twice or has 1 dimensions" in refusal(import_peft, tmp_path)
     column = LoRAConfig(dora=True, dora_norm="column")
     message = refusal(export_peft, make_bert(), column, tmp_path, "base")
     assert "dora_norm column; export the merged backbone" in message
+
+
+@pytest.mark.parametrize("kind", ["IA3", "prefix"])
+def test_other_methods_of_peft_are_refused_by_their_names(kind: str, tmp_path: Path) -> None:
+    base: Any = transformers.BertModel(transformers.BertConfig(**TINY.to_dict()))
+    targets = {"target_modules": ["query"], "feedforward_modules": []}
+    prefix = {"task_type": "FEATURE_EXTRACTION", "num_virtual_tokens": 3}
+    options: Any = peft.IA3Config(**targets) if kind == "IA3" else peft.PrefixTuningConfig(**prefix)
+    peft.get_peft_model(base, options).save_pretrained(str(tmp_path))
+    message = refusal(import_peft, tmp_path)
+    assert {"IA3": "'IA3'", "prefix": "'PREFIX_TUNING'"}[kind] in message and "only LORA" in message
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_some_layers_of_a_named_adapter_in_an_old_file(dora: bool, tmp_path: Path) -> None:
+    """layers_to_transform, F/NAME/ and adapter_model.bin at once; the other layer's adapters change nothing."""
+    model = make_bert()
+    save_pretrained(tmp_path / "base", model.config, model.state_dict())
+    base: Any = transformers.BertModel.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    options = peft.LoraConfig(r=2, target_modules=["query", "dense"], layers_to_transform=[1], use_dora=dora)
+    theirs: Any = peft.get_peft_model(base, options, adapter_name="mine").eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn(parameter.shape), alpha=0.1)
+    theirs.save_pretrained(str(tmp_path / "F"))
+    folder = tmp_path / "F" / "mine"
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    config, tensors = import_peft(tmp_path / "F")
+    assert {name.split(".")[1] for name in tensors} == {"1"}
+    whole = make_model(pair_encoding="siamese")
+    whole.load_backbones(model.state_dict())
+    whole.start_from_adapters(config, tensors, "test")
+    ids, mask = make_texts(0)
+    with torch.no_grad():
+        ours, oracle = next(iter(whole.backbones.values())).eval()(ids, mask), theirs(ids, mask)
+    assert max_difference(ours["last_hidden_state"], oracle.last_hidden_state * mask[:, :, None]) <= 1e-5
+    (tmp_path / "F" / "other").mkdir()
+    (tmp_path / "F" / "other" / "adapter_config.json").write_text("{}")
+    assert "holds 2 adapters; name one of them" in refusal(import_peft, tmp_path / "F")
