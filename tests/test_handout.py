@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import ROOT, hf_model, max_difference, randomise
+from helpers import ROOT, configure, hf_model, max_difference, randomise, refusal
 
+import ensemble
 from bert import BertModel
 from config import BertConfig
+from tasks import DEFAULT_TASKS, TASKS
 
 # The calls of sanity_check.py. It runs in the folder of its data, which is a file of two tensors.
 SANITY_CHECK = """
@@ -73,3 +76,79 @@ def test_from_pretrained_is_without_dropout_and_trains(stand_in: Path) -> None:
     found, wanted = ours(ids * mask, mask), theirs(ids * mask, mask)
     assert max_difference(found["last_hidden_state"], wanted.last_hidden_state * mask[..., None]) < 1e-5
     assert max_difference(found["pooler_output"], wanted.pooler_output) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("--option pretrain", "last-layer"),
+        ("--option=finetune", "full-model"),
+        ("--fine-tune-mode last-linear-layer", "last-layer"),
+        ("--fine-tune-mode full-model", "full-model"),
+    ],
+)
+def test_its_words_for_what_trains(words: str, mode: str) -> None:
+    assert configure(*words.split()).train.fine_tune_mode == mode
+
+
+def files_of_the_handout(split: str) -> list[str]:
+    """Return the flags that name the data of a split, with the defaults of multitask_classifier.py."""
+    return [word for name, task in DEFAULT_TASKS.items() for word in (f"--{name}_{split}", f"data/{task.files[split]}")]
+
+
+OUT = {f"--{name}_{split}_out": f"predictions/{name}-{split}-output.csv" for name in TASKS for split in ("dev", "test")}
+OUT_WORDS = [word for flag, file in OUT.items() if "cfimdb" not in flag for word in (flag, file)]
+OTHERS = "--seed 11711 --epochs 1 --option finetune --use_gpu --batch_size 8 --hidden_dropout_prob 0.3 --lr 1e-5"
+FILES = [word for split in ("train", "dev", "test") for word in files_of_the_handout(split)]
+WHOLE = " ".join([*FILES, OTHERS, *OUT_WORDS])
+SMALL = ["--threads", 1, "--max_length", 64, "--no_tensorboard"]
+
+
+@pytest.fixture
+def handout(script: Callable[..., str], small_data: Path, tiny_bert: Path, tmp_path: Path) -> Callable[..., str]:
+    """The script in a folder with data/, with words of the handout and a small model instead of bert-base-uncased."""
+    (tmp_path / "data").symlink_to(small_data)
+    return lambda *words: script(*words, "--pretrained", tiny_bert, *SMALL)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        WHOLE,
+        "--option pretrain --use_gpu --batch_size=64 --lr 1e-3",
+        "--option finetune --epochs=10 --lr=1e-5 --batch_size=64 --use_gpu",
+        "--fine-tune-mode last-linear-layer --lr 1e-3",
+        "--fine-tune-mode full-model --lr 1e-5 --use_gpu --hidden_dropout_prob 0.1 --seed 1",
+    ],
+)
+def test_its_command_lines_are_understood(handout: Callable[..., str], words: str) -> None:
+    printed = handout(*words.split(), "--dry_run")
+    assert all(task.title in printed for task in DEFAULT_TASKS.values())
+
+
+def test_a_run_writes_its_six_files(handout: Callable[..., str], tmp_path: Path) -> None:
+    handout(*WHOLE.split(), "--run_dir", "run")
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "run" / "predictions").iterdir()}
+    found = {path.name: path.read_bytes() for path in (tmp_path / "predictions").iterdir()}
+    assert found == wanted and len(found) == 6
+    ensemble.main(["run/best.pt", "--data_dir", "data", "--sts_test_out", "voted.csv", "--cache", "cache"])
+    voted = tmp_path / "runs" / "ensemble" / "predictions" / "sts-test-output.csv"
+    assert (tmp_path / "voted.csv").read_bytes() == voted.read_bytes()
+
+
+def test_files_for_predictions_are_known_to_be_of_use_before_training(
+    handout: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "--sts_test_out" in refusal(handout, "--sts_test_out", "x.csv", "--no_test_predictions")
+    assert "--para_dev_out" in refusal(handout, "--para_dev_out", "x.csv", "--mlm")
+    (tmp_path / "folder").mkdir()
+    message = refusal(handout, "--quora_dev_out", "folder", "--run_dir", "run")
+    assert message.startswith("--para_dev_out folder: is a folder") and not (tmp_path / "run" / "best.pt").exists()
+    assert "--sst_dev_out folder" in refusal(ensemble.main, ["run/best.pt", "--sst_dev_out", "folder"])
+
+
+def test_its_other_flags_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, meant in {"--local_files_only": "HF_HUB_OFFLINE=1", "--dev_out x": "--sst_dev_out"}.items():
+        with pytest.raises(SystemExit):
+            configure(*words.split())
+        assert meant in capsys.readouterr().err
