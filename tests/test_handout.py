@@ -1,11 +1,16 @@
 """What people bring along from the course's handout: its checks of bert.py, its command lines, its checkpoints."""
 
+import argparse
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -152,3 +157,73 @@ def test_its_other_flags_are_answered(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit):
             configure(*words.split())
         assert meant in capsys.readouterr().err
+
+
+class Trap:
+    """A pickle of this makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def save_as_the_handout(bert: BertModel, path: Path, **others: object) -> None:
+    """Save what its multitask_classifier.py saves, with a head and the buffer that its BertModel has."""
+    state = {f"bert.{name}": tensor for name, tensor in bert.state_dict().items()}
+    content = {
+        "model": {**state, "bert.position_ids": torch.arange(512)[None], "sst_out.weight": torch.zeros(5, 32)},
+        "optim": torch.optim.AdamW(bert.parameters()).state_dict(),
+        "args": argparse.Namespace(lr=1e-5),
+        "model_config": SimpleNamespace(hidden_size=768),
+        "system_rng": random.getstate(),
+        "numpy_rng": np.random.get_state(),
+        "torch_rng": torch.random.get_rng_state(),
+    }
+    torch.save({**content, **others}, path)
+
+
+def test_its_checkpoints_are_refused_with_the_remedy_and_run_no_code(
+    stand_in: Path, script: Callable[..., str], tiny_flags: list[str], tmp_path: Path
+) -> None:
+    bert = BertModel.from_pretrained(snapshot_of(stand_in))
+    save_as_the_handout(bert, Path("one.pt"), args=Trap(tmp_path / "run"))
+    torch.save({"model": bert.state_dict(), "optim": {}}, "two.pt")  # by a program that saves no options
+    for name in ("one.pt", "two.pt"):
+        for message in (
+            refusal(script, "--evaluate", name),
+            refusal(script, *tiny_flags, "--init_from", name),
+            refusal(ensemble.main, [name]),
+        ):
+            assert f"{name}: is a checkpoint of the course's own code" in message
+            assert "--pretrained" in message and "docs/python_api.md" in message
+    assert not (tmp_path / "run").exists()
+
+
+# The lines of docs/python_api.md.
+CONVERSION = """
+from pathlib import Path
+import torch
+from base_bert import resolve_pretrained, save_pretrained
+from bert import BertModel
+from text.tokenizer import load_tokenizer
+
+start = "bert-base-uncased"
+saved = torch.load("finetune-10-1e-05-multitask.pt", map_location="cpu", weights_only=False)["model"]
+bert = BertModel.from_pretrained(start)
+bert.load_state_dict({name: saved[f"bert.{name}"] for name in bert.state_dict()})
+save_pretrained(Path("my-bert"), bert.config, bert.state_dict(), load_tokenizer(resolve_pretrained(start), 512))
+"""
+
+
+def test_the_bert_of_its_checkpoint_becomes_start_weights(
+    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = BertModel.from_pretrained(snapshot_of(stand_in))
+    randomise(trained, seed=9)
+    save_as_the_handout(trained, Path("finetune-10-1e-05-multitask.pt"))
+    exec(CONVERSION.replace("bert-base-uncased", str(snapshot_of(stand_in))), {})
+    found, wanted = BertModel.from_pretrained("my-bert").state_dict(), trained.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
