@@ -20,6 +20,7 @@ from config import ComputeOptions, EnsembleOptions, FileOptions
 from tasks import TASKS
 from utils.console import run_script
 from utils.errors import UserError
+from utils.packages import check_packages
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     options = groups_of(given, groups)
     by_task = {name: task_options(given, task) for name, task in TASKS.items()}
 
+    check_packages()
     # after parsing, since importing torch takes seconds
     from evaluation.combine import run_ensemble
     from evaluation.prediction_files import copy_predictions, probe_requested_files
