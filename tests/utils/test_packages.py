@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
 # Hides the packages that are named by the first word, as if they were not installed, and runs a script.
@@ -88,3 +89,15 @@ def test_both_files_of_requirements_name_the_same_packages() -> None:
     for name, (_, lowest) in ranges.items():
         assert [int(n) for n in lowest.split(".")] <= [int(n) for n in pins[name][1].split(".")], name
     assert ranges["torch"] == (">=", "2.11")
+
+
+def test_the_workflow_runs_the_tests_on_the_oldest_python_and_the_citation_has_what_it_must() -> None:
+    workflow, citation = (
+        yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+        for name in (".github/workflows/test.yml", "CITATION.cff")
+    )
+    steps = workflow["jobs"]["test"]["steps"]
+    assert steps[1]["with"]["python-version"] == "3.11" and steps[-1]["run"].startswith("make test ")
+    for entry in (citation, *citation["references"]):
+        assert entry["title"] and entry["authors"] and entry["type"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and "license" not in citation
