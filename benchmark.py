@@ -27,6 +27,7 @@ from cli.parser import build_parser, expand_arguments, groups_of
 from utils.console import run_script
 from utils.errors import UserError
 from utils.files import probe_folder
+from utils.packages import check_packages
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if not all(ranks.isdecimal() and int(ranks) for ranks in options.ranks):
         raise UserError(f"--ranks {','.join(options.ranks)}: give numbers of processes, such as 1,2")
     probe_folder(Path(options.out), "--out")
+    check_packages()
     from benchmarks.modes import run  # torch takes seconds to import, and the command line is right now
 
     run(options)

@@ -6,12 +6,13 @@ Every layer works on [T, H], the tokens of all sequences end to end. Only `atten
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from base_bert import init_weights
+from base_bert import init_weights, load_weights, read_config, resolve_pretrained
 from config import BertConfig
 from kernels import varlen_attention
 from kernels.dropout import Dropout
@@ -205,6 +206,20 @@ class BertModel(nn.Module):
         self.bert_layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.pooler_dense = Linear(width, width)
         self.apply(partial(init_weights, std=config.initializer_range))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str]) -> "BertModel":
+        """Return a pretrained model in evaluation mode, as the course's handout does.
+
+        The name is one that --pretrained takes: a folder or a name of the hub, such as bert-base-uncased. Raises
+        UserError if it is found nowhere, or if its files are damaged or belong to another architecture.
+        """
+        folder = resolve_pretrained(str(pretrained_model_name_or_path))
+        config = read_config(folder)
+        weights = load_weights(folder, config)  # first: config.json may ask for a model of any size
+        model = cls(config)
+        model.load_state_dict(weights)
+        return model.eval()
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Return the embedding output [T, H]."""

@@ -21,7 +21,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
     (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be given for .01), `separator` (of the
     items of a list), `requires` (another option of the group, and those of its values under which this option has an
-    effect).
+    effect), `synonyms` (other words for some of the choices).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -331,6 +331,8 @@ class TrainOptions:
         "iterative",
         "layers that train beside the heads: none, all, or more in each stage, from the top down",
         choices=("last-layer", "full-model", "iterative"),
+        # the words of the course's handout, which once called the flag --option
+        synonyms={"last-linear-layer": "last-layer", "pretrain": "last-layer", "finetune": "full-model"},
     )
     unfreeze_every: int | None = option(
         None,
@@ -552,6 +554,12 @@ class TaskOptions:
     )
     dev: str | None = option(None, "dev file (default: in --data_dir)", template="{task}_dev", metavar="FILE")
     test: str | None = option(None, "test file (default: in --data_dir)", template="{task}_test", metavar="FILE")
+    dev_out: str | None = option(
+        None, "write the predictions for dev here too", template="{task}_dev_out", metavar="FILE"
+    )
+    test_out: str | None = option(
+        None, "write the predictions for test here too", template="{task}_test_out", metavar="FILE"
+    )
     columns: tuple[str, ...] | None = option(
         None,
         "the files' own names of columns, such as text=review,label=stars (for pairs text1 and text2; also id)",

@@ -4,6 +4,12 @@ The course's csv files are tab-separated, in spite of their name. As a script, `
 them and verifies each.
 """
 
+if __name__ == "__main__":  # before the imports below, none of which is needed to fetch files
+    from cli.fetch import main
+    from utils.console import run_script
+
+    run_script(main)
+
 import codecs
 import gzip
 import hashlib
@@ -20,7 +26,6 @@ import numpy as np
 import tokenizers
 import torch
 
-from cli.parser import OneLineParser
 from config import DataOptions, TaskOptions
 from tasks import TASKS, Task
 from text.cleaning import Cleaner
@@ -28,8 +33,6 @@ from text.packing import Batch, PackedBatch, pack, ragged_rows
 from text.rows import RowError, find_layout, parse_renames, possible_headers, read_rows
 from text.token_cache import Arrays, cache_key, cached
 from text.tokenizer import TokenArrays, Tokenizer
-from utils.console import run_script
-from utils.download import COURSE_URL, fetch
 from utils.errors import UserError
 
 
@@ -419,14 +422,3 @@ def tokenise(
     if truncated:
         say(f"truncated {truncated} sequences to {tokenizer.max_length} tokens (--max_length)")
     return data
-
-
-def main(argv: Sequence[str]) -> None:
-    """Fetch the course's files into the folder --out."""
-    parser = OneLineParser(prog="datasets.py", description="Fetch the course's files of 2024 and verify them.")
-    parser.add_argument("--out", default="data", metavar="DIR", help="folder to put them in (default: %(default)s)")
-    fetch(Path(parser.parse_args(argv).out), COURSE_URL)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -13,18 +13,21 @@ row of the table. Members of a soup need one arch and the same start weights; RU
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cli.parser import build_parser, expand_arguments, groups_of, task_options
 from config import ComputeOptions, EnsembleOptions, FileOptions
 from tasks import TASKS
 from utils.console import run_script
 from utils.errors import UserError
+from utils.packages import check_packages
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the command line, then combine the checkpoints."""
     groups = {"data": FileOptions, "compute": ComputeOptions, "ensemble": EnsembleOptions}
-    parser = build_parser("ensemble.py", str(__doc__).split("\n\n")[0], TASKS, groups, ("dev", "test", "columns"))
+    of_tasks = ("dev", "test", "columns", "dev_out", "test_out")
+    parser = build_parser("ensemble.py", str(__doc__).split("\n\n")[0], TASKS, groups, of_tasks)
     parser.usage = "ensemble.py CHECKPOINT [CHECKPOINT ...] [flags] [@file-of-flags]"
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="a best.pt; named twice, it votes twice")
     parser.add_argument("--filepaths", nargs="+", default=[], metavar="CHECKPOINT", help="the same, by a flag")
@@ -35,9 +38,14 @@ def main(argv: Sequence[str]) -> None:
     options = groups_of(given, groups)
     by_task = {name: task_options(given, task) for name, task in TASKS.items()}
 
-    from evaluation.combine import run_ensemble  # after parsing, since importing torch takes seconds
+    check_packages()
+    # after parsing, since importing torch takes seconds
+    from evaluation.combine import run_ensemble
+    from evaluation.prediction_files import copy_predictions, probe_requested_files
 
+    probe_requested_files(by_task)
     run_ensemble(names, options["ensemble"], options["data"], by_task, options["compute"])
+    copy_predictions(Path(options["ensemble"].run_dir), by_task)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from cli.parser import expand_arguments, parse
 from tasks import TASKS
 from utils.console import run_script
 from utils.files import probe_file
+from utils.packages import check_packages
 
 # torch takes seconds to import: what needs it is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ SCRIPT = "multitask_classifier.py"
 def main(argv: Sequence[str]) -> None:
     """Do what the command line asks."""
     config = parse(argv, TASKS, SCRIPT, str(__doc__))
+    draws = config.run.tensorboard and config.run.evaluate is None
+    check_packages(*(("tensorboard", "matplotlib") if draws else ()))
     if config.run.predict is not None or config.run.export is not None or config.run.export_peft is not None:
         from evaluation import commands
 

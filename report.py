@@ -26,6 +26,7 @@ from config import ComputeOptions, DataOptions, FileOptions, option
 from tasks import TASKS
 from utils.console import run_script
 from utils.errors import UserError
+from utils.packages import check_packages
 
 
 @dataclass
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     if bool(runs) == bool(checkpoints):
         raise UserError("give either run directories or tables to report on, or --compare and two checkpoints")
 
+    check_packages("matplotlib")
     # torch takes seconds to import, so this comes after the command line is known to be right.
     from reporting.build import build_report, publish
     from reporting.compare import compare_checkpoints

@@ -30,6 +30,7 @@ from tasks import TASKS, Task, task_by_alias
 from utils.console import format_table, run_script, say
 from utils.errors import UserError
 from utils.files import probe_file, write_text
+from utils.packages import check_packages
 
 
 @dataclass
@@ -78,6 +79,7 @@ def write_sample(
 
     Raise UserError if a file cannot be used or a quota cannot be filled.
     """
+    check_packages()
     # torch takes seconds to import, so this comes after the command line is known to be right.
     from studies.topics import (
         assign_topics,

@@ -31,6 +31,7 @@ from studies.table_plan import plan_table
 from studies.trials import PLACES, SCRIPT, Plan, SweepOptions, plan_grid, plan_search
 from utils.console import run_script, say
 from utils.errors import UserError
+from utils.packages import check_packages
 
 STATUSES = ("ok", "pruned", "refused", "out of memory", "failed")
 
@@ -97,12 +98,14 @@ def main(argv: Sequence[str]) -> None:
     if options.dry_run:
         refused = sum(bool(trial.refusal) for trial in plan.trials.values())
         if plan.table is not None:
+            check_packages()
             from studies.estimates import describe_plan
 
             say(describe_plan(plan, Path(options.out)))
         say(f"{len(plan.trials) - refused} trials, {refused} refused")
         return
 
+    check_packages("optuna")
     from studies.runner import Sweep
 
     sweep = Sweep(options, plan)

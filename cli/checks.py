@@ -26,7 +26,10 @@ USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
     "predict": ("pretrained",),
     "export": ("export_peft", "pretrained"),
     "export_peft": ("pretrained",),
-    "evaluate": ("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions", "dev", "test", "columns"),
+    "evaluate": (
+        *("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions"),
+        *("dev", "test", "columns", "dev_out", "test_out"),
+    ),
 }
 # The options of a single embedding loss.
 EMBEDDING_LOSS_OPTIONS = {
@@ -43,6 +46,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
         *check_task_heads(config, tasks),
         *check_adapters(config),
         *check_run(config, tasks),
+        *check_prediction_files(config),
         *check_training(config),
         *check_embedding_losses(config, tasks),
         *check_cache_frozen(config),
@@ -188,6 +192,18 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if not re.fullmatch(SAVE_EVERY, run.save_every):
         problems.append(f"--save_every {run.save_every}: give steps, such as 500, or minutes, such as 30m")
     return problems
+
+
+def check_prediction_files(config: Config) -> list[str]:
+    """Return which of the files for predictions would stay empty."""
+    no_test = "mlm" if config.train.mlm else None if config.run.test_predictions else "no_test_predictions"
+    reasons = {"dev": "mlm" if config.train.mlm else None, "test": no_test}
+    return [
+        f"--{name}_{split}_out: with --{reason} there are no predictions for {split}; drop one of the two"
+        for name, options in config.tasks.items()
+        for split, reason in reasons.items()
+        if reason is not None and getattr(options, f"{split}_out") is not None
+    ]
 
 
 def check_training(config: Config) -> list[str]:

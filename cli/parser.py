@@ -21,6 +21,8 @@ from tasks import Task, task_by_alias
 from utils.console import is_main_process
 from utils.errors import UserError
 
+RENAMED_FLAGS = {"option": "fine_tune_mode"}  # names that the course's handout has had
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Wraps texts, but keeps the lines of examples."""
@@ -80,7 +82,8 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
     """Return `argv` with each @file replaced by the flags in it, and each flag spelled --with_underscores.
 
     A file holds flags as a shell reads them, over any number of lines; a # at the start of a word starts a comment.
-    The reports print `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`, so all these spellings are accepted.
+    The reports print `-lr`, `--lr`, `--fine-tune-mode` and `--batch_size`, so all these spellings are accepted, and so
+    are the names in RENAMED_FLAGS.
 
     Raises UserError for a file that cannot be read or that includes itself.
     """
@@ -99,7 +102,8 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
                 raise UserError(f"{word}: cannot read flags from this file ({error}); {remedy}") from error
         elif re.match(r"--?[A-Za-z]", word) and word != "-h":
             name, equals, value = word.lstrip("-").partition("=")
-            out.append("--" + name.replace("-", "_") + equals + value)
+            name = name.replace("-", "_")
+            out.append("--" + RENAMED_FLAGS.get(name, name) + equals + value)
         else:
             out.append(word)
     return out
@@ -123,6 +127,7 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         return items
 
     def convert(text: str) -> Any:
+        text = metadata.get("synonyms", {}).get(text, text)
         percent = metadata.get("percent", False) and text.endswith("%")
         try:
             value = kind(text[:-1]) / 100 if percent else kind(text)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# Flags of other trainers (transformers, peft, sentence-transformers, torchtune), and what does the same here.
+# Flags of other trainers (transformers, peft, sentence-transformers, torchtune, the course), and what does the same.
 FLAGS_ELSEWHERE = {
     "learning_rate": "--lr",
     "output_dir": "--run_dir",
@@ -44,6 +44,9 @@ FLAGS_ELSEWHERE = {
     "save_steps": "--save_every",
     "eval_steps": "--eval_every, which counts epochs",
     "early_stopping_patience": "--patience",
+    "local_files_only": "HF_HUB_OFFLINE=1 in the environment",
+    "dev_out": "--sst_dev_out, and so on for each task",
+    "test_out": "--sst_test_out, and so on for each task",
     "do_train": "what happens without --evaluate",
     "do_eval": "--evaluate CHECKPOINT",
     "do_predict": "--evaluate CHECKPOINT with --predict FILE",

@@ -1,15 +1,17 @@
 """Write prediction files in the course's format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from config import TaskOptions
 from datasets import Examples
 from evaluation.metrics import Scores, decide, overall, score_task
+from models.checkpoint import copy
 from tasks import TASKS, Task
 from utils.errors import UserError, first_line
-from utils.files import probe_folder, write_text
+from utils.files import probe_file, probe_folder, write_text
 
 
 def refuse_training_run(folder: Path) -> None:
@@ -22,6 +24,31 @@ def refuse_training_run(folder: Path) -> None:
 def prediction_file(folder: Path, task: str, split: str) -> Path:
     """Return the file for the predictions of a split of a task by a run in `folder`."""
     return folder / "predictions" / f"{task}-{split}-output.csv"
+
+
+def requested_files(options: Mapping[str, TaskOptions]) -> Iterator[tuple[str, str, Path]]:
+    """Yield task, split and file for each --NAME_dev_out and --NAME_test_out."""
+    for task, of_task in options.items():
+        for split, file in (("dev", of_task.dev_out), ("test", of_task.test_out)):
+            if file is not None:
+                yield task, split, Path(file)
+
+
+def probe_requested_files(options: Mapping[str, TaskOptions]) -> None:
+    """Raise UserError if a file of --NAME_dev_out or --NAME_test_out cannot be written."""
+    for task, split, file in requested_files(options):
+        probe_file(file, f"--{task}_{split}_out")
+
+
+def copy_predictions(folder: Path, options: Mapping[str, TaskOptions]) -> None:
+    """Copy the predictions of a run in `folder` to the files of --NAME_dev_out and --NAME_test_out.
+
+    Raises UserError if a file cannot be written.
+    """
+    for task, split, file in requested_files(options):
+        source = prediction_file(folder, task, split)
+        if source.exists():  # not if the task has no test file
+            copy(source, file)
 
 
 def remove_predictions(folder: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from utils.untrusted import refuse_objects
 
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
+OF_THE_HANDOUT = (
+    "is a checkpoint of the course's own code, whose heads are unknown here; load its BERT into "
+    "BertModel.from_pretrained and write it by save_pretrained for --pretrained, as docs/python_api.md shows"
+)
 
 
 def save(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
@@ -68,10 +73,24 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; name the best.pt in it") from None
     except Exception as error:  # a damaged pickle can raise anything
+        if is_of_the_handout(path):
+            raise UserError(f"{path}: {OF_THE_HANDOUT}") from error
         raise UserError(f"{path}: not a readable checkpoint, damaged or foreign ({first_line(error):.120})") from error
+    if isinstance(content, dict) and "model" in content and "format" not in content:
+        raise UserError(f"{path}: {OF_THE_HANDOUT}")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
     return content
+
+
+def is_of_the_handout(path: Path) -> bool:
+    """Return whether a file that cannot be loaded names the class of the options that the course's own code saves.
+
+    The pickle is read and not run.
+    """
+    with suppress(Exception):
+        return "types.SimpleNamespace" in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return False
 
 
 def copy(source: Path, target: Path) -> None:

@@ -27,7 +27,10 @@ CHOICE_COUNTS = Counter(
     for word in choices
 )
 CHOICE_COUNTS["one"] += 1  # says nothing without its option, --optimizers
-WITHOUT_EFFECT = ("use_gpu", "threads", "eval_batch_size", "max_bad_rows")  # options that change no result
+WITHOUT_EFFECT = (  # options that change no result
+    *("use_gpu", "threads", "eval_batch_size", "max_bad_rows"),
+    *(f"{task}_{split}_out" for task in TASKS for split in ("dev", "test")),
+)
 
 Flags = Mapping[str, Any]
 

@@ -17,11 +17,14 @@ from cli.checks import check_processes
 from cli.parser import OneLineParser, build_config, build_parser
 from config import Config, option
 from studies.study_table import StudyTable
-from tasks import TASKS
+from tasks import TASKS, task_by_alias
 from utils.errors import UserError, first_line
 
 SCRIPT = "multitask_classifier.py"
-PLACES = ("--run_dir", "--name", "--filepath")  # flags of a recipe that do not count, since each trial has its own
+PLACES = (  # flags of a recipe that do not count, since each trial has its own
+    *("--run_dir", "--name", "--filepath"),
+    *(f"--{name}_{split}_out" for name in task_by_alias(TASKS) for split in ("dev", "test")),
+)
 NUMBER = r"-?\d*\.?\d+(?:[eE][+-]?\d+)?"
 
 

@@ -8,7 +8,7 @@ from config import Config
 from datasets import TaskData, load_splits, tokenise
 from evaluation.commands import trained_model
 from evaluation.metrics import probabilities, score_table
-from evaluation.prediction_files import refuse_training_run, score_and_write
+from evaluation.prediction_files import copy_predictions, probe_requested_files, refuse_training_run, score_and_write
 from lora import LoRAConfig
 from models.build import build_model
 from models.multitask_bert import MultitaskBERT
@@ -74,6 +74,7 @@ def prepare_run(config: Config, model: MultitaskBERT, context: DistributedContex
         return run
     if config.run.filepath:
         probe_file(Path(config.run.filepath), "--filepath")
+    probe_requested_files(config.tasks)
     run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
     run.begin(config)
     return run
@@ -123,6 +124,7 @@ def report(
         return
     splits = {split: {name: part.examples for name, part in by_task.items()} for split, by_task in data.items()}
     scores = score_and_write(model.tasks, values, splits, run.path)
+    copy_predictions(run.path, config.tasks)
     run.write_json("scores.json", {"dev": scores, **about})
     say("\n" + score_table(model.tasks, {"dev": scores}))
     say(f"predictions in {run.predictions}")
@@ -137,5 +139,6 @@ def evaluate(config: Config, context: DistributedContext) -> None:
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     refuse_training_run(run.path)
+    probe_requested_files(options)
     data = tokenise(splits, tokenizer, pair_encoding, trained.config.data.extra_clean, say)
     report(config, model, data, trained.device, run, {"checkpoint": str(path)}, context)
