@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from base_bert import init_weights, load_weights, read_config, resolve_pretrained
 from config import BertConfig
 from kernels import varlen_attention
+from kernels.compiled import CompiledFunction
 from kernels.dropout import Dropout
 from kernels.embedding import WordEmbedding
 from kernels.grouped_attention import grouped_attention
@@ -88,7 +89,7 @@ class Linear(nn.Linear):
         """Return whether autocast would cast frozen weights here."""
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
         captured = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        return frozen and torch.is_autocast_enabled(device) and not captured
+        return frozen and torch.is_autocast_enabled(device) and not captured and not torch.compiler.is_compiling()
 
     def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return weight and bias as `dtype`."""
@@ -148,26 +149,38 @@ class BertLayer(nn.Module):
         self.out_dense = Linear(config.intermediate_size, width)
         self.out_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        self.compiled: CompiledFunction | None = None  # `after_attention`, for training
 
     def forward(
         self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, adapter: Adapter | None = None
     ) -> Tensor:
         """Map [T, H] to [T, H], or with `cls_only` to [S, H]."""
-
-        def adapted(total: Tensor, residual: str) -> Tensor:
-            if adapter is None or adapter.residual != residual:
-                return total
-            return total + adapter.function(hidden, batch, cls_only)
-
         half: Sequence[Parameters | None] = self.half_parameters(hidden.device.type) or [None] * 4
-        joined, dense, interm, out = half
-        context = self.self_attention(hidden, batch, cls_only, joined)
-        projected = apply_linear(self.attention_dense, context, dense)
-        total = output_rows(hidden, batch, cls_only) + self.dropout(projected)
-        attended = self.attention_layer_norm(adapted(total, "attention"))
+        context = self.self_attention(hidden, batch, cls_only, half[0])
+        added = None if adapter is None else adapter.function(hidden, batch, cls_only)
+        residual = None if adapter is None else adapter.residual
+        finish = BertLayer.after_attention if self.compiled is None or not self.training else self.compiled
+        return finish(self, output_rows(hidden, batch, cls_only), context, half[1:], added, residual)
+
+    def after_attention(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        half: Sequence[Parameters | None],
+        added: Tensor | None,
+        residual: str | None,
+    ) -> Tensor:
+        """Map the layer's input and the output of attention, both [T, H], to the layer's output [T, H].
+
+        `half` are the half-precision parameters of the three linear layers or None. `added` [T, H] is the result of an
+        adapter at the `residual`.
+        """
+        dense, interm, out = half
+        total = hidden + self.dropout(apply_linear(self.attention_dense, context, dense))
+        attended = self.attention_layer_norm(total if residual != "attention" else total + added)
         expanded = apply_linear(self.interm_dense, attended, interm, gelu=True)
         total = attended + self.dropout(apply_linear(self.out_dense, expanded, out))
-        return self.out_layer_norm(adapted(total, "feed-forward"))
+        return self.out_layer_norm(total if residual != "feed-forward" else total + added)
 
     def half_parameters(self, device: str) -> list[Parameters] | None:
         """Return what autocast would cast one by one on a GPU: weight and bias of query, key and value joined, then
@@ -220,6 +233,13 @@ class BertModel(nn.Module):
         model = cls(config)
         model.load_state_dict(weights)
         return model.eval()
+
+    def compile_layers(self) -> None:
+        """Let torch compile what the layers do after attention, when training first comes there."""
+        compiled = CompiledFunction(BertLayer.after_attention)
+        for layer in self.bert_layers:
+            assert isinstance(layer, BertLayer)
+            layer.compiled = compiled
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Return the embedding output [T, H]."""

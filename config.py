@@ -344,6 +344,10 @@ class TrainOptions:
         False,
         "replay forward and backward passes from CUDA graphs, one for each common size of batch (--use_gpu --amp)",
     )
+    compile: bool = option(
+        False,
+        "let torch compile what a layer does after attention: a step has fewer kernels, the first one waits a minute",
+    )
     micro_batch_size: int | None = option(
         None,
         "most sequences that a backbone takes at a time; a larger batch goes in parts, with less memory, the same "

@@ -259,7 +259,7 @@ class DoRALinear(LoRALinear):
         """
         with without_autocast(self.weight.device):
             w, a, b = (_at_least_fp32(t) for t in (self.weight, self.lora_A, self.lora_B))
-            if w.device.type != "cpu":
+            if w.device.type != "cpu" or torch.compiler.is_compiling():
                 return torch.addmm(w, b, a, alpha=self.scaling).norm(dim=1)
             positive = self.squared_norm + self.scaling**2 * ((b @ (a @ a.t())) * b).sum(1)
             squared = positive + 2 * self.scaling * ((w @ a.t()) * b).sum(1)

@@ -43,6 +43,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def _usable(a: Tensor, b: Tensor) -> bool:
     """Return whether oneDNN takes the product of `a` [n, k] with `b`, which is [k, m] or transposed."""
+    if torch.compiler.is_compiling():
+        return False
     matrices = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 for x in (a, b))
     return matrices and len(a) * b.numel() >= MIN_MULTIPLICATIONS and has_onednn()
 

@@ -197,6 +197,12 @@ class MultitaskBERT(nn.Module):
             for name in options.pal_tasks or self.tasks:
                 self.pals[name] = TaskAdapter(options, self.bert_config)
 
+    def compile_layers(self) -> None:
+        """Let torch compile parts of the layers of every backbone, for training."""
+        for backbone in self.backbones.values():
+            assert isinstance(backbone, BertModel)
+            backbone.compile_layers()
+
     def add_mlm_heads(self) -> None:
         """Give every backbone a head that predicts masked words, and freeze the heads of the tasks."""
         for name in self.backbones:
