@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import multitask_classifier
 from bert import BertLayer, attention
-from kernels import varlen_attention
+from kernels import adamax, varlen_attention
 from optimizer import OPTIMIZERS
 from tasks import DEFAULT_TASKS
 from text.packing import pad_to_bucket
@@ -472,3 +472,19 @@ def test_the_optimizer_is_one_kernel_whatever_the_rate(name: str) -> None:
             optimizer.step()
     fused = {"AdamW": "_fused_adamw_.default", "Adam": "_fused_adam_.default"}[name]
     assert kernels.seen[fused] == 3 and not any("foreach" in kernel for kernel in kernels.seen)
+
+
+def test_adamax_is_one_kernel_and_moves_as_on_the_cpu() -> None:
+    pytest.importorskip("triton")
+    assert adamax.works(GPU)
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(size, generator=generator).to(device)) for size in (7, 300_000)]
+        optimizer = OPTIMIZERS["Adamax"](parameters, lr=1e-2, weight_decay=0.1)
+        for _ in range(20):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.step()
+        found.append(torch.cat([parameter.detach().cpu() for parameter in parameters]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
