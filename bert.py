@@ -17,7 +17,7 @@ from config import BertConfig
 from kernels import varlen_attention
 from kernels.compiled import CompiledFunction
 from kernels.dropout import Dropout
-from kernels.embedding import WordEmbedding
+from kernels.embedding import SmallEmbedding, WordEmbedding
 from kernels.grouped_attention import grouped_attention
 from kernels.half_copies import half_copies
 from kernels.linear import linear
@@ -212,8 +212,8 @@ class BertModel(nn.Module):
         self.config = config
         width = config.hidden_size
         self.word_embedding = WordEmbedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.pos_embedding = nn.Embedding(config.max_position_embeddings, width)
-        self.tk_type_embedding = nn.Embedding(config.type_vocab_size, width)
+        self.pos_embedding = SmallEmbedding(config.max_position_embeddings, width)
+        self.tk_type_embedding = SmallEmbedding(config.type_vocab_size, width)
         self.embed_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.embed_dropout = Dropout(config.hidden_dropout_prob)
         self.bert_layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
@@ -245,7 +245,7 @@ class BertModel(nn.Module):
         """Return the embedding output [T, H]."""
         summed = (
             self.word_embedding(batch.input_ids)
-            + self.pos_embedding(batch.position_ids)
+            + self.pos_embedding(batch.position_ids, batch.max_seqlen)
             + self.tk_type_embedding(batch.token_type_ids)
         )
         return self.embed_dropout(self.embed_layer_norm(summed))

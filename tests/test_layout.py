@@ -5,6 +5,7 @@ import graphlib
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from helpers import ROOT
@@ -18,8 +19,9 @@ FLOORS: list[tuple[str, ...]] = [
     ("evaluation",),
     ("models",),
     ("lora", "bert", "datasets"),
-    ("base_bert", "kernels", "cli"),
-    ("text", "optimizer"),
+    ("base_bert", "cli", "optimizer"),
+    ("kernels",),
+    ("text",),
     ("config", "tasks"),
     ("utils",),
 ]
@@ -155,6 +157,8 @@ def probe(root: Path, names: list[str], folder: Path) -> subprocess.CompletedPro
 def test_importing_has_no_effect(tmp_path: Path) -> None:
     # From the bottom up, so that an effect is reported for the module that has it.
     names = sorted(sources(), key=lambda name: (-LEVEL.get(name.partition(".")[0], 0), name))
+    if find_spec("triton") is None:  # as beside torch's builds for CPUs
+        names.remove("kernels.adamax_chunks")
     done = probe(ROOT, names, tmp_path / "home")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list((tmp_path / "home").iterdir()) == []

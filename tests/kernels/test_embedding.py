@@ -1,12 +1,15 @@
-"""The word embedding's gradient in reused memory: batch after batch that of torch to the bit."""
+"""The word embedding's gradient in reused memory, and that of few rows by one product, against torch's."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.embedding import WordEmbedding
+from kernels.embedding import SmallEmbedding, WordEmbedding, gradient_of_few_rows
 
 Tables = tuple[WordEmbedding, nn.Embedding]
 
@@ -86,3 +89,31 @@ def test_words_used_twice_in_one_pass_and_in_another_precision(tables: Tables) -
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     tables[0].weight.requires_grad_(False)
     assert not tables[0](torch.tensor([1])).requires_grad
+
+
+@pytest.mark.parametrize(("rows", "reached", "tokens"), [(2, 2, 50), (40, 9, 50), (40, 9, 0)])
+def test_the_gradient_of_few_rows_by_one_product(rows: int, reached: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, reached, (tokens,), generator=generator)
+    grad = torch.randn(tokens, 6, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradient_of_few_rows(ids, grad, rows, reached)
+    wanted = torch.zeros(rows, 6, dtype=torch.float64).index_add(0, ids, grad.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reached", [None, 9, 99])
+def test_a_table_of_few_rows_off_the_cpu_is_not_given_to_torchs_kernel(reached: int | None) -> None:
+    """On torch's meta device, which goes the way of a GPU."""
+    table, seen = SmallEmbedding(40, 6, device="meta"), Counter()  # type: ignore[var-annotated]
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        out = table(torch.zeros(5, 3, dtype=torch.long, device="meta"), reached)
+        out.sum().backward()
+    assert out.shape == (5, 3, 6) and table.weight.grad is not None and table.weight.grad.shape == (40, 6)
+    assert seen["mm"] == 1 and seen["embedding_dense_backward"] == 0
