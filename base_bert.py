@@ -6,6 +6,7 @@ and the weights of all-MiniLM-L6-v2 must have one known hash.
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,8 @@ from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError, describe_error
 from utils.files import cache_folder, sha256, write_atomically, write_json, write_text
-from utils.untrusted import read_json, refuse_objects, shown
+from utils.pickles import refuse_objects
+from utils.untrusted import read_json, shown
 
 logger = logging.getLogger("minbert")
 
@@ -378,7 +380,7 @@ def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Pat
 
 def full_name(name: str) -> str:
     """Return the name by which any program finds a --pretrained: OWNER/NAME on the hub, or the path from the root."""
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     return str(local.resolve()) if local.is_dir() else HUB_NAMES.get(name, name)
 
 
@@ -392,7 +394,7 @@ def resolve_pretrained(name: str) -> Path:
 
     Raises UserError if no source has the model, a local folder is incomplete, or the hash is wrong.
     """
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))  # which leaves ~nobody as it is
     if local.is_dir():
         if missing := _missing_file(local):
             inner = [path for path in sorted(local.iterdir()) if path.is_dir() and not _missing_file(path)]

@@ -144,6 +144,11 @@ class FileOptions:
         metavar="N[%]",
         percent=True,
     )
+    quoting: str = option(
+        "csv",
+        "quotes around a field: as in csv, or a part of the text, as in GLUE's files (none)",
+        choices=("csv", "none"),
+    )
 
 
 @dataclass
@@ -468,7 +473,7 @@ class RunOptions:
     save_every: str = option(
         "30m",
         "save the state for --resume every so many steps (500) or minutes (30m), after each epoch, and when SIGTERM, "
-        "SIGUSR1 or Ctrl-C ends the run (exit codes 143, 138, 130)",
+        "SIGHUP, SIGUSR1 or Ctrl-C ends the run (exit codes 143, 129, 138, 130)",
         metavar="N[m]",
     )
     dry_run: bool = option(False, "print the plan (parameters, steps, memory) and stop")

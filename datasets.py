@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import tokenizers
@@ -34,6 +34,7 @@ from text.rows import RowError, find_layout, parse_renames, possible_headers, re
 from text.token_cache import Arrays, cache_key, cached
 from text.tokenizer import TokenArrays, Tokenizer
 from utils.errors import UserError
+from utils.untrusted import limited, open_regular
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,15 @@ class BadRows:
             )
 
 
+MAX_HEADER = 1 << 20  # bytes of a file's first line
+MAX_DATA = 2 << 30  # bytes of a file when it is decompressed; its rows take some times as much memory
 _SOURCE = "fetch the course's files with `python datasets.py --out data` or try --data_dir data/sample"
+
+
+def open_data(path: Path) -> BinaryIO | gzip.GzipFile:
+    """Open a file for reading; .gz is decompressed. Raises OSError as `open_regular` does."""
+    file = open_regular(path)
+    return gzip.open(file) if path.suffix == ".gz" else file
 
 
 def read_content(path: Path) -> bytes:
@@ -129,9 +138,11 @@ def read_content(path: Path) -> bytes:
     Raises UserError if the file cannot be read.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with open_data(path) as file:
+            content = limited(file, MAX_DATA)
+    except (ValueError, MemoryError) as error:
+        reason = str(error) or "larger than the memory"
+        raise UserError(f"{path}: is too large ({reason}); split the file") from error
     except gzip.BadGzipFile as error:
         raise UserError(f"{path}: cannot be decompressed ({error}); compress it with gzip") from error
     except (EOFError, zlib.error) as error:
@@ -144,25 +155,28 @@ def read_content(path: Path) -> bytes:
 def column_names(path: Path) -> list[str]:
     """Return the column names in the first line of a file, or nothing if it cannot be read."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            first = file.readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        with open_data(path) as file:
+            first = file.readline(MAX_HEADER).removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
         return max(possible_headers(first, path).values(), key=len)
     except (OSError, EOFError, zlib.error, RowError):
         return []
 
 
-def read_examples(path: Path, task: Task, split: str, bad_rows: BadRows, columns: Sequence[str] = ()) -> Examples:
+def read_examples(
+    path: Path, task: Task, split: str, bad_rows: BadRows, columns: Sequence[str] = (), quoting: str = "csv"
+) -> Examples:
     """Return the examples in all readable rows of a file; the other rows go to `bad_rows`.
 
-    Columns are found by name, and `columns` are the file's own names (--NAME_columns). Only a test file may lack the
-    label column. CRLF line ends and a byte order mark are accepted. Raises UserError for a file that is unreadable,
-    empty, binary, without readable rows, with the wrong columns or with labels that are all one too high.
+    Columns are found by name, and `columns` are the file's own names (--NAME_columns). `quoting` is --quoting. Only a
+    test file may lack the label column. CRLF line ends and a byte order mark are accepted. Raises UserError for a file
+    that is unreadable, empty, binary, without readable rows, with the wrong columns or with labels that are all one too
+    high.
     """
     renames = parse_renames(columns, task)
     content = read_content(path)
     if not content:
         raise UserError(f"{path}: the file is empty; {_SOURCE}")
-    layout = find_layout(content, path, task, split, renames)
+    layout = find_layout(content, path, task, split, renames, quoting)
     rows = read_rows(content, layout, task)
     if not rows.ids and not rows.bad:
         raise UserError(f"{path}: the file has a header but no rows; {_SOURCE}")
@@ -209,16 +223,25 @@ def find_extra(data_dir: Path, name: str, task: Task) -> Path | None:
     )
 
 
-def read_extra(path: Path, task: Task, bad_rows: BadRows, columns: Sequence[str] = ()) -> Examples:
+def read_extra(
+    path: Path,
+    task: Task,
+    bad_rows: BadRows,
+    say: Callable[[str], None],
+    columns: Sequence[str] = (),
+    quoting: str = "csv",
+) -> Examples:
     """Return the examples of a further training file (--NAME_extra), which has the format of the task.
 
     If the task has classes and all labels in the file are 0 or 1, as in CFIMDB, they become the lowest and the highest
-    class (R1, section 5.1). Raises UserError for what `read_examples` refuses.
+    class (R1, section 5.1), which `say` tells. Raises UserError for what `read_examples` refuses.
     """
-    examples = read_examples(path, task, "train", bad_rows, columns)
+    examples = read_examples(path, task, "train", bad_rows, columns, quoting)
     assert examples.labels is not None  # a training file has them
     if task.kind == "classes" and examples.labels.max() <= 1:
-        return replace(examples, labels=examples.labels * int(task.label_range[1]))
+        highest = int(task.label_range[1])
+        say(f"{path}: its labels 0 and 1 become 0 and {highest}, the lowest and the highest class of {task.title}")
+        return replace(examples, labels=examples.labels * highest)
     return examples
 
 
@@ -232,7 +255,14 @@ def concatenated(parts: Sequence[Examples]) -> Examples:
     return replace(first, ids=[row_id for part in parts for row_id in part.ids], texts=texts, labels=labels)
 
 
-def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, bad_rows: BadRows) -> Examples | None:
+def load_split(
+    data: DataOptions,
+    options: TaskOptions,
+    task: Task,
+    split: str,
+    bad_rows: BadRows,
+    say: Callable[[str], None] = print,
+) -> Examples | None:
     """Return the examples of a split, or None if there is no test file. --max_train_examples limits the training split.
 
     Raises UserError for a missing train or dev file, for too many bad rows, and as `find_extra` and `read_examples` do.
@@ -247,10 +277,11 @@ def load_split(data: DataOptions, options: TaskOptions, task: Task, split: str, 
             f"name it with --{task.name}_{split} or its folder with --data_dir, or {_SOURCE}"
         )
     columns = options.columns or ()
-    examples = read_examples(path, task, split, bad_rows, columns)
+    examples = read_examples(path, task, split, bad_rows, columns, data.quoting)
     if split == "train":
         found = [find_extra(Path(data.data_dir), name, task) for name in options.extra or ()]
-        examples = concatenated([examples, *(read_extra(path, task, bad_rows, columns) for path in found if path)])
+        more = [read_extra(path, task, bad_rows, say, columns, data.quoting) for path in found if path]
+        examples = concatenated([examples, *more])
     bad_rows.check()
     if split == "train" and data.max_train_examples is not None:
         return examples.take(data.max_train_examples, SUBSET_SEED)
@@ -273,7 +304,7 @@ def load_splits(
     splits: dict[str, dict[str, Examples]] = {split: {} for split in names}
     for split in names:
         for name, task in tasks.items():
-            examples = load_split(data, options[name], task, split, bad_rows)
+            examples = load_split(data, options[name], task, split, bad_rows, say)
             if examples is None:
                 say(f"{task.title}: there is no test file {task.files['test']}, so no test predictions")
             else:

@@ -27,7 +27,7 @@ USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
     "export": ("export_peft", "pretrained"),
     "export_peft": ("pretrained",),
     "evaluate": (
-        *("pretrained", "data_dir", "max_bad_rows", "run_dir", "test_predictions"),
+        *("pretrained", "data_dir", "max_bad_rows", "quoting", "run_dir", "test_predictions"),
         *("dev", "test", "columns", "dev_out", "test_out"),
     ),
 }

@@ -20,7 +20,9 @@ from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
 from tasks import Task, task_by_alias
 from utils.console import is_main_process
 from utils.errors import UserError
+from utils.untrusted import read_text, shown
 
+MAX_FLAGS = 1 << 20  # bytes of a file of flags
 RENAMED_FLAGS = {"option": "fine_tune_mode"}  # names that the course's handout has had
 
 
@@ -89,14 +91,16 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
     """
     out: list[str] = []
     for word in argv:
+        if "\0" in word or word.encode("utf-8", "ignore").decode() != word:
+            raise UserError(f"{shown(word[:80])}: has a NUL byte or is not UTF-8; choose another name")
         if word.startswith("@"):
-            path = Path(word[1:]).resolve()
-            if path in seen:
-                raise UserError(f"{word}: the file includes itself; remove the line that names it")
             try:
-                text = path.read_text(encoding="utf-8")
+                path = Path(word[1:]).resolve()
+                if path in seen:
+                    raise UserError(f"{word}: the file includes itself; remove the line that names it")
+                text = read_text(path, MAX_FLAGS)
                 out += expand_arguments(shlex.split(without_comments(text)), (*seen, path))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
                 close = " or ".join(f"@{name}" for name in close_recipes(word[1:]))
                 remedy = f"did you mean {close}?" if close and not path.exists() else "name a file of flags"
                 raise UserError(f"{word}: cannot read flags from this file ({error}); {remedy}") from error

@@ -19,7 +19,7 @@ from utils.console import say
 from utils.device import Device
 from utils.errors import UserError
 from utils.files import sha256, write_atomically
-from utils.untrusted import refuse_inflating
+from utils.pickles import refuse_inflating
 
 Outputs = dict[tuple[str, str], np.ndarray]  # (split, task) -> raw outputs, [N, classes] or [N]
 Splits = Mapping[str, Mapping[str, Examples]]  # split -> task -> examples

@@ -21,7 +21,7 @@ from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UserError, first_line
 from utils.files import write_atomically
-from utils.untrusted import refuse_objects
+from utils.pickles import refuse_objects
 
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1

@@ -17,6 +17,7 @@ from models.checkpoint import git_commit
 from tasks import TASKS
 from utils.errors import UserError
 from utils.files import write_text
+from utils.untrusted import read_json, read_text
 
 FIGURES = (
     "score",
@@ -40,7 +41,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a jsonl file, up to one that a kill has cut short; none where there is no file."""
     lines: list[dict[str, Any]] = []
     with suppress(FileNotFoundError, ValueError):
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in read_text(path).split("\n"):
             lines.append(json.loads(text))
     return lines
 
@@ -88,7 +89,7 @@ def figures(folder: Path) -> dict[str, Any]:
     if (folder / "best.pt").exists():
         row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
     if (folder / "scores.json").exists():
-        dev = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["dev"]
+        dev = read_json(folder / "scores.json")["dev"]
         row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
         scored = [(name, metric) for name, task in TASKS.items() for metric in task.metrics if name in dev]
         row |= {f"{name}_{metric}": dev[name][metric] for name, metric in scored}
@@ -115,10 +116,9 @@ class Table:
         Raises UserError where the file cannot be read or has other columns.
         """
         try:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                header = reader.fieldnames or ()
-                rows = [row for row in reader if None not in row.values()]
+            reader = csv.DictReader(io.StringIO(read_text(self.path), newline=""))
+            header = reader.fieldnames or ()
+            rows = [row for row in reader if None not in row.values()]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, csv.Error) as error:

@@ -20,6 +20,7 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from utils.console import progress, say
 from utils.device import Device, device_of
 from utils.errors import UserError, first_line
+from utils.untrusted import read_text
 
 COLUMN = "topic"
 EXAMPLE_LINE = "`Finance: 600: money, bank`"
@@ -36,7 +37,7 @@ class Topic:
 def read_topics(path: Path) -> dict[str, Topic]:
     """Return the topics of a file by name. Raise UserError with the line's number if a line is not a topic."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--topics {path}: cannot be read ({error}); give a text file in UTF-8") from error
     topics: dict[str, Topic] = {}
@@ -61,7 +62,7 @@ def read_labels(path: Path) -> dict[str, str]:
     The file has a result in each line, or is a list of them. Raise UserError if it is damaged.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = read_text(path).strip()
         results = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n")]
         best = [result["labels"][int(np.argmax(result["scores"]))] for result in results]
         return {" ".join(result["sequence"].split()): str(label) for result, label in zip(results, best, strict=True)}
@@ -169,7 +170,7 @@ def read_training_file(
     bad_rows = BadRows(data.max_bad_rows, lambda line: say(f"skipped row {line}"))
     has_topics = COLUMN in column_names(path)
     columns = (*task.text_columns, COLUMN) if has_topics else task.text_columns  # reads the topic as one more text
-    examples = read_examples(path, replace(task, text_columns=columns), "train", bad_rows)
+    examples = read_examples(path, replace(task, text_columns=columns), "train", bad_rows, quoting=data.quoting)
     bad_rows.check()
     texts = examples.texts[: len(task.text_columns)]
     return replace(examples, task=task, texts=texts), np.array(examples.texts[-1]) if has_topics else None

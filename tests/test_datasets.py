@@ -222,6 +222,23 @@ def test_renamed_columns_leave_a_file_of_the_course_as_it_is(tmp_path: Path) -> 
     assert (examples.ids, examples.texts) == (["a"], (["Text"],))
 
 
+def test_quotes_may_be_a_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'sentence\tsentiment\n"Bah," he said\t1\n"fine" film\t3\n')
+    message = refusal(read_examples, path, SST, "dev", BadRows(0, print))
+    assert "broken quote" in message and "--quoting none" in message
+    examples = read_examples(path, SST, "dev", BadRows(0, print), quoting="none")
+    assert examples.texts == (['"Bah," he said', '"fine" film'],)
+    assert configure("--quoting", "none").data.quoting == "none"
+
+
+def test_a_compressed_file_is_read_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(gzip.compress(b"sentence\tsentiment\nA\t1\n" + b"B\t1\n" * (1 << 20)))
+    monkeypatch.setattr(datasets, "MAX_DATA", 1 << 20)
+    assert f"{path}: is too large (larger than 1 MiB)" in refusal(read_examples, path, SST, "dev", BadRows(0, print))
+
+
 def test_bad_lines_of_json_are_counted(tmp_path: Path) -> None:
     rows = [{"sentence": "A", "sentiment": 1}, [1], {"sentence": None, "sentiment": 1}, {"sentence": "\ud800 B"}]
     text = "\n".join([*map(json.dumps, rows), "{", json.dumps({"sentence": "C", "sentiment": True})])

@@ -38,13 +38,15 @@ JSON_LINES = ""  # in place of the character between fields
 class Layout:
     """How a file is written: the character between fields or JSON_LINES, and the names of its columns in our words.
 
-    `renames` has our word for each column that has another name in the file. `first_row` counts lines from 1.
+    `renames` has our word for each column that has another name in the file. `first_row` counts lines from 1. `quoting`
+    is csv, or none where quotes are a part of the text.
     """
 
     delimiter: str
     header: list[str]
     renames: Mapping[str, str]
     first_row: int
+    quoting: str = "csv"
 
 
 def our_names(header: Sequence[str], renames: Mapping[str, str]) -> list[str]:
@@ -68,7 +70,7 @@ def parse_renames(columns: Sequence[str], task: Task) -> dict[str, str]:
     return renames
 
 
-def split_fields(line: bytes, delimiter: str = "\t") -> list[str]:
+def split_fields(line: bytes, delimiter: str = "\t", quoting: str = "csv") -> list[str]:
     """Return the fields of one line. Raises RowError if the line is not UTF-8, has a NUL byte or a broken quote.
 
     Quoting is that of csv, as in the course's own reader: `"He said ""no""."` is He said "no". No field contains a line
@@ -76,10 +78,12 @@ def split_fields(line: bytes, delimiter: str = "\t") -> list[str]:
     the next quote. Without `strict`, the rest of the row would silently become part of the text.
     """
     text = decode(line)
+    if quoting == "none":
+        return text.rstrip("\r").split(delimiter)
     try:
         return next(csv.reader((text,), delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise RowError(f"has a broken quote or field ({str(error)!r})") from None
+        raise RowError(f"has a broken quote or field ({str(error)!r}), which --quoting none takes as text") from None
 
 
 def decode(line: bytes) -> str:
@@ -110,7 +114,7 @@ def parse_object(line: bytes) -> dict[str, str]:
     return {name: text.encode("utf-8", "replace").decode() for name, text in texts.items()}  # no lone surrogates
 
 
-def possible_headers(line: bytes, path: Path) -> dict[str, list[str]]:
+def possible_headers(line: bytes, path: Path, quoting: str = "csv") -> dict[str, list[str]]:
     """Return the column names in a file's first line by each character that may be between its fields.
 
     Raises RowError if the line cannot be read in any way.
@@ -120,7 +124,7 @@ def possible_headers(line: bytes, path: Path) -> dict[str, list[str]]:
     found, first_error = {}, None
     for delimiter in ("\t", ","):
         try:
-            found[delimiter] = [name.strip() for name in split_fields(line, delimiter)]
+            found[delimiter] = [name.strip() for name in split_fields(line, delimiter, quoting)]
         except RowError as error:
             first_error = first_error or error
     if not found:
@@ -128,14 +132,16 @@ def possible_headers(line: bytes, path: Path) -> dict[str, list[str]]:
     return found
 
 
-def find_layout(content: bytes, path: Path, task: Task, split: str, renames: Mapping[str, str]) -> Layout:
+def find_layout(
+    content: bytes, path: Path, task: Task, split: str, renames: Mapping[str, str], quoting: str = "csv"
+) -> Layout:
     """Return how a file is written. Raises UserError unless each needed column is there once.
 
     Only a test file may lack the label column. Without a column of ids, the numbers of the rows are the ids.
     """
     remedy = "give a text file in UTF-8, separated by tabs or commas"
     try:
-        headers = possible_headers(content.split(b"\n", 1)[0], path)
+        headers = possible_headers(content.split(b"\n", 1)[0], path, quoting)
     except RowError as error:
         raise UserError(f"{path}: the first line {error}: the file looks binary or damaged; {remedy}") from None
     for delimiter, names in headers.items():
@@ -144,7 +150,7 @@ def find_layout(content: bytes, path: Path, task: Task, split: str, renames: Map
         if split != "test" or task.label_column in header:
             needed.append(task.label_column)
         if all(header.count(name) == 1 for name in needed) and header.count("id") <= 1:
-            return Layout(delimiter, header, renames, 1 if delimiter == JSON_LINES else 2)
+            return Layout(delimiter, header, renames, 1 if delimiter == JSON_LINES else 2, quoting)
     if b"\0" in content[:4096]:
         raise UserError(f"{path}: looks binary (NUL bytes); {remedy}")
     needed = [*task.text_columns, *([task.label_column] if split != "test" else [])]
@@ -178,7 +184,7 @@ def parse_fields(line: bytes, layout: Layout) -> dict[str, str]:
     if layout.delimiter == JSON_LINES:
         texts = parse_object(line)
         return dict(zip(our_names(list(texts), layout.renames), texts.values(), strict=True))
-    fields = split_fields(line, layout.delimiter)
+    fields = split_fields(line, layout.delimiter, layout.quoting)
     if len(fields) != len(layout.header):
         amount = "few" if len(fields) < len(layout.header) else "many"
         raise RowError(f"too {amount} fields, {len(fields)} instead of {len(layout.header)}")

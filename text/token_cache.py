@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.errors import UserError, first_line
 from utils.files import cache_folder, write_atomically
-from utils.untrusted import refuse_inflating
+from utils.pickles import refuse_inflating
 
 logger = logging.getLogger("minbert")
 

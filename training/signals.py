@@ -1,6 +1,7 @@
 """Signals that end a run: the current step is finished, the state is saved, and the exit code tells the signal.
 
-Schedulers and `kill` send SIGTERM some time before SIGKILL. SLURM sends SIGUSR1 ahead of a time limit (`#SBATCH
+Schedulers and `kill` send SIGTERM some time before SIGKILL. A closed terminal or a dropped ssh sends SIGHUP. SLURM sends
+SIGUSR1 ahead of a time limit (`#SBATCH
 --signal=USR1@120`). SIGINT is Ctrl-C. Exit codes are those of a shell: 128 plus the number of the signal.
 
 A signal may arrive in the middle of a step or of a swap of weights, so nothing is raised there; `check` raises it where
@@ -10,12 +11,12 @@ the state is whole.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
 
-NOTED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NOTED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 _received: signal.Signals | None = None  # a process has its signals once, so this is the module's
 
@@ -32,8 +33,9 @@ def _note(number: int, frame: Any) -> None:
     global _received
     if _received is None:
         _received = signal.Signals(number)
-        os.write(2, f"\n{_received.name}: stopping after this step; the state is saved first\n".encode())  # not print:
-        # it may have been in the middle of a line of its own
+        with suppress(OSError):  # the terminal may be gone
+            # not print: it may have been in the middle of a line of its own
+            os.write(2, f"\n{_received.name}: stopping after this step; the state is saved first\n".encode())
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 """Print lines, tables and progress bars, and end a script with the right message and exit code."""
 
+import io
 import logging
 import os
 import sys
@@ -66,6 +67,8 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
 
     A UserError, an error of the system and exhausted memory become one line on standard error and exit code 2.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which else fails at a character that it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     run: Callable[..., None] = run_main

@@ -1,25 +1,16 @@
-"""What a file of somebody else may do: files that are made to exhaust memory are refused before they are read."""
+"""Read files that somebody else may have made: of a bounded size, and never from what has no end."""
 
-import io
+import errno
 import json
-import pickle
-import pickletools
 import stat
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from gzip import GzipFile
 
 MAX_JSON = 4 << 20  # bytes; a parsed file can take thirty times as much memory
-LEGACY_PICKLES = 5  # of torch's format before zip: number, version, machine, the content, and names of its storages
-# What torch.save writes for tensors, numbers, texts, lists, tuples and dicts, by any of its protocols.
-PLAIN_OPCODES = (
-    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT "
-    "UNICODE BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE "
-    "BUILD BINPERSID"
-)
-REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")  # of torch._utils
+MAX_TEXT = 256 << 20  # bytes of a text file
 
 
 def shown(name: str) -> str:
@@ -27,103 +18,42 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file, or what a link leads to, for reading. Raises OSError for a pipe or a device, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device; name a file")
+    return path.open("rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Return the content of a file. Raises OSError if it cannot be read, and ValueError above `limit` bytes."""
+    with open_regular(path) as file:
+        return limited(file, limit)
+
+
+def limited(file: "BinaryIO | GzipFile", limit: int) -> bytes:
+    """Return what is left in an open file. Raises ValueError if it is more than `limit` bytes."""
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit >> 20} MiB")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Return the text of a file, in which no character but a line feed ends a line.
+
+    Raises OSError if it cannot be read, and ValueError if it is not UTF-8 or larger than `limit` bytes.
+    """
+    return read_bytes(path, limit).decode("utf-8-sig")
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a json file.
 
     Raises OSError if the file cannot be read, and ValueError if it is no JSON, too large or nested too deeply.
     """
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise ValueError(f"larger than {MAX_JSON >> 20} MiB")
+    content = read_bytes(path, MAX_JSON)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file, or what a link leads to, for reading. Raises OSError for a pipe or a device, which may never end."""
-    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-        raise OSError("it is a pipe or a device; name a file")
-    return path.open("rb")
-
-
-def refuse_inflating(path: Path) -> None:
-    """Raise ValueError if a zip archive, as torch and numpy write them, claims to hold more bytes than it has.
-
-    torch and numpy do not compress, so such a file can only be meant to fill the memory of its reader.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(member.file_size for member in archive.infolist())
-    if claimed > path.stat().st_size:
-        raise ValueError(f"its members claim {claimed:,} bytes, more than the file has")
-
-
-def refuse_objects(path: Path) -> None:
-    """Raise an error if a file of torch.save holds anything but tensors and plain containers, or claims too much.
-
-    torch.load with weights_only runs no code, but it allows `bytearray(N)` and storages of N numbers, so that a file of
-    some hundred bytes takes as much memory as it asks for. This reads the pickle first and makes nothing of it.
-    """
-    refuse_inflating(path)
-    with open_regular(path) as file:
-        if file.read(4) == b"PK\x03\x04":  # as torch decides
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    if member.filename.endswith("data.pkl"):
-                        TensorPickle(io.BytesIO(archive.read(member))).check()
-            return
-        file.seek(0)
-        size, claimed = path.stat().st_size, 0
-        for _ in range(LEGACY_PICKLES):
-            content = TensorPickle(file)
-            content.check()
-            claimed += sum(content.numbers.values())
-        if claimed > size:  # torch makes room for them before it reads them
-            raise ValueError(f"its tensors claim {claimed:,} numbers, more than the file has bytes")
-
-
-class TensorPickle(pickle.Unpickler):
-    """A pickle of torch.save, read from where `file` stands, of which nothing is made: a tensor becomes None."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self.file = file
-        self.numbers: dict[str, int] = {}  # how many numbers each storage claims to have
-
-    def check(self) -> None:
-        """Raise an error unless the pickle holds tensors, numbers, texts and containers of these alone."""
-        start, puts, known = self.file.tell(), 0, set(PLAIN_OPCODES.split())
-        for opcode, argument, _ in pickletools.genops(self.file):
-            if opcode.name not in known:
-                raise pickle.UnpicklingError(f"it holds more than tensors and plain containers ({opcode.name})")
-            if "PUT" in opcode.name:
-                puts += 1
-                if not 0 <= int(argument or 0) <= 2 * puts:  # room is made for the largest number
-                    raise pickle.UnpicklingError("its memo claims more than it has")
-        self.file.seek(start)
-        self.load()
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in for what a pickle may name. Raises UnpicklingError for anything else."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in REBUILD:
-            return no_tensor
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return name  # a text cannot be called
-        raise pickle.UnpicklingError(f"it holds {shown(f'{module}.{name}'[:80])}, more than tensors and containers")
-
-    def persistent_load(self, pid: Any) -> None:
-        """Note the size of a storage; its numbers stand elsewhere in the file."""
-        kind, _, key, _, numbers, *_ = pid
-        if kind != "storage" or not isinstance(numbers, int) or numbers < 0:
-            raise pickle.UnpicklingError("it refers to something that is no tensor")
-        self.numbers[str(key)] = numbers
-
-
-def no_tensor(*_: Any) -> None:
-    """Stand for a function that makes a tensor."""
