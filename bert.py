@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import init_weights, load_weights, read_config, resolve_pretrained
@@ -20,6 +21,7 @@ from kernels.dropout import Dropout
 from kernels.embedding import SmallEmbedding, WordEmbedding
 from kernels.grouped_attention import grouped_attention
 from kernels.half_copies import half_copies
+from kernels.half_low_rank import HalfLowRank, LowRank, half_low_rank, half_low_rank_linear
 from kernels.linear import linear
 from text.packing import Batch, EncodedBatch, PackedBatch, pack_padded, unpack
 
@@ -62,6 +64,13 @@ def output_rows(hidden: Tensor, batch: PackedBatch, cls_only: bool) -> Tensor:
     return hidden.index_select(0, batch.cu_seqlens[:-1]) if cls_only else hidden
 
 
+class Parameters(NamedTuple):
+    """The parameters of a linear layer, or of several with one input, end to end."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor  # [out]
+
+
 class Linear(nn.Linear):
     """nn.Linear that keeps the half-precision copies of frozen weights, which autocast would make anew in every pass.
 
@@ -71,7 +80,7 @@ class Linear(nn.Linear):
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out)
-        self.cast: tuple[tuple[object, ...], Tensor, Tensor] | None = None  # the copies after what they are made of
+        self.cast: tuple[tuple[object, ...], Parameters] | None = None  # what the copies are made of, and these
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """Map [..., in] to [..., out]; with `gelu`, return the GELU of that."""
@@ -81,31 +90,47 @@ class Linear(nn.Linear):
             self.cast = None
         return linear(x, self.weight, self.bias, gelu)
 
-    def trains(self) -> bool:
-        """Return whether weight and bias, in fp32, get gradients."""
-        return all(p.requires_grad and p.dtype == torch.float32 for p in (self.weight, self.bias))
+    def parts(self) -> Parameters | None:
+        """Return weight and bias, or None unless both train in fp32."""
+        trains = all(p.requires_grad and p.dtype == torch.float32 for p in (self.weight, self.bias))
+        return Parameters(self.weight, self.bias) if trains else None
 
     def uses_copies(self, device: str) -> bool:
         """Return whether autocast would cast frozen weights here."""
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            return False
         frozen = not (self.weight.requires_grad or self.bias.requires_grad) and self.weight.dtype == torch.float32
-        captured = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        return frozen and torch.is_autocast_enabled(device) and not captured and not torch.compiler.is_compiling()
+        return frozen and not (device == "cuda" and torch.cuda.is_current_stream_capturing())
 
-    def copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def copies(self, dtype: torch.dtype) -> Parameters:
         """Return weight and bias as `dtype`."""
         made_of = dtype, *((parameter.data_ptr(), parameter._version) for parameter in (self.weight, self.bias))
         if self.cast is None or self.cast[0] != made_of:
             with torch.inference_mode(False), torch.no_grad():  # training may use copies that evaluation made
-                self.cast = made_of, self.weight.to(dtype), self.bias.to(dtype)
-        return self.cast[1:]
+                self.cast = made_of, Parameters(self.weight.to(dtype), self.bias.to(dtype))
+        return self.cast[1]
 
 
-Parameters = tuple[Tensor, Tensor]  # weight and bias of a linear layer
+HalfParameters = Parameters | HalfLowRank
 
 
-def apply_linear(layer: nn.Module, x: Tensor, half: Parameters | None, gelu: bool = False) -> Tensor:
+def half_linear(dtype: torch.dtype, groups: Sequence[Sequence[Parameters]]) -> list[Parameters]:
+    """Return the parameters of each group of layers as `dtype`, end to end."""
+    copies = half_copies(dtype, [[part[i] for part in group] for i in range(2) for group in groups])
+    return [Parameters(*pair) for pair in zip(copies[: len(groups)], copies[len(groups) :], strict=True)]
+
+
+def apply_half(x: Tensor, half: HalfParameters, gelu: bool = False) -> Tensor:
+    """Return the output [T, out] of a linear layer, or of several side by side, by half-precision copies."""
+    if not isinstance(half, HalfLowRank):
+        return linear(x, *half, gelu)
+    y = half_low_rank_linear(x, half)
+    return F.gelu(y) if gelu else y
+
+
+def apply_linear(layer: nn.Module, x: Tensor, half: HalfParameters | None, gelu: bool = False) -> Tensor:
     """Return the output of a linear layer, by half-precision copies of its parameters if there are some."""
-    out: Tensor = layer(x, gelu) if half is None else linear(x, *half, gelu)
+    out: Tensor = layer(x, gelu) if half is None else apply_half(x, half, gelu)
     return out
 
 
@@ -121,16 +146,16 @@ class BertSelfAttention(nn.Module):
         self.value = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, joined: Parameters | None = None
+        self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, joined: HalfParameters | None = None
     ) -> Tensor:
         """Map [T, H] to [T, H], or with `cls_only` to [S, H].
 
-        `joined` are weight [3H, H] and bias [3H] of query, key and value together, for one product instead of three.
+        `joined` are those of query, key and value together, for one product instead of three.
         """
         if joined is None:
             query, key, value = self.query(output_rows(hidden, batch, cls_only)), self.key(hidden), self.value(hidden)
         else:
-            query, key, value = linear(hidden, *joined).chunk(3, dim=1)
+            query, key, value = apply_half(hidden, joined).chunk(3, dim=1)
             query = output_rows(query, batch, cls_only)
         dropout = self.dropout if self.training else 0.0
         return attention(query, key, value, batch, self.heads, dropout, cls_only)
@@ -155,7 +180,7 @@ class BertLayer(nn.Module):
         self, hidden: Tensor, batch: PackedBatch, cls_only: bool = False, adapter: Adapter | None = None
     ) -> Tensor:
         """Map [T, H] to [T, H], or with `cls_only` to [S, H]."""
-        half: Sequence[Parameters | None] = self.half_parameters(hidden.device.type) or [None] * 4
+        half = self.half_parameters(hidden.device.type)
         context = self.self_attention(hidden, batch, cls_only, half[0])
         added = None if adapter is None else adapter.function(hidden, batch, cls_only)
         residual = None if adapter is None else adapter.residual
@@ -166,7 +191,7 @@ class BertLayer(nn.Module):
         self,
         hidden: Tensor,
         context: Tensor,
-        half: Sequence[Parameters | None],
+        half: Sequence[HalfParameters | None],
         added: Tensor | None,
         residual: str | None,
     ) -> Tensor:
@@ -182,14 +207,12 @@ class BertLayer(nn.Module):
         total = attended + self.dropout(apply_linear(self.out_dense, expanded, out))
         return self.out_layer_norm(total if residual != "feed-forward" else total + added)
 
-    def half_parameters(self, device: str) -> list[Parameters] | None:
-        """Return what autocast would cast one by one on a GPU: weight and bias of query, key and value joined, then
+    def half_parameters(self, device: str) -> list[HalfParameters | None]:
+        """Return what autocast would cast one by one on a GPU: the parameters of query, key and value end to end, then
         those of `attention_dense`, `interm_dense` and `out_dense`.
 
-        Return None on a CPU, without autocast, and where adapters or frozen layers need them apart.
+        They are None on a CPU, without autocast, and for layers that do not train alike.
         """
-        if device == "cpu" or not torch.is_autocast_enabled(device):
-            return None
         attention = self.self_attention
         groups: list[list[Any]] = [
             [attention.query, attention.key, attention.value],
@@ -197,11 +220,22 @@ class BertLayer(nn.Module):
             [self.interm_dense],
             [self.out_dense],
         ]
-        if not all(isinstance(layer, Linear) and layer.trains() for group in groups for layer in group):
-            return None
-        weights, biases = ([[getattr(x, name) for x in group] for group in groups] for name in ("weight", "bias"))
-        copies = half_copies(torch.get_autocast_dtype(device), [*weights, *biases])
-        return list(zip(copies[: len(groups)], copies[len(groups) :], strict=True))
+        half: list[HalfParameters | None] = [None] * len(groups)
+        if device == "cpu" or not torch.is_autocast_enabled(device):
+            return half
+        dtype = torch.get_autocast_dtype(device)
+        parts = [[layer.parts() for layer in group] for group in groups]
+        copiers: tuple[tuple[type, Callable[..., Sequence[HalfParameters]]], ...]
+        copiers = (Parameters, half_linear), (LowRank, half_low_rank)
+        for kind, copy in copiers:
+            alike = [i for i, group in enumerate(parts) if all(isinstance(part, kind) for part in group)]
+            copies: Sequence[HalfParameters] = copy(dtype, [parts[i] for i in alike]) if alike else ()
+            for i, copied in zip(alike, copies, strict=True):
+                half[i] = copied
+        for i, (layer, *others) in enumerate(groups):
+            if not others and isinstance(layer, Linear) and layer.uses_copies(device):
+                half[i] = layer.copies(dtype)
+        return half
 
 
 class BertModel(nn.Module):

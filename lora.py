@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from base_bert import describe_mismatches
 from config import LoraOptions, upper_bound
 from kernels.dropout import Dropout
+from kernels.half_low_rank import LowRank
 from kernels.linear import linear
 from kernels.low_rank import low_rank_linear, updated_weight, without_autocast
 from utils.errors import UserError
@@ -203,6 +204,13 @@ class LoRALinear(nn.Module):
         y = self.adapt_dropped(x, self.dropout(x)) if dropped else self.adapt(x, self.bias)
         return F.gelu(y) if gelu else y
 
+    def parts(self) -> LowRank | None:
+        """Return W0 with its update, or None under dropout, for merged weights and unless they are fp32."""
+        dropped = self.training and self.dropout.p
+        if dropped or self.bias is None or self.merged_weight is not None or self.weight.dtype != torch.float32:
+            return None
+        return LowRank(self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, None)
+
     def adapt(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return (W0 + s B A) x + bias."""
         return low_rank_linear(x, self.weight, bias, self.lora_A, self.lora_B, self.scaling)
@@ -268,6 +276,11 @@ class DoRALinear(LoRALinear):
                 norm[cancelled] = torch.addmm(w[cancelled], b[cancelled], a, alpha=self.scaling).norm(dim=1)
         return norm
 
+    def parts(self) -> LowRank | None:
+        """Return W0 with its update and m."""
+        parts = super().parts()
+        return None if parts is None else parts._replace(magnitude=self.magnitude)
+
     def factor(self) -> Tensor:
         """Return m/norm(V) [out]."""
         return self.magnitude.squeeze(1) / _positive(self.norm())
@@ -292,6 +305,9 @@ class ColumnDoRALinear(DoRALinear):
         super().__init__(wrapped, config)
         norm = _at_least_fp32(self.weight.detach()).norm(dim=0, keepdim=True)
         self.magnitude = nn.Parameter(norm.to(self.weight.dtype))
+
+    def parts(self) -> None:
+        """Return None: the factor belongs to the input."""
 
     def factor(self) -> Tensor:
         """Return m/norm(V) [in]."""

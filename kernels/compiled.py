@@ -39,6 +39,7 @@ class CompiledFunction:
         try:
             return self.compiled(*arguments)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            logger.warning("--compile: torch cannot compile here (%s); going on without it", first_line(error))
+            cause = getattr(error, "inner_exception", error)
+            logger.warning("--compile: torch cannot compile here (%s); going on without it", first_line(cause))
             self.compiled = None
             return self.function(*arguments)

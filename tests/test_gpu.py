@@ -134,6 +134,36 @@ def test_every_method_trains(tiny_flags: list[str], tmp_path: Path, more: list[o
     assert len(metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("compiled", [[], ["--compile"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lora_mode", "attn", "--lora_rank", 2, "--lora_alpha", 8],
+        ["--lora_mode", "all-lin-only", "--lora_rank", 3, "--dora"],
+        ["--lora_mode", "attn-only", "--lora_targets", "query,value"],
+        ["--lora_mode", "attn-only", "--dora", "--dora_norm", "column"],
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_adapters_in_half_precision(
+    tiny_flags: list[str], tmp_path: Path, more: list[object], compiled: list[object]
+) -> None:
+    """Gradients of whole batches point where those in fp32 do."""
+    found = []
+    for name, device, flags in (("fp32", FP32, []), ("bf16", BF16, compiled)):
+        trainer = make_ready(tiny_flags, tmp_path / name, "--arch", "v1", *STILL, *more, *flags, device=device)
+        for key, parameter in trainer.model.named_parameters():
+            if key.endswith("lora_B"):
+                nn.init.constant_(parameter, 0.02)
+        trainer.forward_backward(load_batch(trainer, "sts", range(13)), 1.0)
+        found.append({key: p.grad for key, p in trainer.model.named_parameters() if p.grad is not None})
+    exact, half = found
+    assert exact.keys() == half.keys()
+    scale = max(gradient.abs().max() for gradient in exact.values())
+    for key, gradient in exact.items():
+        assert (half[key] - gradient).abs().max() < 0.02 * scale, key
+
+
 @pytest.mark.parametrize(
     "more",
     [
