@@ -75,22 +75,16 @@ test-even: $(VENV)/dev.done
 test-all: lint
 	$(BIN)/python -m pytest -q --durations=20 -m "not gpu"
 
-# make gpu-check   the tests that need a GPU, and its targets, in less than ten minutes; GPU_PYTHON names an environment of your own
+# make gpu-check   all that needs a GPU, in at most four minutes, into runs/gpu-check; GPU_PYTHON names an environment of your own
 GPU_PYTHON = $(BIN)/python
-GPU_BENCHMARK = $(GPU_PYTHON) benchmark.py --use_gpu --amp --cuda_graphs --pretrained random-bert-base --data_dir made \
-	--tasks para --block 10 --warmup 10 --loader_workers 4
 gpu-check: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/dev.done)
-	@status=0; \
-	$(GPU_PYTHON) -m pytest -q -m gpu || status=1; \
-	for size in 64 256; do $(GPU_BENCHMARK) --modes train --batch_size $$size || status=1; done; \
-	$(GPU_BENCHMARK) --modes recipe || status=1; \
-	exit $$status
+	$(GPU_PYTHON) -m benchmarks.gpu_check
 
-# make gpu-rehearsal   the same tests where there is no GPU, on one that the CPU simulates; needs g++
+# make gpu-rehearsal   the same at small sizes where there is no GPU, on one that the CPU simulates; needs g++
 REHEARSAL := .rehearsal
 gpu-rehearsal: $(VENV)/dev.done
 	$(BIN)/python tests/simulated_gpu.py $(REHEARSAL)
-	SIMULATED_GPU=$(REHEARSAL) PYTHONPATH=tests $(BIN)/python -m pytest -p simulated_gpu -q -m gpu -k "not measured and not profile"
+	SIMULATED_GPU=$(REHEARSAL) PYTHONPATH=tests $(BIN)/python -c "import simulated_gpu, sys; from benchmarks.gpu_check import main; main(sys.argv[1:])" --tiny --out $(REHEARSAL)/gpu-check
 
 # make gpu-counts   count what a training step starts on a GPU, on the simulated one
 gpu-counts: $(VENV)/run.done

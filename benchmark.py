@@ -7,7 +7,10 @@
     python benchmark.py --use_gpu --amp --cuda_graphs --block 10 --pretrained random-bert-base --data_dir made
 
 The peer is what most people write with transformers: batches padded to their longest text, SDPA attention and torch's
-fused AdamW. Two names need no network: `--pretrained random-bert-base` has random weights of BERT-base's shape, and
+fused AdamW. Further rows of the table have stronger peers: on a CPU batches grouped by length, in fp32 and in bf16; on
+a GPU sequences without padding, by varlen FlashAttention and torch.compile. `--comparisons full-model` leaves them out.
+
+Two names need no network: `--pretrained random-bert-base` has random weights of BERT-base's shape, and
 `--data_dir made` has texts of random words with the lengths of the real ones.
 
 Some modes have no peer:

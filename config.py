@@ -458,6 +458,10 @@ class ComputeOptions:
         "type of --amp: bf16 if the device has it, else fp16 (auto), or always one",
         choices=("auto", "bf16", "fp16"),
     )
+    tf32: bool = option(
+        False,
+        "let a GPU round the factors of fp32 products to 10 bits (TF32), except in batches of a task with SMART",
+    )
     eval_batch_size: int = option(128, "examples per batch in evaluation", low=1)
 
 

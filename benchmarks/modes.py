@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import GENERATED, PEER_MODES, BenchmarkOptions
+from benchmarks.options import ADAPTER_NAMES, GENERATED, PEER_MODES, STRONG_PEERS, BenchmarkOptions
 from benchmarks.peers import MinbertSide, TransformersSide, start_epoch, train_on, trainer_from_flags
+from benchmarks.strong_peers import GroupedSide, VarlenSide
 from benchmarks.tables import LEGEND, MODE_LINES, comparison_table, target_lines
 from benchmarks.workloads import (
     LR,
@@ -75,6 +76,9 @@ DORA = LoRAConfig(mode="all-lin-only", rank=8, dora=True)
 # Each comparison has the peer first, then our side.
 COMPARISONS: dict[str, dict[str, Callable[[Workload], Side]]] = {
     "full-model": {"transformers": TransformersSide, "minbert": MinbertSide},
+    "grouped": {"transformers, grouped": GroupedSide, "minbert": MinbertSide},
+    "grouped-bf16": {"transformers, grouped, bf16": partial(GroupedSide, half=True), "minbert": MinbertSide},
+    "varlen": {"transformers, varlen": VarlenSide, "minbert": MinbertSide},
     "lora": {"peft": partial(TransformersSide, adapters=LORA), "minbert": partial(MinbertSide, adapters=LORA)},
     "dora": {"peft": partial(TransformersSide, adapters=DORA), "minbert": partial(MinbertSide, adapters=DORA)},
     "lora-over-full": {"full": MinbertSide, "lora": partial(MinbertSide, adapters=LORA)},
@@ -192,7 +196,7 @@ def time_training(options: BenchmarkOptions, comparison: str, work: Workload, si
     actions = {name: side.train_on for name, side in sides.items()}
     seconds = time_in_turn(actions, blocks, options.warmup, work.device, f"{comparison} {work.task.name} train")
     # A backward pass costs two forward passes, or one where the large weights need no gradient.
-    passes = 3 if comparison == "full-model" else 2
+    passes = 2 if comparison in ADAPTER_NAMES else 3
     timed = [np.concatenate(block) for block in blocks[options.warmup :]]
     costs = work_per_round(work.bert_config, work.train, timed, passes)
     return {"batches": options.block, "seconds": seconds, **costs}
@@ -246,7 +250,9 @@ def compare_sides(options: BenchmarkOptions) -> list[Record]:
 
     Memory comes first: Linux counts the size that the parent process has at the start as its child's.
     """
-    pairs = [(comparison, task) for comparison in options.comparisons for task in options.tasks]
+    kind = requested_device(options, ignore).device.type
+    names = [name for asked in options.comparisons for name in (STRONG_PEERS[kind] if asked == "strong" else [asked])]
+    pairs = [(comparison, task) for comparison in names for task in options.tasks]
     cases = [(*pair, side) for pair in pairs for side in COMPARISONS[pair[0]]]
     memory: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in pairs}
     for *pair, side in progress(cases, "memory", "process"):

@@ -7,7 +7,9 @@ from tasks import DEFAULT_TASKS, TASKS
 
 PEER_MODES = ("train", "eval")
 SOLO_MODES = ("tokenise", "frozen", "start", "optimizer", "recipe", "scaling")  # modes without a peer
-COMPARISON_NAMES = ("full-model", "lora", "dora", "lora-over-full", "dora-over-lora")
+STRONG_PEERS = {"cpu": ("grouped", "grouped-bf16"), "cuda": ("varlen",), "mps": ()}  # by the device
+ADAPTER_NAMES = ("lora", "dora", "lora-over-full", "dora-over-lora")
+COMPARISON_NAMES = ("full-model", "strong", "grouped", "grouped-bf16", "varlen", *ADAPTER_NAMES)
 RANDOM_BERT = "random-bert-base"  # the --pretrained that stands for random weights of BERT-base's shape
 GENERATED = "made"  # the --data_dir that stands for generated files
 
@@ -17,7 +19,10 @@ class BenchmarkOptions:
     """Benchmark."""
 
     comparisons: tuple[str, ...] = option(
-        ("full-model",), "comma-separated comparisons; each has a peer's side and ours", choices=COMPARISON_NAMES
+        ("full-model", "strong"),
+        "comma-separated comparisons; each has a peer's side and ours. strong: grouped and grouped-bf16 (batches of "
+        "equal lengths) on a CPU, varlen (no padding, compiled) on a GPU",
+        choices=COMPARISON_NAMES,
     )
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))
     modes: tuple[str, ...] = option(

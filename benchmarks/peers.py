@@ -32,7 +32,7 @@ from training.trainer import Trainer
 from utils.errors import UserError
 
 NO_RUN = RunDirectory(Path(os.devnull))  # only Trainer.fit, which the benchmark does not call, writes there
-Texts = Sequence[tuple[Tensor, ...]]  # the token ids and mask [B, L] of each text
+Texts = Sequence[tuple[Any, ...]]  # of each text, what the peer's model takes: token ids and mask [B, L], for example
 
 
 def import_peer(name: str) -> Any:
@@ -61,11 +61,13 @@ def import_peer(name: str) -> Any:
 class PeerModel(nn.Module):
     """transformers' BertModel with the heads of arch v1: linear on u (and v), or the scaled cosine of u and v."""
 
+    attention = "sdpa"  # transformers' name of it
+
     def __init__(self, work: Workload, adapters: LoRAConfig | None) -> None:
         super().__init__()
         self.kind, self.max_label, self.device = work.task.kind, work.task.label_range[1], work.device.device
         bert_class = import_peer("transformers").BertModel
-        self.bert = bert_class.from_pretrained(work.folder, attn_implementation="sdpa").float()
+        self.bert = bert_class.from_pretrained(work.folder, attn_implementation=self.attention).float()
         self.dropout = nn.Dropout(work.bert_config.hidden_dropout_prob)
         self.head = None if self.kind == "similarity" else work.head()
         if adapters is not None:
@@ -79,12 +81,20 @@ class PeerModel(nn.Module):
 
     def forward(self, texts: Texts) -> Tensor:
         """Return the outputs [B, classes] or [B]."""
-        texts = [tuple(tensor.to(self.device, non_blocking=True) for tensor in text) for text in texts]
-        pooled = [self.dropout(self.bert(input_ids=ids, attention_mask=mask).pooler_output) for ids, mask in texts]
+        pooled = [self.dropout(self.pooled(*(self.moved(value) for value in text))) for text in texts]
         if self.head is None:
             return self.max_label * F.cosine_similarity(*pooled)
         logits = self.head(torch.cat(pooled, dim=1))
         return logits if self.kind == "classes" else logits.squeeze(1)
+
+    def moved(self, value: Any) -> Any:
+        """Return a tensor on the model's device, and anything else as it is."""
+        return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the pooled outputs [B, H] of token ids and mask [B, L]."""
+        pooled: Tensor = self.bert(input_ids=ids, attention_mask=mask).pooler_output
+        return pooled
 
 
 class PaddedBatches(torch.utils.data.Dataset):
@@ -97,28 +107,32 @@ class PaddedBatches(torch.utils.data.Dataset):
         ]
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Texts, Tensor]:
-        padded = []
-        for examples in self.texts:
-            chosen = [examples[i] for i in indices.tolist()]
-            ids = pad_sequence(chosen, batch_first=True, padding_value=self.pad_id)
-            mask = torch.arange(ids.shape[1]) < torch.tensor([len(tokens) for tokens in chosen])[:, None]
-            padded.append((ids, mask.long()))
-        return padded, self.data.labels(indices)
+        texts = [self.joined([examples[i] for i in indices.tolist()]) for examples in self.texts]
+        return texts, self.data.labels(indices)
+
+    def joined(self, sequences: list[Tensor]) -> tuple[Any, ...]:
+        """Return token ids and mask [B, L] of sequences of token ids."""
+        ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_id)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(tokens) for tokens in sequences])[:, None]
+        return ids, mask.long()
 
 
 class TransformersSide:
     """transformers, used as most people do. With `adapters`, only peft's adapters and the head train."""
 
+    model_class: type[PeerModel] = PeerModel
+    data_class: type[PaddedBatches] = PaddedBatches
+
     def __init__(self, work: Workload, adapters: LoRAConfig | None = None) -> None:
         self.work, self.device = work, work.device.device
-        self.model = PeerModel(work, adapters).to(self.device).train()
+        self.model = self.model_class(work, adapters).to(self.device).train()
         options = work.config.tasks[work.task.name]
         self.loss = LOSSES[options.loss]
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         build = partial(torch.optim.AdamW, lr=LR, eps=1e-6, weight_decay=options.weight_decay, fused=True)
         self.optimizer: torch.optim.Optimizer = build(parameters)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.device.scaled)
-        self.train, self.dev = (PaddedBatches(data, work.tokenizer.pad_id) for data in (work.train, work.dev))
+        self.train, self.dev = (self.data_class(data, work.tokenizer.pad_id) for data in (work.train, work.dev))
         self.loaded: Iterator[tuple[Texts, Tensor]] | None = None
         if workers := work.loader_workers:
             load = partial(torch.utils.data.DataLoader, batch_size=None, num_workers=workers, prefetch_factor=4)
@@ -143,11 +157,15 @@ class TransformersSide:
     def evaluate(self) -> np.ndarray:
         """Return the outputs [N, classes] or [N] of all dev examples, in the order of the file."""
         self.model.eval()
-        blocks = torch.arange(len(self.work.dev)).split(self.work.config.train.batch_size)
+        order, size = self.order(self.work.dev), self.work.config.train.batch_size
         with torch.inference_mode(), self.work.device.autocast():
-            outputs = [self.model(self.dev[block.numpy()][0]).float() for block in blocks]
+            outputs = [self.model(self.dev[order[i : i + size]][0]).float() for i in range(0, len(order), size)]
         self.model.train()
-        return torch.cat(outputs).cpu().numpy()
+        return torch.cat(outputs).cpu().numpy()[np.argsort(order)]
+
+    def order(self, data: TaskData) -> np.ndarray:
+        """Return the numbers of the examples [N] in the order of evaluation: that of the file."""
+        return np.arange(len(data))
 
 
 def trainer_from_flags(

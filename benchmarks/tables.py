@@ -8,7 +8,8 @@ import numpy as np
 from benchmarks.workloads import REAL_ROWS
 from utils.console import format_table
 
-LEGEND = """ratio: the peer's seconds over ours, median over pairs of rounds; rates are ours. GFLOP/s: what real tokens
+LEGEND = """ratio: the peer's seconds over ours, median over pairs of rounds, or of sums where the peer's batches are
+grouped by length; rates are ours. GFLOP/s: what real tokens
 need; torch's: a layer's matrix products alone, by torch's operator; peak: by the faster of that and kernels/linear.py.
 MB: of a process with its libraries, or of a GPU's tensors."""
 # Targets on a GPU with random-bert-base and generated data.
@@ -23,17 +24,23 @@ def arrays(seconds: Mapping[str, Sequence[float]]) -> list[np.ndarray]:
 
 
 def comparison_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table with a line of medians over the rounds for each record; rates and shares are ours."""
+    """Return a table with a line of medians over the rounds for each record; rates and shares are ours.
+
+    Where the peer's batches are grouped by length, single rounds are not comparable: the line has means then.
+    """
     header = ["comparison", "task", "mode", "peer s/step", "our s/step", "ratio", "examples/s", "tokens/s"]
     header += ["GFLOP/s", "of torch's", "of peak", "peer MB", "our MB"]
     rows = []
     for record in records:
         peer, ours = arrays(record["seconds"])
+        is_grouped = record["comparison"].startswith("grouped")
+        middle = np.mean if is_grouped else np.median
+        ratio = peer.sum() / ours.sum() if is_grouped else np.median(peer / ours)
         examples, tokens, flops = (np.median(record[name] / ours) for name in ("examples", "tokens", "flops"))
         rows.append(
             [record["comparison"], record["task"], record["mode"]]
-            + [f"{np.median(seconds) / record['batches']:.4f}" for seconds in (peer, ours)]
-            + [f"{np.median(peer / ours):.2f}", f"{examples:,.0f}", f"{tokens:,.0f}", f"{flops / 1e9:,.1f}"]
+            + [f"{middle(seconds) / record['batches']:.4f}" for seconds in (peer, ours)]
+            + [f"{ratio:.2f}", f"{examples:,.0f}", f"{tokens:,.0f}", f"{flops / 1e9:,.1f}"]
             + [f"{flops / record[peak]:.0%}" for peak in ("torch_peak", "matmul_peak")]
             + [f"{peaks[record['mode']] / 1e6:,.0f}" for peaks in record["memory"].values()]
         )

@@ -129,7 +129,7 @@ def prepared_data(options: BenchmarkOptions, min_rows: int = 0) -> Iterator[Benc
 class Workload:
     """One task's data and start weights, from which each side makes its model.
 
-    `batches` are the example numbers [B] of each training step, those of the warmup first. `loader_workers` processes
+    `batches` are the example numbers [B] of each training step, those of the `warmup` first. `loader_workers` processes
     make the peer's batches; with 0 the peer makes them between its steps.
     """
 
@@ -141,6 +141,7 @@ class Workload:
     train: TaskData
     dev: TaskData
     batches: list[np.ndarray]
+    warmup: int
     device: Device
     loader_workers: int
 
@@ -191,5 +192,5 @@ def make_workload(options: BenchmarkOptions, name: str, say: Callable[[str], Non
     plan, whole = Plan.of(config.train, config.tasks, {name: len(train)}), len(train) // size
     endless = (batch.indices for epoch in itertools.count() for batch in task_batches(plan, epoch, name)[:whole])
     batches = list(itertools.islice(endless, options.training_steps))
-    workers = options.loader_workers
-    return Workload(config, task, folder, bert_config, tokenizer, train, dev, batches, device, workers)
+    warmup, workers = options.block * options.warmup, options.loader_workers
+    return Workload(config, task, folder, bert_config, tokenizer, train, dev, batches, warmup, device, workers)

@@ -1,7 +1,7 @@
 """What every test file shares: the import path, one thread, and oracles that do not mistake our datasets.py."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,3 +102,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     monkeypatch.chdir(tmp_path)
     return lambda *words: output(capsys, multitask_classifier.main, *words)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Let products of fp32 be rounded to TF32, as --tf32 does on a GPU, until the end of the test."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False

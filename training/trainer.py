@@ -35,7 +35,7 @@ from training.resume import Checkpointer, check_finite, generator_states, restor
 from training.run_directory import RunDirectory
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
 from utils.console import progress, say
-from utils.device import Device
+from utils.device import Device, without_tf32
 from utils.errors import UserError, first_line, is_out_of_memory
 from utils.files import cause
 
@@ -163,14 +163,15 @@ class Trainer:
         """Return the loss and the outputs of a batch, detached, and add `scale` times its gradient to the parameters'.
 
         With several processes, the gradient is averaged over ranks. Without `reduce` it stays on its rank, and a later
-        batch of the step averages the sum.
+        batch of the step averages the sum. SMART's small differences would drown in the rounding of TF32.
         """
-        if self.data_parallel is None:
-            loss, outputs = self.objective(batch)
-        else:
-            loss, outputs = self.data_parallel(batch.task, batch, reduce)
-        if loss.requires_grad:  # False if all that the task uses is frozen: a bare cosine on a frozen backbone
-            self.optimizers.scaler.scale(loss * scale).backward()
+        with without_tf32(self.config.tasks[batch.task].smart > 0):
+            if self.data_parallel is None:
+                loss, outputs = self.objective(batch)
+            else:
+                loss, outputs = self.data_parallel(batch.task, batch, reduce)
+            if loss.requires_grad:  # False if all that the task uses is frozen: a bare cosine on a frozen backbone
+                self.optimizers.scaler.scale(loss * scale).backward()
         return loss.detach(), outputs
 
     def task_parameters(self) -> list[nn.Parameter]:

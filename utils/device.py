@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -169,11 +169,28 @@ class DeviceOptions(Protocol):
     amp: bool
     threads: int | None
     amp_dtype: str
+    tf32: bool
 
 
 def device_of(options: DeviceOptions, say: Callable[[str], None]) -> Device:
-    """Return what `choose_device` returns for these options."""
-    return choose_device(options.use_gpu, options.amp, options.threads, say, options.amp_dtype)
+    """Return what `choose_device` returns for these options, and allow TF32 or not as --tf32 says."""
+    device = choose_device(options.use_gpu, options.amp, options.threads, say, options.amp_dtype)
+    has_tf32 = device.device.type == "cuda" and torch.cuda.is_tf32_supported()
+    if options.tf32 and not has_tf32:
+        say(f"--tf32: this {device.device.type} has no TF32; products of fp32 stay exact")
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32 and has_tf32
+    return device
+
+
+@contextmanager
+def without_tf32(active: bool) -> Iterator[None]:
+    """Keep products of fp32 exact inside if `active`, even with --tf32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed and not active
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def choose_device(

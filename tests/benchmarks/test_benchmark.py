@@ -18,7 +18,20 @@ ROOT = Path(benchmark.__file__).resolve().parent
 
 
 def test_the_script(tiny_bert: Path, small_data: Path, tmp_path: Path) -> None:
-    flags = ["--tasks", "para", "--modes", "train,eval", "--steps", "2", "--warmup", "1", "--threads", "1"]
+    flags = [
+        "--comparisons",
+        "full-model",
+        "--tasks",
+        "para",
+        "--modes",
+        "train,eval",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--threads",
+        "1",
+    ]
     flags += ["--batch_size", "8", "--pretrained", tiny_bert, "--data_dir", small_data, "--out", tmp_path / "results"]
     done = subprocess.run([sys.executable, ROOT / "benchmark.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import changed, copied, forward_result, make_ready, make_trainer
+from helpers import changed, copied, forward_result, load_batch, make_ready, make_trainer
 from torch import Tensor, nn
 
 from config import TrainOptions
@@ -241,3 +241,16 @@ def test_mixed_precision_hides_no_small_change(tiny_flags: list[str], tmp_path: 
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 smart.append(smart_loss(trainer.config.train)(forward_result(trainer, task, ROWS)).item())
         assert smart[1] == pytest.approx(smart[0], rel=1e-6) and smart[0] > 0
+
+
+def test_no_pass_of_a_task_with_smart_is_in_tf32(tiny_flags: list[str], tmp_path: Path, tf32: None) -> None:
+    """Backward included, and whatever --tf32 allows to the other tasks."""
+    trainer, seen = make_ready(tiny_flags, tmp_path / "run", "--arch", "v1", "--sst_smart", 1), set()
+    torch.backends.cuda.matmul.allow_tf32 = True  # the trainer's device, a CPU, has switched it off
+    dense = trainer.model.backbone("sst").pooler_dense
+    dense.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.matmul.allow_tf32))
+    dense.weight.register_hook(lambda *_: seen.add(torch.backends.cuda.matmul.allow_tf32))
+    for task, allowed in (("sst", False), ("para", True)):
+        trainer.forward_backward(load_batch(trainer, task, range(8)), 1.0)
+        assert seen == {allowed} and torch.backends.cuda.matmul.allow_tf32
+        seen.clear()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import refusal
 
+from config import ComputeOptions
 from utils import device as device_module
-from utils.device import choose_device, free_memory, random_state, seed_generator, set_random_state
+from utils.device import choose_device, device_of, free_memory, random_state, seed_generator, set_random_state
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,19 @@ def test_the_type_of_mixed_precision(
         return
     found = choose_device(gpu, True, None, print, dtype)
     assert (found.amp, found.scaled) == (wanted, wanted is torch.float16)
+
+
+def test_tf32_is_for_gpus_that_have_it_and_off_by_default(tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    products, lines = torch.backends.cuda.matmul, []  # type: ignore[var-annotated]
+    device_of(ComputeOptions(), lines.append)
+    assert not products.allow_tf32 and not lines
+    device_of(ComputeOptions(tf32=True), lines.append)
+    assert not products.allow_tf32 and lines.pop() == "--tf32: this cpu has no TF32; products of fp32 stay exact"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
+    device_of(ComputeOptions(use_gpu=True, tf32=True), lines.append)
+    assert products.allow_tf32 and not lines
 
 
 def test_the_generator_of_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
