@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError, describe_error
-from utils.files import cache_folder, sha256, write_atomically, write_json, write_text
+from utils.files import cache_folder, sha256, write_atomically, write_json
 from utils.pickles import refuse_objects
 from utils.untrusted import read_json, shown
 
@@ -268,23 +269,30 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
 
 
 def save_pretrained(
-    folder: Path, config: BertConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
+    folder: Path,
+    config: BertConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a backbone as a Hugging Face folder that transformers' `BertModel.from_pretrained` reads.
 
     `state` has our names and the shapes of `expected_shapes`; adapters must be merged. The tokenizer becomes
-    tokenizer.json and tokenizer_config.json. Raises UserError if `state` does not fit `config` or a file cannot be
+    tokenizer.json and tokenizer_config.json. With the tensors `head`, by transformers' names, it is a model of a task,
+    of which `settings` is a part of config.json. Raises UserError if `state` does not fit `config` or a file cannot be
     written.
     """
     _check_shapes(state, expected_shapes(config), "weights to save")
-    write_json(folder / "config.json", config.to_dict())
-    tensors = {theirs: state[ours].detach().cpu().contiguous() for ours, (theirs, _) in _parameters(config).items()}
+    write_json(folder / "config.json", config.to_dict() | dict(settings or {}))
+    prefix = "bert." if head else ""
+    named = {f"{prefix}{theirs}": state[ours] for ours, (theirs, _) in _parameters(config).items()} | dict(head or {})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     # Not in place: tensors from load_weights may still be mapped from the file that this replaces.
     save = partial(safetensors.torch.save_file, tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS_FILES[0], save)
     if tokenizer is not None:
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
-        write_json(folder / "tokenizer_config.json", tokenizer.to_config())
+        tokenizer.save(folder)
 
 
 class _NotFound(Exception):

@@ -23,6 +23,7 @@ from kernels.grouped_attention import grouped_attention
 from kernels.half_copies import half_copies
 from kernels.half_low_rank import HalfLowRank, LowRank, half_low_rank, half_low_rank_linear
 from kernels.linear import linear
+from kernels.padded_attention import PaddedBatch, padded_attention
 from text.packing import Batch, EncodedBatch, PackedBatch, pack_padded, unpack
 
 
@@ -37,6 +38,8 @@ def attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # adapters may return fp32
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if isinstance(batch, PaddedBatch):
+        return padded_attention(query, key, value, batch.mask, heads)
     kernel = varlen_attention.choose_kernel(query, key, value, heads)
     if kernel is None:
         return grouped_attention(query, key, value, batch.grouping, heads, dropout, cls_only)

@@ -18,10 +18,10 @@ from utils.errors import UserError
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """Return a dataclass field that is also a flag.
 
-    Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar`, `template`
-    (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be given for .01), `separator` (of the
-    items of a list), `requires` (another option of the group, and those of its values under which this option has an
-    effect), `synonyms` (other words for some of the choices).
+    Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar` (a tuple for a
+    flag of several words), `template` (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be
+    given for .01), `separator` (of the items of a list), `requires` (another option of the group, and those of its
+    values under which this option has an effect), `synonyms` (other words for some of the choices).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -488,11 +488,20 @@ class RunOptions:
     )
     export: str | None = option(
         None,
-        "write the backbones of --evaluate's checkpoint here, as transformers and sentence-transformers read them",
+        "write the backbones of --evaluate's checkpoint here, with model cards, as transformers and "
+        "sentence-transformers read them",
         metavar="DIR",
     )
     export_peft: str | None = option(
         None, "write the adapters of --evaluate's checkpoint into this folder, as peft reads them", metavar="DIR"
+    )
+    export_task: tuple[str, ...] | None = option(
+        None,
+        "write a task with its linear head into this folder, as transformers' BertForSequenceClassification",
+        metavar=("TASK", "DIR"),
+    )
+    export_onnx: str | None = option(
+        None, "write each task, or that of --task, with its head into DIR/TASK.onnx", metavar="DIR"
     )
     predict: str | None = option(
         None,
@@ -500,7 +509,7 @@ class RunOptions:
         "sentence, or two with a tab between them",
         metavar="FILE",
     )
-    task: str | None = option(None, "task of --predict, such as sst", metavar="NAME")
+    task: str | None = option(None, "task of --predict or --export_onnx, such as sst", metavar="NAME")
     test_predictions: bool = option(True, "predict the test files too")
     tensorboard: bool = option(True, "write TensorBoard events")
     benchmark: str | None = option(
@@ -510,6 +519,9 @@ class RunOptions:
         False,
         "profile a few steps of the first epoch: print tables of time and memory, write a trace into the run's folder",
     )
+
+
+EXPORTS = ("export", "export_peft", "export_task", "export_onnx")  # options that write a trained model for others
 
 
 @dataclass

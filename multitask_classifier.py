@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.parser import expand_arguments, parse
+from config import EXPORTS
 from tasks import TASKS
 from utils.console import run_script
 from utils.files import probe_file
@@ -30,10 +31,15 @@ def main(argv: Sequence[str]) -> None:
     config = parse(argv, TASKS, SCRIPT, str(__doc__))
     draws = config.run.tensorboard and config.run.evaluate is None
     check_packages(*(("tensorboard", "matplotlib") if draws else ()))
-    if config.run.predict is not None or config.run.export is not None or config.run.export_peft is not None:
-        from evaluation import commands
+    if config.run.predict is not None:
+        from evaluation.commands import predict_lines
 
-        (commands.export if config.run.predict is None else commands.predict_lines)(config)
+        predict_lines(config)
+        return
+    if any(getattr(config.run, name) is not None for name in EXPORTS):
+        from evaluation.exports import export
+
+        export(config)
         return
     from training.commands import evaluate, train
     from training.distributed import joined

@@ -39,6 +39,8 @@ class Task:
     lr_floor: float
     aliases: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
+    source: str = ""  # of the course's files, for model cards
+    hub_name: str = ""  # of that source on the Hugging Face hub
     by_default: bool = True  # trained if no --train_NAME flag is given
 
     @property
@@ -89,6 +91,8 @@ SST = Task(
     weight_decay=9e-3,
     lr_floor=1 / 5,
     label_names=("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
+    source="the Stanford Sentiment Treebank (Socher et al. 2013)",
+    hub_name="stanfordnlp/sst",
 )
 
 PARA = Task(
@@ -107,6 +111,8 @@ PARA = Task(
     lr_floor=1 / 4,
     aliases=("quora",),
     label_names=("different", "paraphrase"),
+    source="the Quora question pairs (Iyer, Dandekar and Csernai 2017), which are for non-commercial use",
+    hub_name="quora-competitions/quora",
 )
 
 STS = Task(
@@ -123,6 +129,8 @@ STS = Task(
     lr_multiplier=3.0,
     weight_decay=1e-2,
     lr_floor=1 / 4,
+    source="the STS benchmark (Cer et al. 2017)",
+    hub_name="sentence-transformers/stsb",
 )
 
 CFIMDB = Task(
@@ -140,6 +148,7 @@ CFIMDB = Task(
     weight_decay=SST.weight_decay,
     lr_floor=SST.lr_floor,
     label_names=("negative", "positive"),
+    source="CFIMDB, film reviews",
     by_default=False,
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 from config import (
     ARCHS,
     DRAWING_ROUTINES,
+    EXPORTS,
     MAX_RATE,
     PAIR_FEATURES,
     SAVE_EVERY,
@@ -24,8 +25,7 @@ from utils.errors import UserError
 # What can be done with a trained model, and the options that it reads beside those of the machine.
 USES_OF_A_MODEL: dict[str, tuple[str, ...]] = {
     "predict": ("pretrained",),
-    "export": ("export_peft", "pretrained"),
-    "export_peft": ("pretrained",),
+    **{name: (*EXPORTS, "pretrained") for name in EXPORTS},
     "evaluate": (
         *("pretrained", "data_dir", "max_bad_rows", "quoting", "run_dir", "test_predictions"),
         *("dev", "test", "columns", "dev_out", "test_out"),
@@ -169,7 +169,7 @@ def check_adapters(config: Config) -> list[str]:
 def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """Return what is wrong with the files of the run, or with what is to be done with a trained model."""
     problems, run = [], config.run
-    for name in ("predict", "export", "export_peft"):
+    for name in ("predict", *EXPORTS):
         if getattr(run, name) is not None and run.evaluate is None:
             problems.append(f"--{name} needs a trained model; name its checkpoint with --evaluate")
     if run.benchmark is not None and run.profile:
@@ -179,10 +179,12 @@ def check_run(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     if run.predict is not None and run.task is None:
         problems.append(f"--predict needs --task, one of {', '.join(tasks)}")
     known = task_by_alias(tasks)
-    if run.task is not None and run.predict is None:
-        problems.append("--task needs --predict; add that or drop it")
-    if run.task is not None and run.task not in known:
-        problems.append(f"--task {run.task} is unknown; choose from {', '.join(known)}")
+    if run.task is not None and run.predict is None and run.export_onnx is None:
+        problems.append("--task needs --predict or --export_onnx; add that or drop it")
+    exported = run.export_task[0] if run.export_task is not None else None
+    for flag, task in (("task", run.task), ("export_task", exported)):
+        if task is not None and task not in known:
+            problems.append(f"--{flag} {task} is unknown; choose from {', '.join(known)}")
     if run.overwrite and run.resume:
         problems.append("--overwrite starts again and --resume continues; give one of the two")
     if run.resume and run.run_dir is None:
@@ -417,7 +419,7 @@ def check_processes(config: Config) -> None:
     run, train = config.run, config.train
     if processes() == 1:
         return
-    alone = [name for name in ("predict", "export", "export_peft") if getattr(run, name) is not None]
+    alone = [name for name in ("predict", *EXPORTS) if getattr(run, name) is not None]
     problems = [f"--{name} works in one process; start it without torchrun" for name in alone + ["mlm"] * train.mlm]
     if train.cuda_graphs:
         problems.append("--cuda_graphs records the passes of one process; drop it or torchrun")

@@ -40,6 +40,13 @@ class ShowHelp(argparse.Action):
         parser.print_help_of(values)
 
 
+class StoreWords(argparse.Action):
+    """--flag A B: store the words of a flag as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line, without the usage of all flags before it.
 
@@ -170,6 +177,9 @@ def add_option(group: Any, names: Sequence[str], dest: str, spec: "Field[Any]", 
     many = typing.get_origin(kind) is tuple
     values = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     common["metavar"] = metadata.get("metavar", values)
+    if isinstance(common["metavar"], tuple):
+        group.add_argument(*flags, action=StoreWords, nargs=len(common["metavar"]), help=help, **common)
+        return
     group.add_argument(*flags, type=converter(kind, metadata), choices=None if many else choices, help=help, **common)
 
 

@@ -46,7 +46,8 @@ def _usable(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     matrices = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 2 for x in (a, b))
-    return matrices and len(a) * b.numel() >= MIN_MULTIPLICATIONS and has_onednn()
+    large = matrices and len(a) * b.numel() >= MIN_MULTIPLICATIONS
+    return large and has_onednn() and not torch.jit.is_tracing()  # --export_onnx knows no operator of oneDNN
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -96,6 +96,14 @@ class PairLayer(nn.Module):
         return out if self.out_norm is None else self.out_norm(out, stats)
 
 
+class AddChannel(nn.Module):
+    """nn.Unflatten(1, (1, L)) that --export_onnx can write down for batches of any size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, L] to [N, 1, L]."""
+        return x.unsqueeze(1)
+
+
 class Convolution(nn.Conv1d):
     """nn.Conv1d of one channel, computed as products with sliding windows in a tenth of the time on a CPU."""
 
@@ -106,7 +114,7 @@ class Convolution(nn.Conv1d):
         length = x.shape[2] - width + 1
         windows = torch.cat([x[:, :, at : at + length] for at in range(width)], 1)  # [N, width, length]
         # One product for each example. For a single product torch would copy everything into another order.
-        weight = self.weight.squeeze(1).expand(len(x), -1, -1)  # [N, C, width]
+        weight = self.weight.squeeze(1).expand(x.shape[0], -1, -1)  # [N, C, width]
         return torch.baddbmm(self.bias[:, None], weight, windows)
 
 
@@ -140,7 +148,7 @@ def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> 
     activation = ACTIVATIONS[str(options.head_activation)]
     depth = {"linear": 0, "nonlinear": 1}.get(str(options.clf), options.head_layers or 0)
     if options.clf == "conv":
-        layers += [nn.Unflatten(1, (1, width)), Convolution(1, CONV_CHANNELS, CONV_WIDTH)]
+        layers += [AddChannel(), Convolution(1, CONV_CHANNELS, CONV_WIDTH)]
         layers += [BatchNorm(CONV_CHANNELS)] if options.head_batchnorm else []
         layers += [nn.Flatten()]
         width = CONV_CHANNELS * (width - CONV_WIDTH + 1)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cli.commands import command_of, shared_command
 from config import ComputeOptions, DataOptions, TaskOptions
 from datasets import Examples, load_splits, tokenise
 from evaluation.metrics import confusion, correlation, decide, linear_fit, probabilities
 from evaluation.predict import predict
 from models.checkpoint import load, load_model, trained_tasks
-from reporting.commands import command_of, shared_command
 from reporting.figures import confusion_figure, scatter_figure
 from reporting.measures import fit_to_labels, mcnemar, metric_of, paired_bootstrap
 from reporting.page import Report, ReportItem, Section

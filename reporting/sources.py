@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cli.commands import command_of, config_of
 from config import Config, LoraOptions
 from lora import LoRAConfig
 from models.checkpoint import load
-from reporting.commands import command_of, config_of
 from studies.results import FIGURES, gpu_utilization, minutes, minutes_without_evaluation, per_task
 from studies.study_table import FILE, StudyTable, read_study_table
 from studies.table_plan import ENSEMBLE

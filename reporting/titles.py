@@ -6,8 +6,8 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cli.commands import default_flags_of, flags_of
 from config import GROUPS, Config, ModelOptions, TaskOptions
-from reporting.commands import default_flags_of, flags_of
 from tasks import TASKS
 
 PER_TASK_OPTIONS: dict[str, Field[Any]] = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from statistics import mean
 
+from cli.commands import shared_command
 from config import Config
-from reporting.commands import shared_command
 from reporting.figures import Lines, amp_figure, bars_figure, batches_figure, costs_figure, ranks_figure, seeds_figure
 from reporting.measures import mean_and_deviation
 from reporting.page import ReportItem, Section

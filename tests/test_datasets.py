@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import HEADERS, ROOT, SAMPLE, configure, refusal
 
+import datasets
 from config import DataOptions, TaskOptions
 from datasets import BadRows, Examples, TaskData, column_names, find_file, load_split, load_splits, read_examples
 from tasks import PARA, SST, STS, Task

@@ -7,10 +7,10 @@ from helpers import TINY, configure, make_batch, max_difference, metrics, model_
 
 import multitask_classifier
 from bert import Linear
+from cli.commands import command_of, config_of
 from config import Config
 from models.checkpoint import load_model
 from models.multitask_bert import MultitaskBERT
-from reporting.commands import command_of, config_of
 from tasks import DEFAULT_TASKS
 
 

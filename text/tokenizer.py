@@ -14,6 +14,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from utils.errors import UserError
+from utils.files import write_json, write_text
 from utils.untrusted import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding takes kilobytes, so Quora's 283,000 pairs would take gigabytes
@@ -91,6 +92,11 @@ class Tokenizer:
             "strip_accents": normalizer["strip_accents"],
             "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
         }
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json. Raises UserError if that fails."""
+        write_text(folder / "tokenizer.json", self.to_json())
+        write_json(folder / "tokenizer_config.json", self.to_config())
 
     @classmethod
     def from_json(cls, text: Any, max_length: int, source: str) -> "Tokenizer":

@@ -77,7 +77,11 @@ from helpers import configure, refusal
         ("--evaluate a.pt --predict x.txt --task sst --data_dir d", ("--predict", "--data_dir")),
         ("--evaluate a.pt --export d --sst_dev x.csv", ("--export", "--sst_dev")),
         ("--evaluate a.pt --export_peft d --run_dir r", ("--export_peft", "--run_dir")),
-        ("--task sst", ("--task", "--predict")),
+        ("--task sst", ("--task", "--predict or --export_onnx")),
+        ("--export_onnx d --task sst", ("--export_onnx", "--evaluate")),
+        ("--evaluate a.pt --export d --task sst", ("--task", "--export_onnx")),
+        ("--evaluate a.pt --export_task mnli d", ("--export_task mnli", "quora")),
+        ("--evaluate a.pt --export_onnx d --lr 1e-4", ("--export_onnx", "--lr")),
         ('--lora_rank 2 --lora_dict {"r":1}', ("--lora_dict", "--lora_rank")),
         ("--lora_rank 2", ("--lora_rank", "--lora_mode")),
         ("--init_peft a --init_from a.pt", ("--init_from", "--init_peft")),
@@ -115,7 +119,8 @@ def test_flags_that_evaluation_reads() -> None:
     machine = "--use_gpu --amp --threads 1 --eval_batch_size 8"
     configure("--evaluate", "a.pt", *run.split(), *machine.split())
     configure("--evaluate", "a.pt", "--predict", "x", "--task", "sst", "--pretrained", "b", *machine.split())
-    configure("--evaluate", "a.pt", "--export", "x", "--export_peft", "y", *machine.split())
+    exports = "--export x --export_peft y --export_task quora z --export_onnx z --task sst"
+    configure("--evaluate", "a.pt", *exports.split(), "--pretrained", "b", *machine.split())
     assert "--epochs would" in refusal(configure, "--evaluate", "a.pt", "--epochs", 7)
 
 

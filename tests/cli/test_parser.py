@@ -14,7 +14,7 @@ from helpers import FILMS, ROOT, configure, refusal, shell
 import multitask_classifier
 from cli.parser import build_parser, expand_arguments
 from cli.suggestions import FLAGS_ELSEWHERE
-from config import GROUPS, ComputeOptions, EnsembleOptions, FileOptions, TaskOptions
+from config import GROUPS, ComputeOptions, Config, EnsembleOptions, FileOptions, TaskOptions
 from tasks import SST, TASKS, Task
 
 OPTIONS = ROOT / "tests" / "options.txt"
@@ -236,6 +236,12 @@ def test_lists_are_separated_by_commas_or_spaces(capsys: pytest.CaptureFixture[s
     assert configure("--pal", "pal", "--pal_tasks", "quora,sst,para").pal.pal_tasks == ("para", "sst")
     for value in ("", ", "):  # as a shell variable that is not set would give it
         assert f"--pal_tasks: {value!r} names nothing" in exit_line(capsys, f"--pal_tasks={value}")
+
+
+def test_a_flag_of_two_words(capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure("--evaluate", "a.pt", "--export-task", "sst", "out dir")
+    assert config.run.export_task == ("sst", "out dir") and Config.from_dict(config.to_dict()) == config
+    assert "--export_task: expected 2 arguments" in exit_line(capsys, "--export_task", "sst")
 
 
 def test_unknown_words_and_values_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bert import Linear
 from config import ARCHS
 from kernels.dropout import Dropout
-from models.heads import BatchNorm, Convolution, CosineHead, PairLayer, build_head, pair_features
+from models.heads import AddChannel, BatchNorm, Convolution, CosineHead, PairLayer, build_head, pair_features
 
 H = 16
 BLOCK = [Linear, BatchNorm, nn.ReLU]
@@ -97,7 +97,7 @@ def test_a_convolution_is_that_of_torch() -> None:
         ("nonlinear", [Dropout, *BLOCK, Linear]),
         (
             "conv",
-            [Dropout, nn.Unflatten, Convolution, BatchNorm, nn.Flatten, *[Linear, BatchNorm, nn.ReLU] * 2, Linear],
+            [Dropout, AddChannel, Convolution, BatchNorm, nn.Flatten, *[Linear, BatchNorm, nn.ReLU] * 2, Linear],
         ),
         ("mlp", [Dropout, Linear, nn.ReLU, Dropout, Linear, nn.ReLU, Dropout, Linear]),
     ],

@@ -3,8 +3,8 @@
 import pytest
 from helpers import ROOT, configure
 
+from cli.commands import command_of, config_of, flags_of, shared_command
 from config import Config
-from reporting.commands import command_of, config_of, flags_of, shared_command
 from reporting.titles import settings, titles_of
 
 RECIPES = [path for folder in ("r?", "small") for path in sorted((ROOT / "recipes").glob(f"{folder}/*.args"))]
