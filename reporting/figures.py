@@ -34,7 +34,7 @@ METHOD_STYLES = {
     "last-layer": ("#999999", "v"),
     "iterative": ("#009E73", "P"),
 }
-ROW_WIDTH, ROW_LINES = 26, 4  # the most characters in a line of a row's label, and the most lines
+ROW_WIDTH, LEGEND_WIDTH, MOST_LINES = 26, 58, 4  # the most characters in a line of a label, and the most lines
 FP32_COLOUR, AMP_COLOUR = "#999999", "#0072B2"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
@@ -146,11 +146,11 @@ def costs_figure(panels: Mapping[str, Lines]) -> Figure:
     return figure
 
 
-def wrap_label(name: str) -> str:
-    """Return a row's label in lines that leave room for the axes. A label with too many lines loses its middle."""
-    lines = textwrap.wrap(name, ROW_WIDTH, break_on_hyphens=False)
-    if len(lines) > ROW_LINES:
-        lines = [*lines[: ROW_LINES - 2], ELLIPSIS, lines[-1]]
+def wrap_label(name: str, width: int = ROW_WIDTH) -> str:
+    """Return a label in lines of at most `width` characters. A label with too many lines loses its middle."""
+    lines = textwrap.wrap(name, width, break_on_hyphens=False)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 2], ELLIPSIS, lines[-1]]
     return "\n".join(lines)
 
 
@@ -265,7 +265,9 @@ def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: i
 def runs_figure(panels: Mapping[str, Curves]) -> Figure:
     """Draw curves over epochs: a panel for each axis, and in it a line for each of at most eight runs."""
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    figure, all_axes = new_figure(0.7 + 1.7 * len(panels) + 0.1 * len(names), len(panels))
+    labels = {name: wrap_label(name, LEGEND_WIDTH) for name in names}
+    rows = sum(1 + label.count("\n") for label in labels.values())
+    figure, all_axes = new_figure(0.7 + 1.7 * len(panels) + 0.1 * rows, len(panels))
     styles = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
     for axes, (axis, curves) in zip(all_axes, panels.items(), strict=True):
         for name, points in curves.items():
@@ -274,8 +276,8 @@ def runs_figure(panels: Mapping[str, Curves]) -> Figure:
         label_epochs(axes, "epoch" if axes is all_axes[-1] else "", axis)
     entries = []
     for name, (colour, marker) in styles.items():
-        label = name if len(name) <= 60 else f"{name[:29]}{ELLIPSIS}{name[-29:]}"  # many names differ at their ends
-        entries.append(Line2D([], [], marker=marker, label=escape_dollars(label), **line_style(False, colour)))
+        label = escape_dollars(labels[name])
+        entries.append(Line2D([], [], marker=marker, label=label, **line_style(False, colour)))
     add_legend(figure, entries, 1 if max(map(len, names)) > 24 else 2)
     figure.align_ylabels()
     return figure

@@ -38,10 +38,10 @@ img { display: block; width: 31rem; max-width: 100%; height: auto; margin: .5rem
   linear-gradient(to right, var(--shade), transparent) left / 1rem 100% no-repeat scroll,
   linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { vertical-align: bottom; } td { min-width: 3rem; } td:first-child { min-width: 9rem; }
+th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { vertical-align: bottom; } td { min-width: 2.5rem; } td:first-child { min-width: 7rem; } .long { min-width: 16rem; }
 .about, .source { color: var(--quiet); font-size: .8rem; }
-.source { font-family: ui-monospace, monospace; font-size: .7rem; }
+.source { font-family: ui-monospace, monospace; font-size: .7rem; } .source span { white-space: nowrap; }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -204,7 +204,8 @@ def item_html(item: ReportItem, image: bytes | None) -> str:
         data = base64.b64encode(image).decode("ascii")
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     if item.source:
-        parts.append(f'<p class="source">{html.escape(item.source)}</p>')
+        source = re.sub(r"--\w+", r"<span>\g<0></span>", html.escape(item.source))
+        parts.append(f'<p class="source">{source}</p>')
     if item.table is not None:
         table = item.table.to_html()
         folded = not item.printed and (image is not None or len(item.table.rows) > FOLDED_ROWS)

@@ -72,8 +72,14 @@ def differing_dev_sets(sizes: Sequence[Mapping[str, int]]) -> dict[str, list[int
 def dev_set_marks(sizes: Sequence[Mapping[str, int]]) -> list[str]:
     """Return for each run the dev sets that have another size in other runs, or nothing: ` (dev: 64 sst, 20 sts)`."""
     names = differing_dev_sets(sizes)
-    phrases = [", ".join(f"{counts[name]:,} {name}" for name in names if name in counts) for counts in sizes]
-    return [f" (dev: {phrase})" if phrase else "" for phrase in phrases]
+    marks = []
+    for counts in sizes:
+        differing = {name: counts[name] for name in names if name in counts}
+        phrase = ", ".join(f"{count:,} {name}" for name, count in differing.items())
+        if len(differing) == len(counts) > 1 and len(set(differing.values())) == 1:
+            phrase = f"{max(differing.values()):,} of each task"
+        marks.append(f" (dev: {phrase})" if phrase else "")
+    return marks
 
 
 def dev_sets_note(sizes: Sequence[Mapping[str, int]]) -> str:
@@ -193,4 +199,6 @@ def phrase(name: str, value: Any) -> str:
         return f"no {name}"
     if isinstance(value, tuple):
         return f"{name} {','.join(value)}"
+    if name == "data_dir":
+        return f"{name} {Path(value).name}"  # `settings` compares no more of it
     return str(value) if name not in PER_TASK_OPTIONS and CHOICE_COUNTS[value] == 1 else f"{name} {value}"
