@@ -480,6 +480,9 @@ class RunOptions:
         "SIGHUP, SIGUSR1 or Ctrl-C ends the run (exit codes 143, 129, 138, 130)",
         metavar="N[m]",
     )
+    log_every: int = option(
+        10, "steps between two points of the loss curves; a point is the mean loss since the one before", low=1
+    )
     dry_run: bool = option(False, "print the plan (parameters, steps, memory) and stop")
     evaluate: str | None = option(
         None,

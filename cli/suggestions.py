@@ -42,6 +42,7 @@ FLAGS_ELSEWHERE = {
     "target_modules": "--lora_targets",
     "resume_from_checkpoint": "--resume with --run_dir",
     "save_steps": "--save_every",
+    "logging_steps": "--log_every",
     "eval_steps": "--eval_every, which counts epochs",
     "early_stopping_patience": "--patience",
     "local_files_only": "HF_HUB_OFFLINE=1 in the environment",

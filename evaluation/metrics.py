@@ -110,7 +110,7 @@ def score_table(tasks: Mapping[str, Task], rows: Mapping[str, Scores], more: Seq
 
     Figures over all tasks are left out of a row that lacks a task, since they could not be compared.
     """
-    figures = {"score": "score", "score_raw_r": "with r itself", **{key: key.replace("_", " ") for key in more}}
+    figures = {"score": "score", "score_raw_r": "score with raw r", **{key: key.replace("_", " ") for key in more}}
     header = ["", *(task.title for task in tasks.values()), *figures.values()]
     body = [
         [name, *(f"{primary(task, scores[key]):.3f}" if key in scores else "-" for key, task in tasks.items())]

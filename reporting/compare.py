@@ -163,17 +163,17 @@ def disagreements_item(pair: PairedPredictions) -> ReportItem | str:
     return ReportItem(f"comparison-{pair.task.name}-worst", title, "", Table(columns, rows))
 
 
-def figure_item(pair: PairedPredictions, footnote: str) -> ReportItem:
+def figure_item(pair: PairedPredictions, source: str) -> ReportItem:
     """Return a figure of B's predictions over A's."""
     task = pair.task
     name, title = f"comparison-{task.name}", f"{task.title}: A and B"
     if task.kind == "similarity":
         a, b = pair.on_label_scale
         axes = ("similarity by A (fitted)", "similarity by B (fitted)")
-        return ReportItem(name, title, figure=scatter_figure(a, b, axes, footnote, linear_fit(a, b)))
+        return ReportItem(name, title, figure=scatter_figure(a, b, axes, linear_fit(a, b)), source=source)
     counts = confusion(task, pair.b, pair.a)
-    figure = confusion_figure(counts, class_names(task), footnote, x="decided by B", y="decided by A")
-    return ReportItem(name, title, "Percentages are of each decision of A.", figure=figure)
+    figure = confusion_figure(counts, class_names(task), x="decided by B", y="decided by A")
+    return ReportItem(name, title, "Percentages are of each decision of A.", figure=figure, source=source)
 
 
 def compare_checkpoints(
@@ -196,10 +196,10 @@ def compare_checkpoints(
     if similar:
         summary.add(similarities_item(similar))
     commits = ", ".join(dict.fromkeys(checkpoint.commit[:12] or "not recorded" for checkpoint in (a, b)))
-    footnote = f"A {paths[0]}, B {paths[1]}; commit {commits}; {shared_command([a.command, b.command])}"
+    source = f"A {paths[0]}, B {paths[1]}; commit {commits}; {shared_command([a.command, b.command])}"
     sections = [summary]
     for pair in pairs:
-        sections.append(Section(pair.task.title, [figure_item(pair, footnote)]))
+        sections.append(Section(pair.task.title, [figure_item(pair, source)]))
         sections[-1].add(disagreements_item(pair))
     about = f"A is {paths[0]} ({a.command}), B is {paths[1]} ({b.command}); dev files in {data.data_dir}."
     return Report("Two checkpoints", about, sections)

@@ -1,10 +1,9 @@
 """Figures that fit a column of a two-column page. They draw the data that they are given.
 
 The colours are those of Okabe and Ito, which colour-blind people can distinguish. Markers, dashes and hatches
-distinguish in black and white. Each figure has a footnote that says where its data come from.
+distinguish in black and white.
 """
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from training.logger import draw_confusion
 
 COLUMN_WIDTH = 3.3  # inches
 DPI = 300
-LABEL_SIZE, TICK_SIZE, LEGEND_SIZE, FOOTNOTE_SIZE = 7.5, 6.5, 6.0, 5.0  # points
+LABEL_SIZE, TICK_SIZE, LEGEND_SIZE, NUMBER_SIZE = 7.5, 6.5, 6.0, 5.0  # points
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 METHOD_STYLES = {
@@ -35,7 +34,7 @@ METHOD_STYLES = {
     "last-layer": ("#999999", "v"),
     "iterative": ("#009E73", "P"),
 }
-ROW_WIDTH, ROW_LINES = 26, 4  # the most characters in a line of a row's label, and the most lines
+ROW_WIDTH, LEGEND_WIDTH, MOST_LINES = 26, 58, 4  # the most characters in a line of a label, and the most lines
 FP32_COLOUR, AMP_COLOUR = "#999999", "#0072B2"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
@@ -48,17 +47,9 @@ def escape_dollars(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def new_figure(footnote: str, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `height` inches with `panels` one below the other, and the footnote below them."""
-    unbroken = re.sub(r"(--\w+) (?!-)", "\\1\N{NO-BREAK SPACE}", footnote)  # keeps a flag and its value in one line
-    lines = textwrap.wrap(unbroken, 88, break_on_hyphens=False)
-    margin = 0.095 * len(lines)  # inches
-    top = 0.03  # inches
-    total = height + margin
-    figure = Figure(figsize=(COLUMN_WIDTH, total), dpi=DPI)
-    figure.set_layout_engine("constrained", rect=(0, margin / total, 1, (height - top) / total))
-    text = escape_dollars("\n".join(lines))
-    figure.text(0.01, 0.02 / total, text, fontsize=FOOTNOTE_SIZE, color="0.35", linespacing=1.25, va="bottom")
+def new_figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `height` inches with `panels` one below the other."""
+    figure = Figure(figsize=(COLUMN_WIDTH, height), dpi=DPI, layout="constrained")
     all_axes = list(figure.subplots(panels, squeeze=False)[:, 0])
     for axes in all_axes:
         axes.tick_params(labelsize=TICK_SIZE, length=2)
@@ -127,9 +118,9 @@ def draw_lines(all_axes: Sequence[Axes], panels: Mapping[str, Lines], x: str) ->
     return entries
 
 
-def ranks_figure(lines: Lines, references: Mapping[str, float], axis: str, footnote: str) -> Figure:
+def ranks_figure(lines: Lines, references: Mapping[str, float], axis: str) -> Figure:
     """Draw dev scores over rank, and horizontal lines at the scores of at most two `references`."""
-    figure, (axes,) = new_figure(footnote, 3.0)
+    figure, (axes,) = new_figure(3.0)
     entries = draw_lines([axes], {axis: lines}, "rank")
     for (name, height), style in zip(references.items(), ("-", ":"), strict=False):
         entries.append(axes.axhline(height, color="black", linewidth=0.9, linestyle=style, label=name))
@@ -137,17 +128,17 @@ def ranks_figure(lines: Lines, references: Mapping[str, float], axis: str, footn
     return figure
 
 
-def batches_figure(lines: Lines, axis: str, footnote: str) -> Figure:
+def batches_figure(lines: Lines, axis: str) -> Figure:
     """Draw a cost over the batch size."""
-    figure, (axes,) = new_figure(footnote, 2.7)
+    figure, (axes,) = new_figure(2.7)
     add_legend(figure, draw_lines([axes], {axis: lines}, "batch size (examples)"), 4)
     axes.set_ylim(0, 1.08 * max(height for points in lines.values() for height in points.values()))
     return figure
 
 
-def costs_figure(panels: Mapping[str, Lines], footnote: str) -> Figure:
+def costs_figure(panels: Mapping[str, Lines]) -> Figure:
     """Draw several relative figures over rank, one panel for each."""
-    figure, all_axes = new_figure(footnote, 0.75 + 0.95 * len(panels), len(panels))
+    figure, all_axes = new_figure(0.75 + 0.95 * len(panels), len(panels))
     for axes in all_axes:
         axes.axhline(1, color="0.6", linewidth=0.7)
     add_legend(figure, draw_lines(all_axes, panels, "rank"), 4)
@@ -155,11 +146,11 @@ def costs_figure(panels: Mapping[str, Lines], footnote: str) -> Figure:
     return figure
 
 
-def wrap_label(name: str) -> str:
-    """Return a row's label in lines that leave room for the axes. A label with too many lines loses its middle."""
-    lines = textwrap.wrap(name, ROW_WIDTH, break_on_hyphens=False)
-    if len(lines) > ROW_LINES:
-        lines = [*lines[: ROW_LINES - 2], ELLIPSIS, lines[-1]]
+def wrap_label(name: str, width: int = ROW_WIDTH) -> str:
+    """Return a label in lines of at most `width` characters. A label with too many lines loses its middle."""
+    lines = textwrap.wrap(name, width, break_on_hyphens=False)
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 2], ELLIPSIS, lines[-1]]
     return "\n".join(lines)
 
 
@@ -176,9 +167,9 @@ def label_rows(axes: Axes, names: Sequence[str], x: str) -> None:
     label_axes(axes, x, "", "x")
 
 
-def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]], footnote: str) -> Figure:
+def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Draw two bars in each row of each panel: without and with mixed precision."""
-    figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.4 + rows_height(names, 0.24)), len(panels))
+    figure, all_axes = new_figure(0.35 + len(panels) * (0.4 + rows_height(names, 0.24)), len(panels))
     rows = np.arange(len(names))
     fp32: dict[str, Any] = {"color": FP32_COLOUR}
     amp: dict[str, Any] = {"facecolor": "white", "edgecolor": AMP_COLOUR, "hatch": "//////"}
@@ -190,9 +181,9 @@ def amp_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, 
     return figure
 
 
-def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], footnote: str) -> Figure:
+def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Draw a dot for each seed and a black bar at their mean. Each configuration has a row in each panel."""
-    figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
+    figure, all_axes = new_figure(0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
     for axes, (name, rows) in zip(all_axes, panels.items(), strict=True):
         for i, values in enumerate(rows):
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
@@ -206,26 +197,24 @@ def seeds_figure(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[fl
     return figure
 
 
-def bars_figure(names: Sequence[str], panels: Mapping[Column, Sequence[float | None]], footnote: str) -> Figure:
+def bars_figure(names: Sequence[str], panels: Mapping[Column, Sequence[float | None]]) -> Figure:
     """Draw a bar, with its number, in each row of each panel. An unknown figure has no bar."""
-    figure, all_axes = new_figure(footnote, 0.1 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
+    figure, all_axes = new_figure(0.1 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     for axes, (column, values) in zip(all_axes, panels.items(), strict=True):
         bars = axes.barh(range(len(names)), [value or 0.0 for value in values], 0.7, color=colours)
-        axes.bar_label(bars, [column.text(value) for value in values], fontsize=FOOTNOTE_SIZE, padding=2)
+        axes.bar_label(bars, [column.text(value) for value in values], fontsize=NUMBER_SIZE, padding=2)
         axes.margins(x=0.25 if any((value or 0.0) < 0 for value in values) else 0.14)  # room for the numbers
         label_rows(axes, names, column.name)
     return figure
 
 
-def report_figure(
-    names: Sequence[str], panels: Mapping[str, Sequence[tuple[float | None, Sequence[float]]]], footnote: str
-) -> Figure:
+def report_figure(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float | None, Sequence[float]]]]) -> Figure:
     """Draw a hollow diamond for the figure that a report prints, a dot for each of our seeds and a bar at their mean.
 
     Each row of the report's table has a row in each panel.
     """
-    figure, all_axes = new_figure(footnote, 0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
+    figure, all_axes = new_figure(0.35 + len(panels) * (0.42 + rows_height(names, 0.19)), len(panels))
     dot: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "ls": "none", "markersize": 4, "markeredgewidth": 0}
     bar: dict[str, Any] = {"color": "black", "marker": "|", "ls": "none", "markersize": 9, "markeredgewidth": 1.4}
     diamond: dict[str, Any] = {"color": COLOURS[1], "marker": "D", "ls": "none", "markersize": 5, "fillstyle": "none"}
@@ -242,13 +231,13 @@ def report_figure(
     return figure
 
 
-def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None, footnote: str) -> Figure:
+def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: int | None) -> Figure:
     """Draw a run's training losses by task, and above them its training (dashed) and dev (solid) metrics.
 
-    Further pre-training has only losses. `best` is the epoch that was kept.
+    Further pre-training has only losses. `best` is the epoch of best.pt.
     """
     scored = bool(train or dev)
-    figure, panels = new_figure(footnote, 3.7 if scored else 2.4, 1 + scored)
+    figure, panels = new_figure(3.7 if scored else 2.4, 1 + scored)
     names = dict.fromkeys([*losses, *dev])  # a task can be scored without being trained
     styles = {name: (COLOURS[i], MARKERS[i]) for i, name in enumerate(names)}
     entries = [
@@ -266,17 +255,19 @@ def curves_figure(train: Curves, dev: Curves, losses: Curves, axis: str, best: i
         entries.append(Line2D([], [], label="dev", **line_style(False, "0.3")))
         entries.append(Line2D([], [], label="training", **line_style(True, "0.3")))
     if best is not None:
-        kept = [axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", label="epoch kept") for axes in panels]
+        kept = [axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", label="best epoch") for axes in panels]
         entries.append(kept[0])
     add_legend(figure, entries, 3)
     figure.align_ylabels()
     return figure
 
 
-def runs_figure(panels: Mapping[str, Curves], footnote: str) -> Figure:
+def runs_figure(panels: Mapping[str, Curves]) -> Figure:
     """Draw curves over epochs: a panel for each axis, and in it a line for each of at most eight runs."""
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    figure, all_axes = new_figure(footnote, 0.7 + 1.7 * len(panels) + 0.1 * len(names), len(panels))
+    labels = {name: wrap_label(name, LEGEND_WIDTH) for name in names}
+    rows = sum(1 + label.count("\n") for label in labels.values())
+    figure, all_axes = new_figure(0.7 + 1.7 * len(panels) + 0.1 * rows, len(panels))
     styles = dict(zip(names, zip(COLOURS, MARKERS, strict=True), strict=False))
     for axes, (axis, curves) in zip(all_axes, panels.items(), strict=True):
         for name, points in curves.items():
@@ -285,18 +276,16 @@ def runs_figure(panels: Mapping[str, Curves], footnote: str) -> Figure:
         label_epochs(axes, "epoch" if axes is all_axes[-1] else "", axis)
     entries = []
     for name, (colour, marker) in styles.items():
-        label = name if len(name) <= 60 else f"{name[:29]}{ELLIPSIS}{name[-29:]}"  # many names differ at their ends
-        entries.append(Line2D([], [], marker=marker, label=escape_dollars(label), **line_style(False, colour)))
+        label = escape_dollars(labels[name])
+        entries.append(Line2D([], [], marker=marker, label=label, **line_style(False, colour)))
     add_legend(figure, entries, 1 if max(map(len, names)) > 24 else 2)
     figure.align_ylabels()
     return figure
 
 
-def timeline_figure(
-    points: Sequence[tuple[float, float]], marks: Sequence[float], x: str, y: str, footnote: str
-) -> Figure:
+def timeline_figure(points: Sequence[tuple[float, float]], marks: Sequence[float], x: str, y: str) -> Figure:
     """Draw a height that holds from each of `points` (place, height) to the next, and dotted lines at `marks`."""
-    figure, (axes,) = new_figure(footnote, 2.0)
+    figure, (axes,) = new_figure(2.0)
     places, heights = zip(*points, strict=True)
     axes.step(places, heights, where="post", color=COLOURS[0], linewidth=0.7)
     for mark in marks:
@@ -306,11 +295,9 @@ def timeline_figure(
     return figure
 
 
-def confusion_figure(
-    counts: np.ndarray, names: Sequence[str], footnote: str, x: str = "predicted", y: str = "true"
-) -> Figure:
+def confusion_figure(counts: np.ndarray, names: Sequence[str], x: str = "predicted", y: str = "true") -> Figure:
     """Draw a confusion matrix [K, K]: the numbers, and each as a percentage of its row."""
-    figure, (axes,) = new_figure(footnote, 1.3 + 0.34 * len(names))
+    figure, (axes,) = new_figure(1.3 + 0.34 * len(names))
     draw_confusion(axes, counts, names, 6)
     axes.spines[["top", "right"]].set_visible(True)
     axes.set_xlabel(escape_dollars(x), fontsize=LABEL_SIZE)
@@ -319,10 +306,10 @@ def confusion_figure(
 
 
 def scatter_figure(
-    x: np.ndarray, y: np.ndarray, names: tuple[str, str], footnote: str, line: tuple[float, float] | None = None
+    x: np.ndarray, y: np.ndarray, names: tuple[str, str], line: tuple[float, float] | None = None
 ) -> Figure:
     """Draw dots, and a line with this slope and intercept, or else one at zero. `names` are those of the axes."""
-    figure, (axes,) = new_figure(footnote, 2.8 if line else 2.4)
+    figure, (axes,) = new_figure(2.8 if line else 2.4)
     alpha = min(0.6, max(0.15, 120 / len(x)))  # many dots are more transparent, so that dense regions look darker
     axes.scatter(x, y, s=7, alpha=alpha, color=COLOURS[0], edgecolors="none")
     label_axes(axes, *names, grid="both")
@@ -331,6 +318,6 @@ def scatter_figure(
         return figure
     slope, intercept = line
     ends = np.array([x.min(), x.max()], dtype=np.float64)
-    label = f"best line: {slope:.2f} x {'-' if intercept < 0 else '+'} {abs(intercept):.2f}"
+    label = f"fitted line: {slope:.2f} x {'-' if intercept < 0 else '+'} {abs(intercept):.2f}"
     add_legend(figure, axes.plot(ends, slope * ends + intercept, color=COLOURS[1], linewidth=1.3, label=label), 1)
     return figure

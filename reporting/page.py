@@ -15,17 +15,33 @@ from reporting.tables import Table
 from utils.files import write_atomically, write_text
 
 FOLDED_ROWS = 20  # a table with more rows is folded
+# The first two shades of a table's box move with its content and hide the others, which therefore show only at a side
+# where the table goes on.
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
-  padding: 0 1rem 4rem; overflow-wrap: break-word; }
-h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; } h3 { margin: 2rem 0 .3rem; }
+:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --quiet: #555; --line: #d5d5d5; --link: #0059a0;
+  --shade: rgb(0 0 0 / .35); }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #17191c; --text: #e4e4e4; --quiet: #a8abb0; --line: #44474c; --link: #7fb9ff;
+    --shade: rgb(255 255 255 / .45); }
+  img { filter: invert(.91) hue-rotate(180deg); }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 76rem;
+  margin: 0 auto; padding: 0 1rem 4rem; overflow-wrap: break-word; }
+h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); } h3 { margin: 2rem 0 .3rem; }
+p, ul, nav { max-width: 46rem; }
 nav ol { padding-left: 1.4rem; } nav ol ol { padding-left: 1rem; font-size: .9rem; }
-a { color: #0059a0; }
+a { color: var(--link); }
 img { display: block; width: 31rem; max-width: 100%; height: auto; margin: .5rem 0; }
-.table { overflow-x: auto; margin: .8rem 0; } table { border-collapse: collapse; font-size: .8rem; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { white-space: nowrap; } td { min-width: 3rem; } td:first-child { min-width: 9rem; }
-.about { color: #555; font-size: .8rem; }
+.table { overflow-x: auto; margin: .8rem 0; background:
+  linear-gradient(to right, var(--page) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / 1rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { vertical-align: bottom; } td { min-width: 2.5rem; } td:first-child { min-width: 7rem; } .long { min-width: 16rem; }
+.about, .source { color: var(--quiet); font-size: .8rem; }
+.source { font-family: ui-monospace, monospace; font-size: .7rem; } .source span { white-space: nowrap; }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -53,7 +69,8 @@ PAGE = """<!DOCTYPE html>
 class ReportItem:
     """A figure, the table of its numbers, or both, under one title. `name` names its files.
 
-    `printed` is what report.py prints of it. The table of such an item is never folded.
+    `source` says where the numbers come from: commit, device and command. `printed` is what report.py prints of the
+    item. The table of such an item is never folded.
     """
 
     name: str
@@ -61,6 +78,7 @@ class ReportItem:
     text: str = ""
     table: Table | None = None
     figure: Figure | None = None
+    source: str = ""
     printed: str = ""
 
 
@@ -98,7 +116,7 @@ class Report:
         """Return each heading with the items under it, or with the lines on what is not in the report, and why."""
         parts: list[tuple[str, Sequence[ReportItem], Sequence[str]]] = [
             *((section.title, section.items, ()) for section in self.sections),
-            ("Left out", (), self.left_out),
+            ("Not shown, and why", (), self.left_out),
             ("Not read", (), self.problems),
         ]
         return [part for part in parts if part[1] or part[2]]
@@ -148,6 +166,8 @@ def to_markdown(report: Report) -> str:
                 lines += ["", item.text]
             if item.figure is not None:
                 lines += ["", f"![{item.title}]({item.name}.png)"]
+            if item.source:
+                lines += ["", f"Source: `{item.source}`"]
             if item.table is not None:
                 lines += ["", item.table.to_markdown()]
         if reasons:
@@ -183,6 +203,9 @@ def item_html(item: ReportItem, image: bytes | None) -> str:
     if image is not None:
         data = base64.b64encode(image).decode("ascii")
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
+    if item.source:
+        source = re.sub(r"--\w+", r"<span>\g<0></span>", html.escape(item.source))
+        parts.append(f'<p class="source">{source}</p>')
     if item.table is not None:
         table = item.table.to_html()
         folded = not item.printed and (image is not None or len(item.table.rows) > FOLDED_ROWS)

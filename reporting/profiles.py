@@ -11,7 +11,7 @@ from reporting.figures import timeline_figure
 from reporting.page import ReportItem
 from reporting.sources import Run
 from reporting.tables import Column, Table, Value
-from reporting.trials import runs_footnote
+from reporting.trials import source_of_runs
 from training.profiling import TRACE
 from utils.errors import UserError, first_line
 
@@ -69,8 +69,10 @@ def draw(
     names = ("step", "start (ms)", "time (ms)", "peak memory (MB)")
     table = Table([Column(name, "d" if name == "step" else ",.1f") for name in names], rows)
     starts = [(start - begin) / 1e3 for start, _ in steps]
-    figure = timeline_figure(inside, starts, "time (ms)", "memory of tensors (MB)", runs_footnote([run]))
+    figure = timeline_figure(inside, starts, "time (ms)", "memory of tensors (MB)")
     text = "Dotted lines are the starts of steps."
     if not on_gpu:
         text += " On a CPU, the profiler counts the tensors that were made since it began."
-    return ReportItem(f"{run.name}-memory", "Memory over the profiled steps", text, table, figure)
+    return ReportItem(
+        f"{run.name}-memory", "Memory over the profiled steps", text, table, figure, source_of_runs([run])
+    )

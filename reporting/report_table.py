@@ -7,7 +7,7 @@ from reporting.measures import mean_and_deviation
 from reporting.page import ReportItem
 from reporting.sources import Study
 from reporting.tables import Column, Table, Value
-from reporting.trials import footnote_of
+from reporting.trials import source_of
 from studies.study_table import StudyRow, StudyTable, label_of
 from tasks import TASKS
 from utils.console import format_table
@@ -116,10 +116,10 @@ def report_table_item(study: Study, table: StudyTable) -> ReportItem:
         if any(name in row.reported and values[name] for row, values in drawn)
     }
     names = [row.name for row, _ in drawn]
-    figure = report_figure(names, panels, footnote_of(study.trials)) if panels else None
+    figure = report_figure(names, panels) if panels else None
     title = f"{table.report} {table.label}: {table.title}"
     text = "Ours is the mean over the seeds, with their sample standard deviation. Difference is ours less reported."
-    return ReportItem(f"{study.name}-table", title, text, whole, figure, printed(title, whole))
+    return ReportItem(f"{study.name}-table", title, text, whole, figure, source_of(study.trials), printed(title, whole))
 
 
 def printed(title: str, table: Table) -> str:

@@ -8,12 +8,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cli.commands import command_of, config_of
 from config import Config, LoraOptions
+from evaluation.prediction_files import prediction_file
 from lora import LoRAConfig
 from models.checkpoint import load
 from studies.results import FIGURES, gpu_utilization, minutes, minutes_without_evaluation, per_task
@@ -34,7 +36,7 @@ class Trial:
     `by_task` has each task's metric on dev. Costs are None if unknown: `seconds` of training per epoch of all tasks
     together, `memory`, the peak in bytes, `gpu_utilization` in percent, and minutes of the whole run, with evaluations
     (`minutes`) and without (`step_minutes`). In `config` adapters are given by `lora_mode` and the other single
-    options, never by `lora_dict`.
+    options, never by `lora_dict`. `dev_examples` counts the dev examples of each task, as far as that is known.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Trial:
     command: str
     commit: str
     device: str
+    dev_examples: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Run:
     """A run directory as far as it can be read.
 
     `config` is None for an ensemble or an evaluation. `scores`, the dev scores, is None if the run is not finished.
+    `dev_examples` counts the dev examples that it predicted, by task. `label` distinguishes it from the other runs of
+    the report, if there are any.
     """
 
     path: Path
@@ -79,6 +84,13 @@ class Run:
     scores: Mapping[str, Any] | None
     best_epoch: int | None
     commit: str
+    dev_examples: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call the run."""
+        return self.label or self.name
 
     @property
     def command(self) -> str:
@@ -104,6 +116,7 @@ class Run:
             command=self.command,
             commit=self.commit,
             device=self.timing[-1]["device"] if self.timing else "",
+            dev_examples=self.dev_examples,
         )
 
 
@@ -265,7 +278,16 @@ def read_run(path: Path, name: str, problems: list[str]) -> Run:
             commit = load(path / "best.pt", mmap=True).get("git_commit") or ""
         except UserError as error:
             problems.append(str(error))
-    return Run(path, name, config, metrics, timing, scores, epoch, commit)
+    return Run(path, name, config, metrics, timing, scores, epoch, commit, count_predictions(path))
+
+
+def count_predictions(path: Path) -> dict[str, int]:
+    """Return the number of dev examples that a run predicted, for each task with a file of predictions."""
+    counts = {}
+    for name in TASKS:
+        with suppress(OSError), prediction_file(path, name, "dev").open("rb") as lines:
+            counts[name] = sum(1 for _ in lines) - 1  # without the header
+    return counts
 
 
 def read_config(path: Path, problems: list[str]) -> Config | None:

@@ -54,9 +54,10 @@ class Table:
         return text.getvalue()
 
     def to_html(self) -> str:
-        """Return a table element. Its box scrolls sideways on a narrow page."""
+        """Return a table element in a box that scrolls sideways on a narrow page, by the keyboard too."""
         header, *body = [[html.escape(cell) for cell in row] for row in self.cells()]
         head = "".join(f"<th>{cell}</th>" for cell in header)
-        lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+        lines = ["".join(f"<td{' class=long' * (len(cell) > 40)}>{cell}</td>" for cell in row) for row in body]
         rows = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+        table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+        return f'<div class="table" tabindex="0">{table}</div>'

@@ -63,6 +63,34 @@ def differing_options(configs: Sequence[Config], without: Collection[str] = ()) 
     return [name for name in names if len({options.get(name) for options in all_settings}) > 1]
 
 
+def differing_dev_sets(sizes: Sequence[Mapping[str, int]]) -> dict[str, list[int]]:
+    """Return the numbers of dev examples of each task that has several. `sizes` are those of runs, by task."""
+    found = {name: sorted({counts[name] for counts in sizes if name in counts}) for name in TASKS}
+    return {name: numbers for name, numbers in found.items() if len(numbers) > 1}
+
+
+def dev_set_marks(sizes: Sequence[Mapping[str, int]]) -> list[str]:
+    """Return for each run the dev sets that have another size in other runs, or nothing: ` (dev: 64 sst, 20 sts)`."""
+    names = differing_dev_sets(sizes)
+    marks = []
+    for counts in sizes:
+        differing = {name: counts[name] for name in names if name in counts}
+        phrase = ", ".join(f"{count:,} {name}" for name, count in differing.items())
+        if len(differing) == len(counts) > 1 and len(set(differing.values())) == 1:
+            phrase = f"{max(differing.values()):,} of each task"
+        marks.append(f" (dev: {phrase})" if phrase else "")
+    return marks
+
+
+def dev_sets_note(sizes: Sequence[Mapping[str, int]]) -> str:
+    """Return a sentence on dev sets that differ in size. It is empty if there are none."""
+    found = [
+        f"{' or '.join(f'{number:,}' for number in numbers)} {TASKS[name].title}"
+        for name, numbers in differing_dev_sets(sizes).items()
+    ]
+    return f"Dev sets differ in size ({'; '.join(found)}), so their scores cannot be compared." if found else ""
+
+
 def has_adapters(config: Config) -> bool:
     """Return whether a configuration has LoRA or DoRA."""
     return config.lora.lora_mode != "none"
@@ -171,4 +199,6 @@ def phrase(name: str, value: Any) -> str:
         return f"no {name}"
     if isinstance(value, tuple):
         return f"{name} {','.join(value)}"
+    if name == "data_dir":
+        return f"{name} {Path(value).name}"  # `settings` compares no more of it
     return str(value) if name not in PER_TASK_OPTIONS and CHOICE_COUNTS[value] == 1 else f"{name} {value}"

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from statistics import mean
 
@@ -13,7 +13,17 @@ from reporting.measures import mean_and_deviation
 from reporting.page import ReportItem, Section
 from reporting.sources import Run, Study, Trial
 from reporting.tables import Column, Table, Value
-from reporting.titles import Method, differing_options, has_adapters, method_of, settings, short_title, titles_of
+from reporting.titles import (
+    Method,
+    dev_set_marks,
+    dev_sets_note,
+    differing_options,
+    has_adapters,
+    method_of,
+    settings,
+    short_title,
+    titles_of,
+)
 from tasks import TASKS, Task
 
 STUDY_NUMBERS = {  # column of a study's table -> column of the report; bytes become megabytes
@@ -69,8 +79,8 @@ def format_commits(sources: Sequence[Trial] | Sequence[Run]) -> str:
     return f"commit {', '.join(commits) or 'not recorded'}"
 
 
-def footnote_of(trials: Sequence[Trial]) -> str:
-    """Return where figures come from: commits, devices and the command with the flags that all trials share."""
+def source_of(trials: Sequence[Trial]) -> str:
+    """Return where numbers come from: commits, devices and the command with the flags that all trials share."""
     devices = dict.fromkeys(trial.device for trial in trials if trial.device)
     parts = [format_commits(trials)]
     if devices:
@@ -78,10 +88,10 @@ def footnote_of(trials: Sequence[Trial]) -> str:
     return "; ".join([*parts, shared_command([trial.command for trial in trials])])
 
 
-def runs_footnote(runs: Sequence[Run]) -> str:
-    """Return where figures of these runs come from."""
+def source_of_runs(runs: Sequence[Run]) -> str:
+    """Return where numbers of these runs come from."""
     if trials := [run.trial for run in runs if run.trial is not None]:
-        return footnote_of(trials)
+        return source_of(trials)
     command = shared_command([run.command for run in runs if run.command])
     return f"{format_commits(runs)}; {command}" if command else format_commits(runs)
 
@@ -95,11 +105,18 @@ def other_differences(trials: Sequence[Trial], shown: Collection[str]) -> str:
 
 
 def group_trials(trials: Sequence[Trial], without: Collection[str]) -> list[list[Trial]]:
-    """Return groups of trials with the same settings, except those in `without`."""
-    groups: dict[tuple[tuple[str, str], ...], list[Trial]] = defaultdict(list)
+    """Return groups of trials with dev sets of the same sizes and the same settings, except those in `without`."""
+    groups: dict[tuple[tuple[str, str | int], ...], list[Trial]] = defaultdict(list)
     for trial in trials:
-        groups[tuple(settings(trial.config, without).items())].append(trial)
+        groups[(*settings(trial.config, without).items(), *trial.dev_examples.items())].append(trial)
     return list(groups.values())
+
+
+def titles_of_groups(groups: Sequence[Sequence[Trial]]) -> list[str]:
+    """Return for each group, of trials that differ in the seed, what distinguishes it from the others."""
+    firsts = [group[0] for group in groups]
+    marks = dev_set_marks([trial.dev_examples for trial in firsts])
+    return [title + mark for title, mark in zip(titles_of([trial.config for trial in firsts]), marks, strict=True)]
 
 
 def relative_change(before: float | None, after: float | None) -> float | None:
@@ -140,14 +157,12 @@ def trials_item(study: Study) -> ReportItem:
     ]
     columns = [*(Column(name.replace("_", " ")) for name in flags), *STUDY_NUMBERS.values()]
     causes = Counter((row["status"], row["cause"]) for row in study.rows if row["status"] != "ok")
-    text = footnote_of(study.trials)
+    text = full_note.strip()
     if causes:
-        text += ". Without a result: " + "; ".join(
-            f"{count} {status}: {why}" for (status, why), count in causes.items()
-        )
-    if full_note:
-        text += "." + full_note
-    return ReportItem(f"{study.name}-trials", "All trials", text, Table(columns, rows).without_empty_columns())
+        reasons = "; ".join(f"{count} {status}: {why}" for (status, why), count in causes.items())
+        text = f"Without a result: {reasons}. {text}".strip()
+    table = Table(columns, rows).without_empty_columns()
+    return ReportItem(f"{study.name}-trials", "All trials", text, table, source=source_of(study.trials))
 
 
 def mean_lines(trials: Sequence[Trial], position: Callable[[Config], int], metric: Metric) -> Lines:
@@ -192,8 +207,8 @@ def ranks_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     if not full:
         text += " Scores are absolute, because no trial has --lora_mode none --fine_tune_mode full-model."
     table = lines_table("rank", {Column(axis, ".4f"): lines})
-    figure = ranks_figure(lines, heights, axis, footnote_of(trials))
-    return ReportItem(f"{name}-ranks", "Dev score over rank", text, table, figure)
+    figure = ranks_figure(lines, heights, axis)
+    return ReportItem(f"{name}-ranks", "Dev score over rank", text, table, figure, source_of(trials))
 
 
 def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
@@ -212,8 +227,8 @@ def costs_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     text += missing_modes(adapted, {metric.short_name: lines for metric, lines in panels.items()}, lowest)
     table = lines_table("rank", {Column(f"{metric.name}, relative", ".4f"): lines for metric, lines in panels.items()})
     drawn = {f"{metric.short_name} (relative)": lines for metric, lines in panels.items()}
-    figure = costs_figure(drawn, footnote_of(trials))
-    return ReportItem(f"{name}-costs", "Memory, time and score over rank", text, table, figure)
+    figure = costs_figure(drawn)
+    return ReportItem(f"{name}-costs", "Memory, time and score over rank", text, table, figure, source_of(trials))
 
 
 def relative_lines(trials: Sequence[Trial], metric: Metric, lowest: int) -> Lines:
@@ -233,9 +248,9 @@ def missing_modes(trials: Sequence[Trial], panels: Mapping[str, Lines], lowest: 
     for mode in dict.fromkeys(trial.config.lora.lora_mode for trial in trials):
         lacking = [name for name, lines in panels.items() if Method(mode, False) not in lines]
         if len(lacking) == len(panels):
-            modes[f"Left out, without LoRA of rank {lowest}"].append(mode)
+            modes[f"Not shown, because LoRA of rank {lowest} is missing"].append(mode)
         elif lacking:
-            modes[f"Left out of {' and '.join(lacking)}, which LoRA of rank {lowest} lacks"].append(mode)
+            modes[f"Not shown in {' and '.join(lacking)}, which LoRA of rank {lowest} lacks"].append(mode)
     return "".join(f" {reason}: {', '.join(names)}." for reason, names in modes.items())
 
 
@@ -248,8 +263,8 @@ def batches_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     shown = (*METHOD_OPTIONS, "batch_size", "fine_tune_mode")
     text = "LoRA solid, DoRA dashed." + other_differences(measured, shown)
     table = lines_table("batch size", {Column(MEMORY.name, MEMORY.format): lines})
-    figure = batches_figure(lines, MEMORY.name, footnote_of(measured))
-    return ReportItem(f"{name}-batches", "Memory over batch size", text, table, figure)
+    figure = batches_figure(lines, MEMORY.name)
+    return ReportItem(f"{name}-batches", "Memory over batch size", text, table, figure, source_of(measured))
 
 
 def amp_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
@@ -271,9 +286,9 @@ def amp_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
         for row, pair in zip(rows, means, strict=True):
             row += [*pair, relative_change(*pair)]
     drawn = {metric.name: means for metric, means in panels.items()}
-    figure = amp_figure(list(by_method), drawn, footnote_of([trial for group in groups for trial in group]))
+    figure, source = amp_figure(list(by_method), drawn), source_of([trial for group in groups for trial in group])
     text = f"Means over {len(groups)} pairs of trials. The trials of a pair differ in --amp alone."
-    return ReportItem(f"{name}-amp", "With and without mixed precision", text, Table(columns, rows), figure)
+    return ReportItem(f"{name}-amp", "With and without mixed precision", text, Table(columns, rows), figure, source)
 
 
 def amp_means(by_method: Mapping[str, Sequence[tuple[Trial, Trial]]], metric: Metric) -> list[tuple[float, float]]:
@@ -298,20 +313,21 @@ def seeds_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
     groups.sort(key=lambda group: sort_key(group[0].config))
     if not groups:
         return "no comparison over seeds, which needs trials that differ in --seed alone"
-    by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
+    by_title = dict(zip(titles_of_groups(groups), groups, strict=True))
     plain = [title for title, group in by_title.items() if not any(sort_key(group[0].config))]
     baseline = plain[0] if len(plain) == 1 else None
     best = sorted(by_title, key=lambda title: -mean(SCORE.values(by_title[title])))[:FIGURE_ROWS]
     shown = {title: group for title, group in by_title.items() if title in best}
     panels = {metric.name: [metric.values(group) for group in shown.values()] for metric in (SCORE, SECONDS, MEMORY)}
-    footnote = footnote_of([trial for group in groups for trial in group])
-    figure = seeds_figure(list(shown), {key: rows for key, rows in panels.items() if any(rows)}, footnote)
+    source = source_of([trial for group in groups for trial in group])
+    figure = seeds_figure(list(shown), {key: rows for key, rows in panels.items() if any(rows)})
     text = "Deviations are sample standard deviations over the seeds. A configuration is named by the options that "
     text += "distinguish it. All other options are at their default, are the same in all, or change with a named one."
     text += f" The baseline is {baseline}." if baseline else ""
     if len(shown) < len(by_title):
         text += f" The figure shows the {FIGURE_ROWS} best of {len(by_title)} configurations."
-    return ReportItem(f"{name}-seeds", "Configurations over seeds", text, seeds_table(by_title, baseline), figure)
+    table = seeds_table(by_title, baseline)
+    return ReportItem(f"{name}-seeds", "Configurations over seeds", text, table, figure, source)
 
 
 def seeds_table(groups: Mapping[str, Sequence[Trial]], baseline: str | None) -> Table:
@@ -336,7 +352,7 @@ def bars_item(name: str, trials: Sequence[Trial], title: str, metrics: Sequence[
     groups = sorted(group_trials(trials, ("seed",)), key=lambda group: sort_key(group[0].config))
     if len(groups) < 2:
         return f"no bars of {title.lower()}, which need two configurations"
-    by_title = dict(zip(titles_of([group[0].config for group in groups]), groups, strict=True))
+    by_title = dict(zip(titles_of_groups(groups), groups, strict=True))
     means = {metric: [mean_and_deviation(metric.values(group))[0] for group in groups] for metric in metrics}
     means = {metric: values for metric, values in means.items() if any(value is not None for value in values)}
     if not means:
@@ -349,10 +365,10 @@ def bars_item(name: str, trials: Sequence[Trial], title: str, metrics: Sequence[
     best = sorted(by_title, key=lambda title: -mean(SCORE.values(by_title[title])))[:FIGURE_ROWS]
     drawn = [i for i, configuration in enumerate(by_title) if configuration in best]
     panels = {column: [values[i] for i in drawn] for column, values in columns.items()}
-    figure = bars_figure([list(by_title)[i] for i in drawn], panels, footnote_of(trials))
+    figure = bars_figure([list(by_title)[i] for i in drawn], panels)
     text = f"The figure shows the {FIGURE_ROWS} best of {len(rows)} configurations." if len(drawn) < len(rows) else ""
     table = Table([Column("configuration"), Column("seeds"), *columns], rows)
-    return ReportItem(f"{name}-{title.lower()}", f"{title} by configuration", text, table, figure)
+    return ReportItem(f"{name}-{title.lower()}", f"{title} by configuration", text, table, figure, source_of(trials))
 
 
 def scores_bars_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
@@ -367,5 +383,7 @@ def costs_bars_item(name: str, trials: Sequence[Trial]) -> ReportItem | str:
 
 def compare_trials(section: Section, name: str, trials: Sequence[Trial]) -> None:
     """Add all comparisons of trials to a section. `name` begins the names of their files."""
+    note = dev_sets_note([trial.dev_examples for trial in trials])
     for item in (ranks_item, costs_item, batches_item, amp_item, seeds_item, scores_bars_item, costs_bars_item):
-        section.add(item(name, trials))
+        made = item(name, trials)
+        section.add(replace(made, text=f"{made.text} {note}".strip()) if isinstance(made, ReportItem) else made)

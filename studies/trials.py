@@ -134,7 +134,7 @@ def make_trial(name: str, base: Sequence[str], flags: Mapping[str, str], source:
     given = vars(training_parser().parse_args(words))
     for key in given:
         group, _, option_name = key.partition(".")
-        if group == "run" and option_name not in ("tensorboard", "save_every"):
+        if group == "run" and option_name not in ("tensorboard", "save_every", "log_every"):
             raise UserError(f"--{option_name}: a sweep sets it for each trial; leave it out")
     try:
         config = build_config(given, TASKS)

@@ -357,13 +357,12 @@ def cells_of(item: ReportItem | str) -> list[list[str]]:
 
 
 def check_layout(figure: Any) -> None:
-    """Check that everything is inside the figure, and that legend, panels and footnote are below one another."""
+    """Check that everything is inside the figure, and that legend and panels are below one another."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns if a layout collapses
         figure.draw_without_rendering()
-    (footnote,) = figure.texts
     panels = [axes.get_tightbbox() for axes in figure.axes]
-    boxes = [*(legend.get_window_extent() for legend in figure.legends), *panels, footnote.get_window_extent()]
+    boxes = [*(legend.get_window_extent() for legend in figure.legends), *panels]
     whole = figure.bbox
     for box in boxes:
         assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1

@@ -59,7 +59,8 @@ def predicted(run: Path, task: Task, split: str = "dev") -> tuple[list[str], lis
 def test_files_of_a_run(runs: Path) -> None:
     files = [".lock", "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl"]
     assert sorted(os.listdir(runs / "sst")) == files
-    assert sorted(os.listdir(runs / "yin")) == sorted([*files, "tensorboard"])
+    events = [path.name for path in (runs / "yin").glob("events.out.tfevents.*")]
+    assert sorted(os.listdir(runs / "yin")) == sorted([*files, *events]) and len(events) == 1
     assert read_json(runs / "yin" / "config.json")["train"]["routine"] == "interleave"
     assert (runs / "named" / "g6-yin-yang.pt").read_bytes() == (runs / "yin" / "best.pt").read_bytes()
     lines = metrics(runs / "yin")
@@ -116,26 +117,54 @@ def test_predictions_hold_every_id_in_order_and_give_the_scores(runs: Path, smal
 def test_tensorboard_events(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(runs / "yin" / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events = EventAccumulator(str(runs / "yin"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
     scalars = set(tags["scalars"])
     for task in DEFAULT_TASKS:
         scores = ("pearson", "spearman") if task == "sts" else ("accuracy", "f1")
-        assert {f"{task}/loss", f"{task}/lr", f"{task}/gradient_norm"} <= scalars
-        assert {f"{task}/{split}_{score}" for split in ("dev", "train") for score in scores} <= scalars
-    assert {"score/dev", "speed/examples_per_second", "memory/peak_gigabytes"} <= scalars
-    assert {"hparam/score", "hparam/sst", "hparam/para", "hparam/sts"} <= scalars
-    assert set(tags["images"]) == {"sst/confusion", "para/confusion", "sts/residuals"}
-    assert len(events.Images("sst/confusion")) == 4
-    assert events.Images("sts/residuals")[0].encoded_image_string.startswith(b"\x89PNG")
+        assert {f"loss/{task}", f"lr/{task}", f"optim/gradient_norm_{task}"} <= scalars
+        assert {f"{split}/{task}_{score}" for split in ("dev", "train") for score in scores} <= scalars
+    assert {"dev/score", "perf/examples_per_second", "perf/peak_memory_gb"} <= scalars
+    assert set(tags["images"]) == {"plots/sst_confusion", "plots/para_confusion", "plots/sts_residuals"}
+    groups = dict.fromkeys(tag.partition("/")[0] for tag in sorted([*scalars, *tags["images"]]))
+    assert list(groups) == ["dev", "loss", "lr", "optim", "perf", "plots", "train"]  # as TensorBoard sorts them
+    assert len(events.Images("plots/sst_confusion")) == 4
+    assert events.Images("plots/sts_residuals")[0].encoded_image_string.startswith(b"\x89PNG")
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"routine": "interleave"' in text
-    points = [(point.step, point.value) for point in events.Scalars("score/dev")]
+    points = [(point.step, point.value) for point in events.Scalars("dev/score")]
     assert points == [(line["step"], pytest.approx(line["dev"]["score"])) for line in metrics(runs / "yin")]
-    hidden = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    names = (b"train.lr", b"model.arch", b"sst.lr_multiplier", b"lora.lora_mode", b"pal.pal", b"data.max_length")
-    assert all(name in hidden for name in names)
+    assert events.Scalars("dev/score_best")[-1].value == pytest.approx(max(value for _, value in points))
+
+
+def test_tensorboards_table_of_options(runs: Path) -> None:
+    """It has a row for each run, of the run's name, and shows the first five columns and all metrics."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    multiplexer = EventMultiplexer(tensor_size_guidance={"hparams": 100}).AddRunsFromDirectory(str(runs))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(runs))
+    backend, request = backend_context.Context(TBContext(data_provider=provider)), RequestContext()
+    metadata = backend.hparams_metadata(request, "")
+    columns = backend.experiment_from_metadata(request, "", True, metadata, [])
+    assert {column.name for column in columns.hparam_infos[:5]} == {"lr", "arch", "batch_size", "optim", "lora"}
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=9, allowed_statuses=[0, 1, 2, 3])
+    (row,) = list_session_groups.Handler(request, backend, "", asked).run().session_groups
+    assert row.name == "yin" and row.hparams["lr"].number_value == 1e-3 and row.hparams["lora"].string_value == "none"
+    assert {"sst_lr_multiplier", "pal", "max_length"} <= set(row.hparams) and "run_dir" not in row.hparams
+    found, dev = {metric.name.tag: metric.value for metric in row.metric_values}, metrics(runs / "yin")[-1]["dev"]
+    best = read_json(runs / "yin" / "scores.json")["dev"]["score"]
+    assert found == {
+        "dev/score_best": pytest.approx(best),
+        "dev/sst_accuracy": pytest.approx(dev["sst"]["accuracy"]),
+        "dev/para_accuracy": pytest.approx(dev["para"]["accuracy"]),
+        "dev/sts_pearson": pytest.approx(dev["sts"]["pearson"]),
+    }
 
 
 def test_what_is_printed(train: Run, tmp_path: Path) -> None:

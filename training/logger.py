@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from config import Config
 from datasets import Batches
-from evaluation.metrics import Scores, confusion, decide, linear_fit, primary
+from evaluation.metrics import confusion, decide, linear_fit, primary
 from models.multitask_bert import MultitaskBERT
 from tasks import Task
+from training.hparams import BEST_SCORE, hparams_summaries
 from training.meters import (
+    BatchResult,
     EpochRecord,
     StepResult,
     StepTimer,
@@ -27,6 +27,7 @@ from training.meters import (
     TaskEpoch,
     TaskMeter,
     check_losses_finite,
+    mean_loss,
 )
 from training.profiling import Profiler
 from training.run_directory import RunDirectory
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 # Of a task in a run, about: one takes a tenth of a second, as long as an epoch of a small or frozen model does, and
 # TensorBoard itself shows ten.
 MOST_FIGURES = 20
-LOG_EVERY = 10  # batches of a task between two points of its curves
 
 
 def epoch_table(tasks: Mapping[str, Task], epoch: EpochRecord, epochs: int) -> str:
@@ -138,6 +138,28 @@ def timing_line(epoch: EpochRecord) -> dict[str, Any]:
     }
 
 
+def epoch_scalars(epoch: EpochRecord) -> dict[str, float]:
+    """Return the points that an epoch adds to curves, by their tags.
+
+    TensorBoard sorts tags. What people look for first therefore begins with an early letter: `dev` and then `loss`.
+    """
+    scalars = {
+        "dev/score": epoch.dev.get("score"),
+        BEST_SCORE: epoch.best_score,
+        "optim/conflicting_pairs": epoch.conflicts,
+        "optim/skipped_steps": epoch.skipped_steps,
+        "perf/examples_per_second": epoch.examples_per_second,
+        "perf/gpu_utilization": epoch.gpu_utilization,
+        "perf/peak_memory_gb": epoch.peak_memory / 1e9,
+    }
+    for name, scores in epoch.dev.items():
+        if isinstance(scores, dict):
+            scalars |= {f"dev/{name}_{metric}": value for metric, value in scores.items()}
+    for name, done in epoch.tasks.items():
+        scalars |= {f"train/{name}_{metric}": value for metric, value in done.train.items()}
+    return {tag: value for tag, value in scalars.items() if value is not None}
+
+
 def class_names(task: Task) -> tuple[str, ...]:
     """Return the names of the labels of a task with classes or two labels."""
     return task.label_names or tuple(map(str, range(int(task.label_range[1]) + 1)))
@@ -204,7 +226,8 @@ class Logger:
         self.timer = (StepTimer if config.run.benchmark is None else SyncedStepTimer)(device)
         self.profiler = Profiler(run.path, device, say) if config.run.profile and is_main_process else None
         self.meters: dict[str, TaskMeter] = {}  # of the tasks of the epoch at hand
-        self.unchecked: list[Tensor] = []  # losses that nobody has looked at yet
+        self.recent: dict[str, list[BatchResult]] = {}  # of each task since the last point of the curves
+        self.mean_losses: dict[str, float] = {}  # of each task at its last point in the epoch at hand
         self.utilization: list[int] = []  # of the GPU in percent, at points of the curves of the epoch at hand
         self.writer: Any = None
 
@@ -213,29 +236,34 @@ class Logger:
         if self.config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.run.tensorboard))
+            self.writer = SummaryWriter(str(self.run.path))
             if not self.config.run.resume:
                 self.writer.add_text("config", f"```json\n{json.dumps(self.config.to_dict(), indent=2)}\n```")
+                for summary in hparams_summaries(self.config, self.tasks):
+                    self.writer.file_writer.add_summary(summary)
 
     # Steps
 
     def begin_steps(self, steps: Sequence[Step], done: int, epoch: int, data: Mapping[str, Batches]) -> "tqdm[Step]":
         """Return a bar over the steps of `epoch`, counted from 0, of which `done` are done."""
-        self.epoch, self.data = epoch, data
+        self.epoch, self.data, self.steps, self.steps_done = epoch, data, len(steps), done
         self.batches = [batch for step in steps for batch in step.batches]
         named = {batch.task for batch in self.batches}
         scored = not self.config.train.mlm
         self.meters = {name: self.meters.get(name) or TaskMeter(scored) for name in self.tasks if name in named}
+        shown = sum(len(step.batches) for step in steps[: done - done % self.config.run.log_every])
+        self.recent = {name: meter.results_from(shown) for name, meter in self.meters.items()}
+        self.mean_losses = {}
         name = f"epoch {epoch + 1}/{self.config.train.epochs}"
         self.bar = progress(steps[done:], name, "step", done=done)
         return self.bar
 
     def wants_norm(self, step: Step) -> bool:
-        """Whether the curves get a point from this step, which costs a pass over memory for the gradient's norm."""
-        return any(self._is_due(batch.task) for batch in step.batches)
+        """Whether the curves get the gradient's norm of this step, which costs a pass over memory."""
+        return any(self._wants_norm(batch.task) for batch in step.batches)
 
-    def _is_due(self, task: str) -> bool:
-        return len(self.meters[task].results) % LOG_EVERY == 0
+    def _wants_norm(self, task: str) -> bool:
+        return len(self.meters[task].results) % self.config.run.log_every == 0
 
     def add_step(
         self, step: Step, number: int, batches_before: int, result: StepResult, rates: Mapping[str, float]
@@ -247,39 +275,52 @@ class Logger:
         """
         seconds, peak_memory = self.timer.stop()
         for i, (batch, done) in enumerate(zip(step.batches, result.batches, strict=True)):
-            due = self._is_due(batch.task)
-            lr, share = rates[batch.task], seconds / len(step.batches)
-            self.meters[batch.task].add(number + i, done, len(batch.indices), lr, share, peak_memory)
-            self.unchecked.append(done.loss)
-            if due:
-                if (percent := self.device.utilization()) is not None:
-                    self.utilization.append(percent)
-                self.check_losses()
-                self.bar.set_postfix_str(f"{batch.task} loss {done.loss.item():.3f}", refresh=False)
-                self._curves(batches_before + i, batch.task, done.loss.item(), lr, result.norm)
+            meter, share = self.meters[batch.task], seconds / len(step.batches)
+            if result.norm is not None and self._wants_norm(batch.task):
+                meter.norm = result.norm
+            meter.add(number + i, done, len(batch.indices), rates[batch.task], share, peak_memory)
+            self.recent[batch.task].append(done)
+        self.steps_done += 1
+        if self.steps_done % self.config.run.log_every == 0 or self.steps_done == self.steps:
+            self._wait()
+            self._add_point(batches_before + len(step.batches))
 
-    def _curves(self, number: int, task: str, loss: float, lr: float, norm: Tensor | None) -> None:
-        if self.writer is not None:
-            self.writer.add_scalar(f"{task}/loss", loss, number)
-            self.writer.add_scalar(f"{task}/lr", lr, number)
-            if norm is not None and math.isfinite(norm):
-                self.writer.add_scalar(f"{task}/gradient_norm", float(norm), number)
-
-    def check_losses(self) -> None:
-        """Raise UserError if a loss that nobody has looked at yet is not finite; waits for the device."""
-        if self.unchecked and not torch.stack(self.unchecked).isfinite().all():
-            check_losses_finite(self.meters, self.batches, self.epoch + 1, self.data, self.run)
-        self.unchecked.clear()
-
-    def end_steps(self) -> None:
-        """Wait until the device has done all steps of the epoch, and complete the tasks' figures."""
+    def _wait(self) -> None:
+        """Wait until the device has done all steps, and share the seconds between the batches since the last point."""
         started = time.perf_counter()
         self.device.synchronize()
-        self.meters[self.batches[-1].task].seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        count = sum(map(len, self.recent.values()))
+        for name, results in self.recent.items():
+            self.meters[name].seconds += seconds * len(results) / count
+
+    def _add_point(self, batches: int) -> None:
+        """Show the mean losses of the steps since the last point in the bar and the curves.
+
+        `batches` of the run are done. Raises UserError if a loss is not finite.
+        """
+        if (percent := self.device.utilization()) is not None:
+            self.utilization.append(percent)
+        means = {name: mean_loss(results) for name, results in self.recent.items() if results}
+        if not all(map(math.isfinite, means.values())):
+            check_losses_finite(self.meters, self.batches, self.epoch + 1, self.data, self.run)
+        self.recent = {name: [] for name in self.meters}
+        self.mean_losses |= means
+        losses = "  ".join(f"{name} {self.mean_losses[name]:.3f}" for name in self.tasks if name in self.mean_losses)
+        self.bar.set_postfix_str(losses, refresh=False)
+        if self.writer is None:
+            return
+        for name, mean in means.items():
+            self.writer.add_scalar(f"loss/{name}", mean, batches)
+            self.writer.add_scalar(f"lr/{name}", self.meters[name].lr, batches)
+            if (norm := self.meters[name].take_norm()) is not None and math.isfinite(norm):
+                self.writer.add_scalar(f"optim/gradient_norm_{name}", norm, batches)
+
+    def end_steps(self) -> None:
+        """Complete the tasks' figures when all steps of the epoch are done."""
         for name, meter in self.meters.items():
             drawn = np.concatenate([batch.indices for batch in self.batches if batch.task == name])
             meter.tokens = int(self.data[name].lengths[drawn].sum())
-        self.check_losses()
 
     def epoch_figures(self) -> dict[str, TaskEpoch]:
         """Return the training figures of each task in the epoch at hand."""
@@ -294,22 +335,9 @@ class Logger:
         self.run.append_json("timing.jsonl", timing_line(epoch))
         if self.writer is None:
             return
-        for name, figures in epoch.tasks.items():
-            if figures.train:
-                self._scalars(f"{name}/train", figures.train, epoch.batches)
-        scalars = {
-            "speed/examples_per_second": epoch.examples_per_second,
-            "speed/gpu_utilization": epoch.gpu_utilization,
-            "memory/peak_gigabytes": epoch.peak_memory / 1e9,
-            "gradients/conflicting_pairs": epoch.conflicts,
-            "gradients/skipped_steps": epoch.skipped_steps,
-            "score/dev": epoch.dev.get("score"),
-        }
-        for tag, value in scalars.items():
-            if value is not None:
-                self.writer.add_scalar(tag, value, epoch.batches)
+        for tag, value in epoch_scalars(epoch).items():
+            self.writer.add_scalar(tag, value, epoch.batches)
         for name, (values, labels) in dev.items():
-            self._scalars(f"{name}/dev", epoch.dev[name], epoch.batches)
             if self._has_figures(epoch.number):
                 self._figure(name, values, labels, epoch.batches)
         self.writer.flush()
@@ -317,17 +345,13 @@ class Logger:
     def _figure(self, task: str, values: np.ndarray, labels: np.ndarray, number: int) -> None:
         similarity = self.tasks[task].kind == "similarity"
         figure = (residual_figure if similarity else confusion_figure)(self.tasks[task], values, labels)
-        self.writer.add_figure(f"{task}/{'residuals' if similarity else 'confusion'}", figure, number)
+        self.writer.add_figure(f"plots/{task}_{'residuals' if similarity else 'confusion'}", figure, number)
 
     def _has_figures(self, epoch: int) -> bool:
         """Whether an evaluation after so many epochs has figures: each one in short runs, and the last one always."""
         train = self.config.train
         every = train.eval_every * math.ceil(train.epochs / (MOST_FIGURES * train.eval_every))
         return epoch % every == 0 or epoch == train.epochs
-
-    def _scalars(self, prefix: str, scores: Scores, number: int) -> None:
-        for metric, value in scores.items():
-            self.writer.add_scalar(f"{prefix}_{metric}", value, number)
 
     def flush(self) -> None:
         """Write all that was recorded to the files."""
@@ -344,19 +368,7 @@ class Logger:
         meters = state.items()
         self.meters = {name: TaskMeter.from_state(meter, scored, self.device.device) for name, meter in meters}
 
-    def close(self, scores: Scores) -> None:
-        """Record the run's options and best scores for TensorBoard's HParams tab, and close."""
-        if self.writer is None:
-            return
-        options = {
-            key.removeprefix("tasks."): value if isinstance(value, (bool, int, float, str)) else str(value)
-            for key, value in self.config.flat().items()
-            if value is not None and not key.startswith(("run.", "compute."))
-        }
-        metrics = {
-            f"hparam/{name}": primary(self.tasks[name], found) for name, found in scores.items() if name in self.tasks
-        }
-        if "score" in scores:
-            metrics["hparam/score"] = scores["score"]
-        self.writer.add_hparams(options, metrics, run_name=".")
-        self.writer.close()
+    def close(self) -> None:
+        """Complete TensorBoard's file."""
+        if self.writer is not None:
+            self.writer.close()

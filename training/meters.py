@@ -48,6 +48,7 @@ class EpochRecord:
     trainable_parameters: int = 0
     device: str = ""
     is_best: bool = False
+    best_score: float | None = None  # on dev so far; None if not all tasks were evaluated
     conflicts: float | None = None  # share of the pairs of tasks whose gradients work against each other
     skipped_steps: int | None = None  # because their gradients overflowed fp16; None where nothing is scaled
 
@@ -79,6 +80,13 @@ class StepResult:
     norm: Tensor | None
 
 
+def mean_loss(results: Sequence[BatchResult]) -> float:
+    """Return the mean loss over the examples of at least one batch; waits for the device."""
+    losses = torch.stack([result.loss for result in results]).cpu().double()  # an Apple GPU has no float64
+    sizes = torch.tensor([len(result.outputs) for result in results], dtype=torch.float64)
+    return float((losses * sizes).sum() / sizes.sum().clamp_min(1))
+
+
 class TaskMeter:
     """Collects one task's training figures over an epoch without waiting for the device."""
 
@@ -94,6 +102,7 @@ class TaskMeter:
         self.lr = 0.0
         self.tokens = 0
         self.peak_memory = 0
+        self.norm: Tensor | None = None  # of a gradient since the last point of the curves
 
     def add(self, number: int, result: BatchResult, examples: int, lr: float, seconds: float, peak_memory: int) -> None:
         """Add the results of one batch; nothing is copied to the host yet."""
@@ -108,6 +117,15 @@ class TaskMeter:
         """Return the losses of the batches so far."""
         return torch.stack([result.loss for result in self.results])
 
+    def results_from(self, number: int) -> list[BatchResult]:
+        """Return the results of the batches from `number` on, which counts from the start of the epoch."""
+        return [done for at, done in zip(self.numbers, self.results, strict=True) if at >= number]
+
+    def take_norm(self) -> float | None:
+        """Return the gradient's norm, if one was measured since the last call; waits for the device."""
+        norm, self.norm = self.norm, None
+        return None if norm is None else float(norm)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs of a meter that has seen a batch."""
         return {
@@ -116,6 +134,7 @@ class TaskMeter:
             "losses": self.losses(),
             "sizes": [len(result.labels) for result in self.results],
             "numbers": self.numbers,
+            "norm": self.norm,
             **{name: getattr(self, name) for name in self.figures},
         }
 
@@ -127,14 +146,13 @@ class TaskMeter:
         labels = state["labels"].to(device).split(state["sizes"])
         parts = zip(state["losses"].to(device), outputs, labels, strict=True)
         meter.results, meter.numbers = [BatchResult(*part) for part in parts], state["numbers"]
+        meter.norm = state.get("norm")  # older states have none
         for name in cls.figures:
             setattr(meter, name, state[name])
         return meter
 
     def epoch_figures(self, task: Task) -> TaskEpoch:
         """Return the figures of the epoch. Their scores are those of the training passes, with dropout."""
-        losses = self.losses().cpu().double()  # an Apple GPU has no float64
-        sizes = torch.tensor([len(result.outputs) for result in self.results], dtype=torch.float64)
         scores: Scores = {}
         if self.scored:
             outputs = torch.cat([result.outputs for result in self.results]).float().cpu().numpy()
@@ -143,7 +161,7 @@ class TaskMeter:
         return TaskEpoch(
             steps=len(self.results),
             examples=self.examples,
-            loss=float((losses * sizes).sum() / sizes.sum().clamp_min(1)),
+            loss=mean_loss(self.results),
             lr=self.lr,
             seconds=self.seconds,
             tokens=self.tokens,

@@ -193,7 +193,7 @@ def newest_state(run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any
 
 def lengths(run: RunDirectory) -> dict[str, int]:
     """Return the sizes in bytes of the files that grow as the run goes on, by their names in its folder."""
-    files = [run.path / "metrics.jsonl", run.path / "timing.jsonl", *run.tensorboard.rglob("*")]
+    files = [run.path / "metrics.jsonl", run.path / "timing.jsonl", *run.event_files()]
     return {str(path.relative_to(run.path)): path.stat().st_size for path in files if path.is_file()}
 
 

@@ -23,7 +23,7 @@ RUN_FILES = (
 
 
 class RunDirectory:
-    """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and tensorboard/."""
+    """The folder of one run: checkpoints, configuration, metrics, scores, predictions/ and TensorBoard's events."""
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         """Without `writes`, nothing is written: another process of the run does it."""
@@ -32,7 +32,6 @@ class RunDirectory:
         self.resume = path / "resume.pt"
         self.previous = path / "resume-previous.pt"
         self.predictions = path / "predictions"
-        self.tensorboard = path / "tensorboard"
 
     @classmethod
     def named(cls, run_dir: str | None, name: str, writes: bool = True) -> "RunDirectory":
@@ -134,13 +133,19 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove a former run's files and nothing else."""
-        curves = list(self.tensorboard.rglob("events.out.tfevents.*"))
+        curves = self.event_files()
         for path in (*(self.path / name for name in RUN_FILES), *curves):
             path.unlink(missing_ok=True)
         remove_predictions(self.path)
-        for folder in (self.predictions, *(path.parent for path in curves), self.tensorboard):
+        folders = {path.parent for path in curves} - {self.path}
+        for folder in (self.predictions, *sorted(folders, reverse=True), self.path / "tensorboard"):
             with suppress(OSError):  # somebody else's files are in it
                 folder.rmdir()
+
+    def event_files(self) -> list[Path]:
+        """Return the run's event files of TensorBoard. Earlier versions wrote them into the folder tensorboard."""
+        events = "events.out.tfevents.*"
+        return [*self.path.glob(events), *(self.path / "tensorboard").rglob(events)]
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a json file of the run atomically."""

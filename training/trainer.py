@@ -241,7 +241,7 @@ class Trainer:
             self.save_state()
             self.pause()
         best = best or self.checkpointer.load_best_scores()
-        self.logger.close(best)
+        self.logger.close()
         return best
 
     def is_stale(self) -> bool:
@@ -390,6 +390,7 @@ class Trainer:
             self.progress.evaluations_without_improvement = 0
             lines = similarity_lines(self.model.tasks, dev)
             self.checkpointer.save_best(record.dev, self.progress.epoch, self.progress.batches, lines)
+        record.best_score = self.progress.best_score
 
     def begin_record(self) -> EpochRecord:
         """Return the record of the epoch's training."""

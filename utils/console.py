@@ -47,9 +47,13 @@ class LogLines:
 
 
 def bar_style() -> dict[str, Any]:
-    """Return the arguments of tqdm: a redrawn bar on a terminal, a line every half minute in a file or a pipe."""
+    """Return the arguments of tqdm: a redrawn bar on a terminal, a line every half minute in a file or a pipe.
+
+    A narrow terminal cuts off the end, which is therefore the speed and not the losses.
+    """
     if sys.stderr.isatty():
-        return {"dynamic_ncols": True}
+        numbers = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}, {rate_fmt}]"
+        return {"dynamic_ncols": True, "bar_format": numbers}
     numbers = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     return {"file": LogLines(), "bar_format": numbers, "mininterval": 30.0}
 

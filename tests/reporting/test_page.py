@@ -35,10 +35,11 @@ def test_a_table_in_three_formats() -> None:
 )
 def test_names_of_files_are_unique_and_texts_are_escaped(tmp_path: Path, names: list[str], files: list[str]) -> None:
     table = Table([Column("x")], [["1"]] * 30)
-    items = [ReportItem(name, "<b>Title</b> & co", "a < b", table) for name in names]
+    items = [ReportItem(name, "<b>Title</b> & co", "a < b", table, source="python x.py <y>") for name in names]
     write_report(Report("R", "made <so>", [Section("S", items, ["left <out>"])], ["not <read>"]), tmp_path, "report")
     assert sorted(path.stem for path in tmp_path.glob("*.csv")) == sorted(files)
     page = read_page(tmp_path)
     assert page.text.count("In numbers") == len(names)  # tables of many rows are folded
-    for text in ("<b>Title</b> & co", "a < b", "made <so>", "left <out>", "not <read>"):
+    for text in ("<b>Title</b> & co", "a < b", "made <so>", "left <out>", "not <read>", "python x.py <y>"):
         assert text in page.text
+    assert (tmp_path / "report.md").read_text().count("Source: `python x.py <y>`") == len(names)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cells_of, check_layout, figure_of, refusal
+from helpers import cells_of, check_layout, configure, figure_of, refusal
 from matplotlib.colors import to_rgb
 from scipy.stats import linregress
 from sklearn.metrics import confusion_matrix, mean_squared_error
@@ -17,7 +17,7 @@ from config import DataOptions, TaskOptions
 from datasets import BadRows, read_examples
 from evaluation.metrics import correlation
 from evaluation.prediction_files import write_predictions
-from reporting.page import ReportItem
+from reporting.page import ReportItem, Section
 from reporting.predictions import DevSets, Predictions, load_predictions, read_prediction_file
 from reporting.profiles import memory_item
 from reporting.runs import (
@@ -31,8 +31,10 @@ from reporting.runs import (
     scatter_item,
     scores_item,
     task_curves_item,
+    with_labels,
 )
 from reporting.sources import Run, read_run
+from reporting.trials import compare_trials
 from tasks import PARA, SST, STS, TASKS, Task
 
 rng = np.random.default_rng
@@ -152,7 +154,7 @@ def test_a_task_that_is_scored_and_not_trained_has_a_dev_curve() -> None:
 
 
 def test_runs_are_compared(finished_runs: Path) -> None:
-    several = [read_run(finished_runs / name, name, []) for name in ("cross", "sst", "yin")]
+    several = with_labels([read_run(finished_runs / name, name, []) for name in ("cross", "sst", "yin")])
     (axes,) = figure_of(scores_item(several)).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2], [1, 2]]  # one epoch is no curve
     assert len({to_rgb(line.get_color()) for line in axes.lines}) == 2
@@ -162,7 +164,7 @@ def test_runs_are_compared(finished_runs: Path) -> None:
     assert [row[0] for row in rows] == ["run", "cross", "sst", "yin"] and rows[2][rows[0].index("para accuracy")] == ""
     saved = json.loads((finished_runs / "yin" / "scores.json").read_text())
     assert rows[3][rows[0].index("sts pearson")] == f"{saved['dev']['sts']['pearson']:.4f}"
-    assert rows[3][rows[0].index("epoch kept")] == str(saved["epoch"])
+    assert rows[3][rows[0].index("best epoch")] == str(saved["epoch"])
     timing = [json.loads(line) for line in (finished_runs / "yin" / "timing.jsonl").read_text().splitlines()]
     assert rows[3][rows[0].index("training time (min)")] == f"{sum(line['seconds'] for line in timing) / 60:,.2f}"
     steps = sum(line["seconds_without_evaluation"] for line in timing) / 60
@@ -170,6 +172,39 @@ def test_runs_are_compared(finished_runs: Path) -> None:
     assert not any("GPU" in name for name in rows[0])  # a CPU has no such column
     trial = replace(several[2], timing=[{**line, "gpu_utilization": 50.0 + n} for n, line in enumerate(timing)]).trial
     assert trial is not None and trial.gpu_utilization == 50.5
+
+
+def options_of(run: Run, *flags: object, dev: dict[str, int] | None = None) -> Run:
+    """Return the run with other options and sizes of dev sets."""
+    return replace(run, config=configure(*flags), dev_examples=dev or {"sst": 20})
+
+
+def test_runs_are_called_by_the_options_in_which_they_differ() -> None:
+    plain = [bare_run(name, [{"epoch": e, "train": {}, "dev": {"score": 0.1}} for e in (1, 2)]) for name in "abcd"]
+    flags = [["--lr", 1e-5], ["--lr", 2e-5], ["--lr", 2e-5, "--seed", 3], ["--lr", 2e-5, "--seed", 3]]
+    trained = [options_of(run, "--train_sst", *more) for run, more in zip(plain, flags, strict=True)]
+    titles = [run.title for run in with_labels([*trained, bare_run("ensemble", [])])]
+    seed = configure().train.seed
+    assert titles == ["lr 1e-05", f"lr 2e-05, seed {seed}", "lr 2e-05, seed 3, c", "lr 2e-05, seed 3, d", "ensemble"]
+    legend = figure_of(scores_item(with_labels(trained[:2]))).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["lr 1e-05", "lr 2e-05"]
+    assert [run.title for run in with_labels([trained[0], bare_run("ensemble", [])])] == ["a", "ensemble"]
+
+
+def test_dev_sets_of_different_sizes_are_marked(run: Run) -> None:
+    assert run.dev_examples == {name: len(predictions_of(run, task).labels) for name, task in TRAINED.items()}
+    large = options_of(run, "--lr", 1e-5, dev={"sst": 1101, "sts": 9})
+    small = options_of(replace(run, name="small"), "--lr", 2e-5, dev={"sst": 64, "sts": 9})
+    runs = with_labels([large, small, bare_run("e", [])])
+    assert [run.title for run in runs] == ["lr 1e-05 (dev: 1,101 sst)", "lr 2e-05 (dev: 64 sst)", "e"]
+    item = runs_item(runs)
+    assert "64 or 1,101 SST sentiment" in item.text and "1,101 sst" in cells_of(item)[1][1]
+    section = Section("Runs")
+    compare_trials(section, "runs", [run.trial for run in runs if run.trial is not None])
+    assert section.items and all("64 or 1,101 SST sentiment" in item.text for item in section.items)
+    (bars,) = (item for item in section.items if item.name == "runs-scores")
+    assert [row[0] for row in cells_of(bars)[1:]] == [run.title for run in runs[:2]]
+    assert runs_item(with_labels([run, run])).text == ""
 
 
 def test_curves_of_a_task_have_a_line_for_each_run() -> None:
@@ -240,7 +275,7 @@ def test_of_many_runs_the_best_are_drawn() -> None:
     figure = figure_of(item)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(shown) == MOST_CURVES and all(name.endswith(f"{i}") for i, name in enumerate(shown[:-1], start=12))
-    assert all(len(name) < 70 for name in shown)
+    assert all(len(line) < 70 for name in shown for line in name.splitlines())
     figure.draw_without_rendering()  # fails if it reads a wrong formula
     assert isinstance(item, ReportItem) and "8 best of 20 runs" in item.text and len(cells_of(item)) == 41
 
@@ -254,7 +289,7 @@ def test_rates_and_errors_have_rows_for_each_run(finished_runs: Path) -> None:
     assert rows[1][2:] == [f"{x / y:.3f}" for x, y in ((tp, tp + fn), (fp, fp + tn), (tn, fp + tn), (fn, tp + fn))]
     similar = {run.name: predictions_of(run, STS) for run in both}
     _, *rows = cells_of(errors_item(STS, similar))
-    kinds = ("as they are", "after the best line")
+    kinds = ("as they are", "fitted to the labels")
     assert [row[:2] for row in rows] == [[name, kind] for name in similar for kind in kinds]
     yin = similar["yin"]
     assert rows[0][4] == f"{mean_squared_error(yin.labels, yin.predicted):.3f}"
@@ -267,4 +302,4 @@ def test_nothing_of_the_figures_is_cut_off(run: Run, finished_runs: Path) -> Non
     items += [confusion_item(run, predictions_of(run, task)) for task in (SST, PARA)]
     for item in items:
         check_layout(figure_of(item))
-        assert figure_of(item).texts[0].get_text().startswith("commit ")
+        assert isinstance(item, ReportItem) and item.source.startswith("commit ") and not figure_of(item).texts

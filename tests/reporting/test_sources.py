@@ -70,8 +70,11 @@ def test_a_folder_of_runs(finished_runs: Path, tmp_path: Path, capsys: pytest.Ca
     of_all = {"scores", "runs-scores", "runs-resources", *(f"runs-{task}-curves" for task in ("sst", "para", "sts"))}
     assert stems(out) == {*wanted, "sst-sst-confusion", *of_all}
     assert {"runs", "scores", "sts-errors", "para-rates", "yin-curves"} <= stems(out, "*.csv")
-    assert all(title in page.text for title in ("Runs", "Learning curves", "Left out")) and "Not read" not in page.text
-    assert "sst: no learning curves, which need two epochs" in printed
+    assert all(title in page.text for title in ("Runs", "Learning curves", "Not shown, and why"))
+    assert "Not read" not in page.text
+    rows = {row["run"]: row["configuration"] for row in csv.DictReader((out / "runs.csv").open())}
+    assert len(set(rows.values())) == 3 and all(f"{run}: {label}" in page.text for run, label in rows.items())
+    assert f"sst: {rows['sst']}: no learning curves, which need two epochs" in printed
 
 
 def damage(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:

@@ -19,10 +19,10 @@ from reporting.trials import (
     batches_item,
     costs_bars_item,
     costs_item,
-    footnote_of,
     ranks_item,
     scores_bars_item,
     seeds_item,
+    source_of,
     trials_item,
 )
 from studies.results import COLUMNS
@@ -157,7 +157,7 @@ def test_costs_over_rank_are_relative_to_lora_of_the_lowest_rank_in_the_mode(tmp
     ]
     item = costs_item("study", study(tmp_path, rows).trials)
     figure = figure_of(item)
-    assert text_of(item).endswith(" Left out, without LoRA of rank 1: attn-only.")
+    assert text_of(item).endswith(" Not shown, because LoRA of rank 1 is missing: attn-only.")
     wanted = {
         "memory": ([1, 1.5], [2.5], [1, 0.5]),
         "time": ([1, 1.5], [3.0], [1, 0.5]),
@@ -179,10 +179,10 @@ def test_costs_that_were_not_recorded_are_not_drawn(tmp_path: Path) -> None:
     assert isinstance(reason, str) and reason.endswith("one mode at two ranks, with its LoRA of rank 1 among them")
     assert isinstance(batches_item("study", trials), str)
     rows = [row(0.5, lora_mode=mode, lora_rank=rank, dora=0) for mode in ("attn", "all-lin") for rank in (1, 2)]
-    assert "Left out" not in text_of(costs_item("study", study(tmp_path, rows).trials))
+    assert "Not shown" not in text_of(costs_item("study", study(tmp_path, rows).trials))
     rows[2] |= {"sst_seconds_per_epoch": "", "sts_seconds_per_epoch": ""}
     item = costs_item("study", study(tmp_path, rows).trials)
-    assert text_of(item).endswith(" Left out of time, which LoRA of rank 1 lacks: all-lin.")
+    assert text_of(item).endswith(" Not shown in time, which LoRA of rank 1 lacks: all-lin.")
 
 
 def test_labels_of_close_ranks_are_staggered() -> None:
@@ -325,8 +325,7 @@ def test_the_report_says_what_data_a_figure_needs(tmp_path: Path, make_item: Any
 @pytest.mark.parametrize("count", [1, 12])
 def test_long_labels_are_wrapped_and_cut(name: str, count: int) -> None:
     names = [f"{name} {i}" for i in range(count)]
-    footnote = r"commit 0123456789ab; python multitask_classifier.py --name $\wrong$" + " --option and_its_value" * 20
-    figure = seeds_figure(names, {"score": [[0.1, 0.2]] * count, "time": [[1.0]] * count}, footnote)
+    figure = seeds_figure(names, {"score": [[0.1, 0.2]] * count, "time": [[1.0]] * count})
     check_layout(figure)
     labels = figure.axes[0].get_yticklabels()
     assert all(label.get_text().endswith((f" {i}", f"\n{i}")) for i, label in enumerate(labels))
@@ -378,12 +377,12 @@ def test_costs_of_a_gpu_stand_in_the_tables(tmp_path: Path) -> None:
         assert first[header.index("training time without evaluation (min)")] == "110.04"
 
 
-def test_the_footnote_has_commits_device_and_shared_flags(tmp_path: Path) -> None:
+def test_the_source_has_commits_device_and_shared_flags(tmp_path: Path) -> None:
     trials = study(tmp_path, ROWS).trials
-    assert footnote_of(trials) == f"commit 0123456789ab; cpu (x86_64, 1 threads); python multitask_classifier.py {BASE}"
+    assert source_of(trials) == f"commit 0123456789ab; cpu (x86_64, 1 threads); python multitask_classifier.py {BASE}"
     changed = [{**ROWS[0], "commit": f"{COMMIT}+"}, {**ROWS[0], "commit": "", "device": ""}, ROWS[0]]
-    assert footnote_of(study(tmp_path, changed).trials).startswith("commit 0123456789ab+, 0123456789ab; cpu")
-    assert footnote_of(study(tmp_path, changed[1:2]).trials).startswith("commit not recorded; python")
+    assert source_of(study(tmp_path, changed).trials).startswith("commit 0123456789ab+, 0123456789ab; cpu")
+    assert source_of(study(tmp_path, changed[1:2]).trials).startswith("commit not recorded; python")
 
 
 def test_the_script(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
-"""The figures in TensorBoard."""
+"""The curves and figures in TensorBoard, and the losses in the bar."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import configure, make_model
+from helpers import configure, make_model, make_trainer
 
 from config import PalOptions
 from lora import LoRAConfig
 from tasks import SST, TASKS, Task
 from training import logger
-from training.meters import EpochRecord
+from training.meters import EpochRecord, StepResult
 from training.run_directory import RunDirectory
+from training.task_sampling import Step
 from utils.device import Device
 
 
@@ -55,7 +56,43 @@ def test_a_long_run_draws_few_figures(
         scores = {"sst": {"accuracy": 1.0}} if due else {}
         recorder.end_epoch(EpochRecord(number, "all", number, {}, scores), dev)
     assert figures == drawn_after
-    assert [step for tag, step in scalars if tag.startswith("speed/")] == [*range(1, epochs + 1)]
+    assert [step for tag, step in scalars if tag.startswith("perf/examples")] == [*range(1, epochs + 1)]
+
+
+@pytest.mark.parametrize("routine", ["interleave", "joint"])
+def test_curves_and_the_bar_show_means(tiny_flags: list[str], tmp_path: Path, routine: str) -> None:
+    """Each is over the examples of all steps since the point before; the epoch's last step always gives one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--tensorboard", "--routine", routine, "--log_every", 2, "--num_sts_trains", 2, "--epochs", 1]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    train_step, made = trainer.train_step, []
+
+    def watched(step: Step, measure_norm: bool) -> StepResult:
+        made.append((step, train_step(step, measure_norm)))
+        return made[-1][1]
+
+    trainer.train_step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    wanted: dict[str, list[tuple[int, float]]] = {name: [] for name in trainer.model.tasks}
+    for first in range(0, len(made), 2):
+        batches = sum(len(step.batches) for step, _ in made[: first + 2])
+        for name in wanted:
+            losses = [
+                float(found.loss)
+                for step, result in made[first : first + 2]
+                for batch, found in zip(step.batches, result.batches, strict=True)
+                for _ in batch.indices
+                if batch.task == name
+            ]
+            if losses:
+                wanted[name].append((batches, pytest.approx(np.mean(losses), rel=1e-6)))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for name, points in wanted.items():
+        assert [(point.step, point.value) for point in events.Scalars(f"loss/{name}")] == points
+    last = {name: events.Scalars(f"loss/{name}")[-1].value for name in wanted}
+    assert trainer.logger.bar.postfix == "  ".join(f"{name} {loss:.3f}" for name, loss in last.items())
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def test_an_epoch_has_the_mean_utilization_and_peak_memory_of_the_busiest_rank(
     trainer = make_trainer(tiny_flags, tmp_path / "run", device=Busy(CPU))
     monkeypatch.setattr(DistributedContext, "all_reduce_max", lambda self, *numbers: [2 * n for n in numbers])
     records = [trainer.train_epoch(), trainer.train_epoch()]
-    assert Busy.samples == [10, 20, 30, 40, 50, 60]  # one for each task's first batch
+    assert Busy.samples == [10, 20]  # one for each epoch of less than --log_every steps
     lines = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
-    assert [line["gpu_utilization"] for line in lines] == [2 * 20, 2 * 50]
+    assert [line["gpu_utilization"] for line in lines] == [2 * 10, 2 * 20]
     for line, record in zip(lines, records, strict=True):
         assert line["peak_memory_bytes"] == record.peak_memory > 1.9 * Device(CPU).peak_memory()
         assert line["seconds_without_evaluation"] == pytest.approx(sum(line["train_seconds"].values()), abs=2e-3)

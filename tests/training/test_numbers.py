@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import multitask_classifier
 from models.checkpoint import load, save
 from tasks import TASKS
-from training.logger import LOG_EVERY
 from training.meters import BatchResult, TaskMeter, check_losses_finite
 from training.resume import check_finite
 from training.trainer import Trainer
@@ -83,7 +82,7 @@ def test_the_first_bad_batch_is_named(
     assert str(run / "bad_batch.json") in message and "--lr" in message and "--clip" in message
     assert {name: sha256(run / name) for name in files} == files and len(files) == 2
     assert len(metrics(run)) == 1
-    assert trainer.progress.batches - 60 <= wanted[0] + 3 * LOG_EVERY  # seen at the next look
+    assert trainer.progress.batches - 60 <= wanted[0] + 3 * trainer.config.run.log_every  # seen at the next look
     make_trainer(tiny_flags, run, "--overwrite")
     assert not (run / "bad_batch.json").exists()
 
@@ -125,7 +124,7 @@ def test_losses_are_asked_for_now_and_then(tiny_flags: list[str], tmp_path: Path
     trainer = make_ready(tiny_flags, tmp_path / "whole", *more, "--batch_size", 1)
     with Waits() as waits:
         trainer.run_steps(steps_of(trainer))
-    looks = 3 * 20 // LOG_EVERY
+    looks = len(steps_of(trainer)) // trainer.config.run.log_every
     assert looks <= waits.count <= 6 * looks + 3
 
 

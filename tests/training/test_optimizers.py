@@ -223,9 +223,9 @@ def test_skipped_steps_are_counted_and_shown(
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [2, 0]
     assert "2 steps skipped, whose gradients overflowed fp16" in capsys.readouterr().out
     assert trainer.average is not None and trainer.average.updates == 2 * steps - 2
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert [point.value for point in events.Scalars("gradients/skipped_steps")] == [2, 0]
+    assert [point.value for point in events.Scalars("optim/skipped_steps")] == [2, 0]
     schedule = trainer.optimizers.schedules["sst"]
     positions = [0, 0, *(number / steps for number in range(steps - 2))]
     assert [found["sst"] for found in rates[:steps]] == pytest.approx([schedule.at(at) for at in positions])

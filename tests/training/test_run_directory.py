@@ -31,7 +31,7 @@ def test_resume_needs_the_options_of_the_start(tiny_flags: list[str], tmp_path: 
 def test_overwrite_removes_a_runs_files_only(tmp_path: Path) -> None:
     run, events = RunDirectory(tmp_path), "events.out.tfevents.1.host"
     files = ["best.pt", "config.json", "bad_batch.json", "predictions/sst-dev-output.csv"]
-    files += [f"tensorboard/{events}", f"tensorboard/a/{events}", ".best.pt.9.tmp"]  # the last is left by a kill
+    files += [events, f"tensorboard/{events}", f"tensorboard/a/{events}", ".best.pt.9.tmp"]  # the last by a kill
     theirs = ["notes.txt", "predictions/mine.txt", "tensorboard/b/mine.txt"]
     for name in (*files, *theirs):
         write_text(tmp_path / name, "x")
@@ -52,6 +52,21 @@ def test_files_that_cannot_be_cut_back_are_one_line(trained: Trainer, monkeypatc
     monkeypatch.setattr(os, "truncate", fail)
     message = refusal(trained.checkpointer.cut_back, {**before, "metrics.jsonl": 0})
     assert message.startswith(f"--run_dir {trained.checkpointer.run.path}: cannot be written (")
+
+
+@pytest.mark.parametrize("folder", ["", "tensorboard/"])
+def test_curves_are_cut_back_where_they_are(trained: Trainer, folder: str) -> None:
+    """Earlier versions wrote them into a folder of their own. Other files stay as they are."""
+    run = trained.checkpointer.run
+    for name in (first := f"{folder}events.out.tfevents.1.host", "notes.txt"):
+        write_text(run.path / name, "saved")
+    before = lengths(run)
+    write_text(run.path / first, "saved, and a point of a later step")
+    for name in (later := f"{folder}events.out.tfevents.2.host", "more.txt"):
+        write_text(run.path / name, "later")
+    trained.checkpointer.cut_back(before)
+    assert (run.path / first).read_text() == "saved" and not (run.path / later).exists()
+    assert (run.path / "more.txt").read_text() == "later"
 
 
 def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_a_bar_in_a_file_is_made_of_lines(capsys: pytest.CaptureFixture[str]) ->
     assert lines[-1].startswith("epoch 1/3: 100%| 4/4 [00:00<00:00, ") and lines[-1].endswith("step/s, sst loss 1.047]")
     bar = progress(["a", "b"], "epoch", "step", done=3)
     assert (bar.n, bar.total) == (3, 5) and list(bar) == ["a", "b"]
+
+
+def test_losses_are_seen_on_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with os.fdopen(terminal, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        bar = progress(range(1234), "epoch 10/25", "step")
+        bar.update(1000)
+        bar.set_postfix_str("sst 1.561  para 0.656  sts 2.134")
+        line = str(bar)
+        bar.close()
+    os.close(master)
+    assert line.startswith("epoch 10/25:  81%|") and "| 1000/1234 [" in line
+    assert "sst 1.561  para 0.656  sts 2.134" in line
 
 
 def test_tables_and_first_lines() -> None:
