@@ -34,7 +34,7 @@ from text.rows import RowError, find_layout, parse_renames, possible_headers, re
 from text.token_cache import Arrays, cache_key, cached
 from text.tokenizer import TokenArrays, Tokenizer
 from utils.errors import UserError
-from utils.untrusted import limited, open_regular
+from utils.untrusted import MAX_DATA, limited, open_regular
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,6 @@ class BadRows:
 
 
 MAX_HEADER = 1 << 20  # bytes of a file's first line
-MAX_DATA = 2 << 30  # bytes of a file when it is decompressed; its rows take some times as much memory
 _SOURCE = "fetch the course's files with `python datasets.py --out data` or try --data_dir data/sample"
 
 

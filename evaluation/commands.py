@@ -11,6 +11,7 @@ from tasks import Task
 from utils.console import say
 from utils.device import device_of
 from utils.errors import UserError
+from utils.untrusted import MAX_DATA, read_bytes
 
 
 def trained_model(config: Config, say: Callable[[str], None]) -> TrainedModel:
@@ -49,7 +50,7 @@ def read_lines(name: str, task: Task) -> list[tuple[str, ...]]:
     """
     try:
         # As bytes, since Python decodes standard input by the locale.
-        content = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+        content = (sys.stdin.buffer.read() if name == "-" else read_bytes(Path(name), MAX_DATA)).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"--predict {name}: cannot be read ({error}); give a text file in UTF-8") from error
     content = content.replace("\r\n", "\n").replace("\r", "\n")

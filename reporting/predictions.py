@@ -13,6 +13,7 @@ from reporting.measures import metric_of
 from reporting.sources import Run
 from tasks import Task
 from utils.errors import UserError, first_line
+from utils.untrusted import read_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DevSets:
 def read_prediction_file(path: Path, task: Task) -> dict[str, float]:
     """Return the predicted label of each id. Raise UserError if the file is damaged or of another task."""
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        header, *lines = read_text(path).rstrip("\n").split("\n")
         pairs = [line.rsplit(" , ", 1) for line in lines]
         predictions = {example: float(label) for example, label in pairs}
         low, high = (-np.inf, np.inf) if task.kind == "similarity" else task.label_range

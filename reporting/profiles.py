@@ -14,6 +14,7 @@ from reporting.tables import Column, Table, Value
 from reporting.trials import source_of_runs
 from training.profiling import TRACE
 from utils.errors import UserError, first_line
+from utils.untrusted import limited, open_regular
 
 MAX_TRACE = 2 << 30  # bytes; five steps of BERT-base have about a hundredth of them
 CPU = 0  # as the profiler numbers kinds of devices
@@ -44,11 +45,8 @@ def memory_item(run: Run) -> ReportItem | str | None:
 
 def read_trace(path: Path) -> list[Mapping[str, Any]]:
     """Return the events of a trace of torch's profiler. Raises ValueError if it is too large."""
-    with gzip.open(path) as file:
-        content = file.read(MAX_TRACE + 1)
-    if len(content) > MAX_TRACE:
-        raise ValueError(f"larger than {MAX_TRACE >> 30} GiB")
-    return list(json.loads(content)["traceEvents"])
+    with open_regular(path) as packed, gzip.open(packed) as file:
+        return list(json.loads(limited(file, MAX_TRACE))["traceEvents"])
 
 
 def is_step(event: Mapping[str, Any]) -> bool:

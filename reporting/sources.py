@@ -4,6 +4,7 @@ A damaged file raises nothing here. It adds a line to `problems`, and the rest i
 """
 
 import csv
+import io
 import json
 import math
 from collections import Counter
@@ -23,7 +24,7 @@ from studies.study_table import FILE, StudyTable, read_study_table
 from studies.table_plan import ENSEMBLE
 from tasks import TASKS
 from utils.errors import UserError, first_line
-from utils.untrusted import read_json
+from utils.untrusted import open_regular, read_json, read_text
 
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # a folder with any of these is a run directory
 STUDY_COLUMNS = {"trial", "status", "score", "cause", "command", "commit"}  # every table of sweep.py has these
@@ -204,11 +205,10 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
 def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     """Read a study's table. Return None if it is unusable."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
-                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-            rows = [{key: value for key, value in row.items() if key is not None} for row in reader]
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
+        if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        rows = [{key: value for key, value in row.items() if key is not None} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: cannot be read ({error}); name the results.csv of a study")
         return None
@@ -285,7 +285,7 @@ def count_predictions(path: Path) -> dict[str, int]:
     """Return the number of dev examples that a run predicted, for each task with a file of predictions."""
     counts = {}
     for name in TASKS:
-        with suppress(OSError), prediction_file(path, name, "dev").open("rb") as lines:
+        with suppress(OSError), open_regular(prediction_file(path, name, "dev")) as lines:
             counts[name] = sum(1 for _ in lines) - 1  # without the header
     return counts
 
@@ -325,7 +325,7 @@ def read_epochs(
     """Read the lines of a jsonl file up to the first damaged one. Return none if there is no file."""
     lines: list[dict[str, Any]] = []
     try:
-        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        texts = read_text(path).splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         problems.append(f"{path}: cannot be read ({first_line(error):.80})")
         return []

@@ -27,7 +27,7 @@ from training.run_directory import RunDirectory
 from utils.console import bar_style, say
 from utils.errors import OUT_OF_MEMORY, UserError, first_line
 from utils.files import probe_folder
-from utils.untrusted import read_json
+from utils.untrusted import MAX_TEXT, read_bytes, read_json
 
 SCRIPTS = Path(__file__).parent.parent  # the folder of the scripts that trials run
 PRUNERS = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner()}
@@ -151,7 +151,9 @@ class Sweep:
 
     def run(self) -> "Counter[str]":
         """Run all trials that have no row yet and wait for those that others run; return how many ended how."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the trials end with the sweep
+        for number in (signal.SIGTERM, signal.SIGHUP):  # so that the trials end with the sweep
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's, for instance
+                signal.signal(number, signal.default_int_handler)
         refused, commit = [trial for trial in self.plan.trials.values() if trial.refusal], git_commit()
         self.table.add([row_of(trial, "refused", trial.refusal, commit) for trial in refused], key="trial")
         try:
@@ -238,7 +240,7 @@ class Sweep:
         """Record the row of a trial that has ended, delete its states and unlock it; return a line about it."""
         folder, trial = Path(job.log.name).parent, job.trial
         code = 0 if job.process is None else job.process.returncode
-        status, cause = verdict(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        status, cause = verdict(code, read_bytes(folder / "log.txt", MAX_TEXT).decode("utf-8", "replace"))
         if trial.refusal:
             status, cause = "refused", trial.refusal
         elif job.pruned and code:

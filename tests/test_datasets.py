@@ -390,7 +390,9 @@ def extra_splits(tmp_path: Path, content: str, *more: str) -> Examples:
     return load_splits(config.data, config.tasks, {"sst": SST}, ["train"], print)["train"]["sst"]
 
 
-def test_binary_labels_of_an_extra_file_become_the_ends_of_the_scale(tmp_path: Path) -> None:
+def test_binary_labels_of_an_extra_file_become_the_ends_of_the_scale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As those of CFIMDB in R1; other labels stay."""
     data = DataOptions(str(SAMPLE))
     plain = load_splits(data, {"sst": TaskOptions()}, {"sst": SST}, ["train"], print)["train"]["sst"]
@@ -398,7 +400,9 @@ def test_binary_labels_of_an_extra_file_become_the_ends_of_the_scale(tmp_path: P
     assert plain.labels is not None and found.labels is not None
     assert len(found) == len(plain) + 3 and found.texts[0][-3:] == ["dreadful", "fine", "good"]
     assert found.labels.tolist() == [*plain.labels.tolist(), 0, 4, 4] and found.ids == [*plain.ids, "a", "b", "c"]
+    assert "extra.csv: its labels 0 and 1 become 0 and 4, the lowest and the highest class" in capsys.readouterr().out
     found = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tdreadful\t0\nb\tmiddling\t2\n")
+    assert "become" not in capsys.readouterr().out
     assert found.labels is not None and found.labels[-2:].tolist() == [0, 2]
     few = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n", "--max_train_examples", "50")
     whole = extra_splits(tmp_path, "id\tsentence\tsentiment\na\tbad\t0\n")

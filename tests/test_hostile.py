@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from helpers import ROOT, changed, configure, copied, fail, make_trainer, read_j
 
 import ensemble
 import multitask_classifier
+import report
 from base_bert import load_weights, read_config
 from config import Config
 from evaluation.members import find_members, read_outputs
@@ -489,6 +491,34 @@ def test_what_a_pickle_claims_is_refused_before_memory_is_taken(tmp_path: Path, 
         path.write_bytes(payload)
         for read in (lambda: load(path), lambda: load_weights(tmp_path, read_config(tiny_bert))):
             refused(read, reason)
+
+
+def test_a_pipe_in_place_of_a_file_ends_in_a_line(
+    trained: Trainer, tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading one would wait without end."""
+    pipe, best = tmp_path / "pipe", trained.checkpointer.run.best
+    os.mkfifo(pipe)
+    flags, gate = [*tiny_flags, "--run_dir", tmp_path / "run"], signal.signal(signal.SIGALRM, fail)
+    commands = [
+        ("--evaluate", pipe), (*flags, "--init_from", pipe), (*flags, "--pretrained", pipe), (f"@{pipe}",),
+        ("--evaluate", best, "--predict", pipe, "--task", "sst"), (*flags, "--sst_dev", pipe),
+        (*flags, "--init_peft", pipe),
+    ]  # fmt: skip
+    signal.alarm(300)
+    for words in commands:
+        refused(lambda words=words: multitask_classifier.main([*map(str, words)]), str(pipe))
+    refused(lambda: ensemble.main([str(pipe), str(best)]), str(pipe))
+    for name in ("scores.json", "config.json", "metrics.jsonl", "timing.jsonl"):
+        run = shutil.copytree(trained.checkpointer.run.path, tmp_path / name)
+        (run / "scores.json").write_text('{"dev": {"score": 0.5}}')
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        with suppress(UserError):
+            report.main([str(run), "--out", str(tmp_path / "report")])
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, gate)
+    assert "it is a pipe or a device" in capsys.readouterr().out
 
 
 def test_names_that_a_terminal_would_obey_are_spelled_out(

@@ -1,8 +1,8 @@
 """Signals that end a run: the current step is finished, the state is saved, and the exit code tells the signal.
 
 Schedulers and `kill` send SIGTERM some time before SIGKILL, and a closed terminal or a dropped ssh sends SIGHUP. SLURM
-sends SIGUSR1 ahead of a time limit (`#SBATCH --signal=USR1@120`). SIGINT is Ctrl-C. Exit codes are those of a shell: 128
-plus the number of the signal.
+sends SIGUSR1 ahead of a time limit (`#SBATCH --signal=USR1@120`). SIGINT is Ctrl-C. Exit codes are those of a shell:
+128 plus the number of the signal.
 
 A signal may arrive in the middle of a step or of a swap of weights, so nothing is raised there; `check` raises it where
 the state is whole.

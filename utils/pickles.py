@@ -26,8 +26,9 @@ def refuse_inflating(path: Path) -> None:
 
     torch and numpy do not compress, so such a file can only be meant to fill the memory of its reader.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return
     with zipfile.ZipFile(path) as archive:
         claimed = sum(member.file_size for member in archive.infolist())
     if claimed > path.stat().st_size:

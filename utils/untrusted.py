@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 MAX_JSON = 4 << 20  # bytes; a parsed file can take thirty times as much memory
 MAX_TEXT = 256 << 20  # bytes of a text file
+MAX_DATA = 2 << 30  # bytes of a file of examples when it is decompressed; its rows take some times as much memory
 
 
 def shown(name: str) -> str:

@@ -93,6 +93,14 @@ def test_a_file_that_includes_itself_is_refused(tmp_path: Path) -> None:
     assert "one.args" in message and "includes itself" in message
 
 
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "nul.args").write_bytes(b"--run_dir a\0b")
+    assert "has a NUL byte" in refusal(configure, f"@{tmp_path / 'nul.args'}")
+    assert "is not UTF-8" in refusal(configure, "--run_dir", "a\udcffb")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot read flags from this file" in refusal(configure, f"@{tmp_path / 'loop'}")
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"--name 'never closed"])
 def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None) -> None:
     recipe = tmp_path / "bad.args"

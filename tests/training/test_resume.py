@@ -343,7 +343,8 @@ def test_a_signal_ends_the_run_when_its_step_is_saved(
     tiny_flags: list[str], tmp_path: Path, whole: Callable[[str], Path]
 ) -> None:
     """A second one while the state is being written harms nothing."""
-    for number, (signum, code) in enumerate({signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}.items()):
+    codes = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138, signal.SIGINT: 130}
+    for number, (signum, code) in enumerate(codes.items()):
         run = tmp_path / f"run{number}"
 
         def sabotage(trainer: Trainer, signum: signal.Signals = signum) -> None:
