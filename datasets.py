@@ -4,10 +4,10 @@ The course's csv files are tab-separated, in spite of their name. As a script, `
 them and verifies each.
 """
 
-if __name__ == "__main__":  # before the imports below, none of which is needed to fetch files
-    from cli.fetch import main
-    from utils.console import run_script
+from cli.fetch import main
+from utils.console import run_script
 
+if __name__ == "__main__":  # before the imports below, none of which is needed to fetch files
     run_script(main)
 
 import codecs
