@@ -235,8 +235,8 @@ def test_other_data_is_another_configuration_and_a_seed_counts_once(tmp_path: Pa
     for flags in rows:
         del flags["data_dir"]  # only the commands have it
     item = seeds_item("study", study(tmp_path, rows).trials)
-    found = {line[0].split("/")[-1]: line[1:3] for line in cells_of(item)[1:]}
-    assert found == {"small": ["2", "0.2500"], "sample": ["2", "0.7000"]}
+    found = {line[0]: line[1:3] for line in cells_of(item)[1:]}
+    assert found == {"data_dir small": ["2", "0.2500"], "data_dir sample": ["2", "0.7000"]}
 
 
 def test_seeds_have_means_deviations_and_changes_against_the_baseline(tmp_path: Path) -> None:
