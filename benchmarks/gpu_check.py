@@ -37,6 +37,7 @@ from utils.console import format_table, say
 from utils.errors import first_line
 from utils.files import write_text
 
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 ATTENTION = ("flash", "fmha", "efficient_attention")  # in the names of the kernels of attention
 OURS: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -88,9 +89,9 @@ def run_tests(size: Size, path: Path) -> None:
     """Run the tests that are marked gpu; pytest writes each result at once. Exits with pytest's code."""
     import pytest
 
-    raise SystemExit(
-        int(pytest.main(["-m", "gpu", "-v", "--tb=short", f"--junit-xml={path.with_suffix('.xml')}", *size.tests]))
-    )
+    files = [str(file) for file in TESTS.rglob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")]
+    flags = ["-m", "gpu", "-v", "--tb=short", f"--junit-xml={path.with_suffix('.xml')}"]
+    raise SystemExit(int(pytest.main([*files, *flags, *size.tests])))
 
 
 def side_makers(work: Workload) -> dict[str, Callable[[], Side]]:
