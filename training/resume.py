@@ -1,5 +1,7 @@
 """The checkpointer: best.pt, and the states that --resume continues from."""
 
+import hashlib
+import math
 import os
 import re
 import time
@@ -107,6 +109,7 @@ class Checkpointer:
                 "weights": weights,
                 "base_sha256": self.model.base_sha256,
                 "lengths": lengths(self.run),
+                "metrics_sha256": sha256_of_start(self.run.path / "metrics.jsonl"),
             }
             write_state(self.run, content)
         self.interval.saved(batches)
@@ -118,6 +121,10 @@ class Checkpointer:
         """
         with self.context.main_process_first():  # it may rename the files
             content = newest_state(self.run, self.say)
+            for line in what_is_lost(self.run, content):
+                self.say(line)
+            if not is_whole_file(self.run.best):
+                content["progress"]["best_score"] = -math.inf
         if self.frozen_names:
             check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.load_weights(content["weights"], self.run.resume)
@@ -163,7 +170,7 @@ class Checkpointer:
 
 def write_state(run: RunDirectory, content: Mapping[str, Any]) -> None:
     """Write resume.pt and keep the state before it, unless that is damaged and an older one may be whole."""
-    assert set(content) == {"format", *STATE}
+    assert set(content) == {"format", "metrics_sha256", *STATE}
     save(run.resume, content, keep=run.previous if is_whole_file(run.resume) else None)
 
 
@@ -195,6 +202,28 @@ def lengths(run: RunDirectory) -> dict[str, int]:
     """Return the sizes in bytes of the files that grow as the run goes on, by their names in its folder."""
     files = [run.path / "metrics.jsonl", run.path / "timing.jsonl", *run.event_files()]
     return {str(path.relative_to(run.path)): path.stat().st_size for path in files if path.is_file()}
+
+
+def sha256_of_start(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of its first `size` bytes; of nothing where there is no file."""
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(content[:size]).hexdigest()
+
+
+def what_is_lost(run: RunDirectory, state: Mapping[str, Any]) -> list[str]:
+    """Say what the run's files have lost since `state` was saved. What is left of them stays."""
+    found, sizes = [], lengths(run)
+    for name, size in state["lengths"].items():
+        if sizes.get(name, 0) < size:
+            found.append(f"{run.path / name}: {size - sizes.get(name, 0):,} of its {size:,} bytes are lost; going on")
+    name = "metrics.jsonl"
+    size = state["lengths"].get(name, 0)
+    known = state.get("metrics_sha256")  # older states lack it
+    if known and sizes.get(name, 0) >= size and sha256_of_start(run.path / name, size) != known:
+        found.append(f"{run.path / name}: was changed after the state was saved; going on")
+    if state["progress"]["best_score"] > -math.inf and not is_whole_file(run.best):
+        found.append(f"{run.best}: is lost or damaged; the best model from here on takes its place")
+    return found
 
 
 def check_finite(tensors: Iterable[tuple[str, Any]]) -> None:

@@ -58,7 +58,15 @@ class RunDirectory:
             path.unlink()
 
     def claim(self) -> None:
-        """Lock the folder and remove half-written files of a killed run. Raises UserError if a run goes on here."""
+        """Lock the folder and remove half-written files of a killed run.
+
+        Raises UserError if a run goes on here, or if a file that the run writes is a link or a pipe.
+        """
+        files = [*(self.path / name for name in (".lock", *RUN_FILES)), *self.event_files()]
+        odd = [path for path in files if path.is_symlink() or (path.exists() and not path.is_file())]
+        odd += [path for path in (self.predictions, self.path / "tensorboard") if path.is_symlink()]
+        if odd:
+            raise UserError(f"{odd[0]}: is a link, a folder or a pipe where the run writes a file; remove it")
         try:
             lock(self.path / ".lock", f"--run_dir {self.path}")
             for name in RUN_FILES:

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import make_trainer, refusal
+from helpers import interrupted, make_trainer, refusal
 
+from models.checkpoint import load
 from training.resume import lengths
 from training.run_directory import RunDirectory
 from training.trainer import Trainer
@@ -42,6 +43,38 @@ def test_overwrite_removes_a_runs_files_only(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     run.clear()
     assert not (tmp_path / "predictions").exists()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "timing.jsonl", "best.pt", "events.out.tfevents.1.x"])
+def test_a_link_or_a_pipe_where_a_run_writes_is_refused(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs.txt"
+    theirs.write_text("theirs")
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    for make in (lambda path: path.symlink_to(theirs), os.mkfifo, Path.mkdir):
+        make(run.path / name)
+        for overwrite in (False, True):
+            assert str(run.path / name) in refusal(run.prepare, overwrite, not overwrite, 0)
+        (run.path / name).rmdir() if (run.path / name).is_dir() else (run.path / name).unlink()
+    assert theirs.read_text() == "theirs"
+
+
+def test_what_a_run_has_lost_is_said_and_it_goes_on(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*tiny_flags, "--no_tensorboard", "--epochs", "3"]
+    for name, change, words in (
+        ("metrics.jsonl", lambda path: path.write_text(""), "bytes are lost"),
+        ("metrics.jsonl", Path.unlink, "bytes are lost"),
+        ("metrics.jsonl", lambda path: path.write_text(path.read_text().replace("1", "2")), "was changed"),
+        ("best.pt", Path.unlink, "is lost or damaged; the best model from here on"),
+        ("best.pt", lambda path: path.write_bytes(path.read_bytes()[:-99]), "is lost or damaged"),
+    ):
+        run = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        interrupted(make_trainer(flags, run), 2)
+        change(run / name)
+        make_trainer(flags, run, "--resume").fit()
+        assert words in capsys.readouterr().out and load(run / "best.pt")["scores"]
 
 
 def test_files_that_cannot_be_cut_back_are_one_line(trained: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
