@@ -2,26 +2,36 @@
 
 The host needs more time to start a kernel than a GPU needs to run one for short texts, so a step is as fast as its
 launches are few. Counting needs no clock and no GPU: tests/simulated_gpu.py stands in for one. A count does not depend
-on the width of the model or on the number of examples, so both are small here.
+on the width of the model or on the number of examples, so both are small here. What --compile generates is counted in
+the code that torch's compiler writes for a CPU.
 """
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.output_code import CompiledFxGraph
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.options import GENERATED, BenchmarkOptions
 from benchmarks.peers import NO_RUN, start_epoch
 from benchmarks.workloads import draw_lengths, ignore, prepared_data, write_random_bert
+from bert import BertLayer, half_linear
 from cli.parser import parse
 from config import BertConfig
+from kernels.compiled import CompiledFunction
 from tasks import PARA, TASKS
 from text.packing import PackedBatch, pack, pad_to_bucket
 from training.commands import load_inputs
@@ -36,6 +46,7 @@ SIZE = 8  # examples of a batch
 WITHOUT_KERNELS = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "record_stream", "resize_"}
 FLASH_ROWS = 128  # queries of a block of FlashAttention
 COMMON = ["--arch", "v1", "--fine_tune_mode", "full-model", "--optim", "AdamW", "--batch_size", str(SIZE)]
+CALLS = r"\bcpp_fused\w*\(|\bextern_kernels\.\w+\(|\b(?:torch\.ops\.)?aten\.\w+[\w.]*\("  # in generated code
 SHAPES_OF = 300  # batches
 
 
@@ -52,6 +63,8 @@ JOINT = ["--routine", "joint", "--amp"]
 CASES = {
     "BERT-base": Case(BASE, ["--amp"]),
     "MiniLM": Case(MINILM, ["--amp"]),
+    "BERT-base, compiled": Case(BASE, ["--amp", "--compile"]),
+    "MiniLM, compiled": Case(MINILM, ["--amp", "--compile"]),
     "MiniLM, fp32": Case(MINILM, []),
     "MiniLM, fp32, SMART": Case(MINILM, ["--para_smart", "1"]),
     "MiniLM, LoRA": Case(MINILM, ["--amp", "--lora_mode", "all-lin-only", "--lora_rank", "8"]),
@@ -70,6 +83,11 @@ class LaunchCounter(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled functions run while this counts."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
@@ -84,6 +102,39 @@ def launches(function: Callable[[], object]) -> Counter[str]:
     with LaunchCounter() as counter:
         function()
     return counter.counts
+
+
+def uncounted(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+    """Return the function of a graph that a compiler gets, computed by torch's operators, which are not counted."""
+
+    def run(*arguments: Tensor) -> Any:
+        with _disable_current_modes():
+            return graph(*arguments)
+
+    return make_boxed_func(run)
+
+
+@cache
+def compiled_kernels() -> int:
+    """Return how many kernels and library calls torch's compiler makes of what a layer does after attention.
+
+    Both passes are counted, in bf16 and with dropout. The compiler works for a CPU, which needs no GPU.
+    """
+    layer = BertLayer(BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=128)).train()
+    dense = [linear.parts() for linear in (layer.attention_dense, layer.interm_dense, layer.out_dense)]
+    half = half_linear(torch.bfloat16, [[parts] for parts in dense if parts is not None])
+    hidden, context = torch.randn(2, 40, 64, requires_grad=True)
+    codes, run = [], CompiledFxGraph.__call__
+
+    def noted(graph: CompiledFxGraph, inputs: Any) -> Any:
+        codes.append(graph.source_code)
+        return run(graph, inputs)
+
+    with patch.object(CompiledFxGraph, "__call__", noted), torch.autocast("cpu", torch.bfloat16):
+        compiled = CompiledFunction(BertLayer.after_attention)
+        compiled(layer, hidden, context.to(torch.bfloat16), half, None, None).sum().backward()
+    assert compiled.compiled is not None, "torch cannot compile here"
+    return sum(len(re.findall(CALLS, code[code.index("def call(") :])) for code in codes)
 
 
 def make_case_trainer(case: Case, folder: Path) -> Trainer:
@@ -112,7 +163,8 @@ def make_case_trainer(case: Case, folder: Path) -> Trainer:
 
 def step_launches(case: Case) -> tuple[Counter[str], Counter[str]]:
     """Return the launches of a step: all of them, and those outside of the passes forward and backward."""
-    with tempfile.TemporaryDirectory() as folder:
+    compiler = aot_autograd(fw_compiler=uncounted, bw_compiler=uncounted)
+    with tempfile.TemporaryDirectory() as folder, patch("torch.compile", partial(torch.compile, backend=compiler)):
         trainer = make_case_trainer(case, Path(folder))
     step = Step(tuple(TaskBatch(name, np.arange(SIZE)) for name in case.tasks))
     for _ in range(1 if trainer.cuda_graphs is None else USES):  # until graphs are captured
@@ -125,7 +177,10 @@ def step_launches(case: Case) -> tuple[Counter[str], Counter[str]]:
 
     trainer.forward_backward = forward_backward  # type: ignore[method-assign]
     everything = launches(lambda: trainer.train_step(step))
-    return everything, everything - in_passes.counts
+    outside = everything - in_passes.counts
+    if "--compile" in case.flags:
+        everything["generated"] = case.layers * compiled_kernels()
+    return everything, outside
 
 
 def flash_blocks(batch: PackedBatch) -> int:

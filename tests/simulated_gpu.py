@@ -86,6 +86,7 @@ def install(gpu: Any) -> None:
     torch.Tensor.pin_memory = lambda self, device=None: pin(self.clone())  # type: ignore[method-assign]
     properties = types.SimpleNamespace(name="simulated GPU", total_memory=16 << 30, multi_processor_count=1)
     properties.major, properties.minor = 9, 0
+    properties.gcnArchName = ""  # which torch's compiler reads even if it compiles for the CPU
     offered: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
