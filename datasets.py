@@ -166,7 +166,7 @@ def read_examples(
 ) -> Examples:
     """Return the examples in all readable rows of a file; the other rows go to `bad_rows`.
 
-    Columns are found by name, and `columns` are the file's own names (--NAME_columns). `quoting` is --quoting. Only a
+    Columns are found by name, and `columns` are the file's names (--NAME_columns). `quoting` is --quoting. Only a
     test file may lack the label column. CRLF line ends and a byte order mark are accepted. Raises UserError for a file
     that is unreadable, empty, binary, without readable rows, with the wrong columns or with labels that are all one too
     high.

@@ -69,7 +69,7 @@ def model_card(
         library_name=loader.library,
         pipeline_tag=loader.pipeline,
     )
-    start = f"checkpoint {config.train.init_from}, whose own data count too" if config.train.init_from else base
+    start = f"checkpoint {config.train.init_from}, whose data count too" if config.train.init_from else base
     data = [f"- start weights: {start}", *(f"- {task.title}: {describe_files(config, task)}" for task in tasks)]
     sections = [f"# {folder.name}", f"{about}.", "## Data and licences", "\n".join(data), LICENCES]
     numbers = [(task.title, name, value) for task in tasks for name, value in scores.get(task.name, {}).items()]

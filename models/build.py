@@ -39,6 +39,8 @@ def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], Non
     model.load_backbones(weights)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     add_parts(config, model, folder, say)
+    if config.train.compile:
+        model.compile_layers()
     if config.train.init_from is not None:
         init_from_checkpoint(model, tokenizer, Path(config.train.init_from), say)
     check_vocabulary(config, tokenizer, bert_config)

@@ -26,7 +26,7 @@ from utils.pickles import refuse_objects
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
 OF_THE_HANDOUT = (
-    "is a checkpoint of the course's own code, whose heads are unknown here; load its BERT into "
+    "is a checkpoint of the course's code, whose heads are unknown here; load its BERT into "
     "BertModel.from_pretrained and write it by save_pretrained for --pretrained, as docs/python_api.md shows"
 )
 
@@ -84,7 +84,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def is_of_the_handout(path: Path) -> bool:
-    """Return whether a file that cannot be loaded names the class of the options that the course's own code saves.
+    """Return whether a file that cannot be loaded names the class of the options that the course's code saves.
 
     The pickle is read and not run.
     """

@@ -196,7 +196,7 @@ def test_its_checkpoints_are_refused_with_the_remedy_and_run_no_code(
             refusal(script, *tiny_flags, "--init_from", name),
             refusal(ensemble.main, [name]),
         ):
-            assert f"{name}: is a checkpoint of the course's own code" in message
+            assert f"{name}: is a checkpoint of the course's code" in message
             assert "--pretrained" in message and "docs/python_api.md" in message
     assert not (tmp_path / "run").exists()
 

@@ -34,7 +34,7 @@ def _note(number: int, frame: Any) -> None:
     if _received is None:
         _received = signal.Signals(number)
         with suppress(OSError):  # the terminal may be gone
-            # not print: it may have been in the middle of a line of its own
+            # not print: it may have been in the middle of a line
             os.write(2, f"\n{_received.name}: stopping after this step; the state is saved first\n".encode())
     elif number == signal.SIGINT:
         raise KeyboardInterrupt

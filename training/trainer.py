@@ -97,8 +97,6 @@ class Trainer:
         """Return the trainer that a configuration asks for."""
         options = config.train
         context.prepare(model.to(device.device))
-        if options.compile:
-            model.compile_layers()
         cache = FeatureCache(config, model, train, dev, device, say) if options.cache_frozen else None
         masking = Masking(tokenizer) if options.mlm else None
         plan = Plan.of(options, config.tasks, {name: len(data) for name, data in train.items()})
