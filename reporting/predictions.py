@@ -48,12 +48,17 @@ class DevSets:
         data = self.data or (DataOptions() if config is None else config.data)
         key = (task.name, data.data_dir, options.dev, options.columns)
         if key not in self.read:
-            bad_rows = BadRows(data.max_bad_rows, lambda line: self.problems.append(f"skipped row {line}"))
+            # A run of somebody else may name any file of ours, whose content must not get into a report.
+            is_named_here = self.data is not None or task.name in self.files
+            note = self.problems.append if is_named_here else lambda line: None
+            bad_rows = BadRows(data.max_bad_rows, lambda line: note(f"skipped row {line}"))
             try:
                 self.read[key] = load_split(data, options, task, "dev", bad_rows)
             except UserError as error:
                 self.read[key] = None
-                self.problems.append(f"no figures of predictions of {task.title}, which need the labels: {error}")
+                what = f"no figures of predictions of {task.title}, which need the labels: "
+                hidden = f"the dev file that the run's config.json names cannot be read; name it with --{task.name}_dev"
+                self.problems.append(what + (str(error) if is_named_here else hidden))
         return self.read[key]
 
 

@@ -85,6 +85,7 @@ class Checkpointer:
         """Write best.pt, with the `similarity_lines`, and --filepath. Raises UserError if a weight is not finite."""
         if not self.context.is_main_process:
             return
+        self.run.require()
         content = model_checkpoint(self.model, self.tokenizer, self.config, scores, lines or {})
         check_finite(content["weights"].items())
         save(self.run.best, {**content, "epoch": epoch, "step": batches})
@@ -111,6 +112,7 @@ class Checkpointer:
                 "lengths": lengths(self.run),
                 "metrics_sha256": sha256_of_start(self.run.path / "metrics.jsonl"),
             }
+            self.run.require()
             write_state(self.run, content)
         self.interval.saved(batches)
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from base_bert import WEIGHTS_FILES
 from cli.checks import flag_of
 from config import Config
 from evaluation.prediction_files import remove_predictions
@@ -80,8 +81,10 @@ class RunDirectory:
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder ready for a run that will save about `needed` bytes.
 
-        Raises UserError if the folder holds a run, if a run goes on here, or if the disk is too small.
+        Raises UserError if the folder holds a run or a model, if a run goes on here, or if the disk is too small.
         """
+        if model := next((name for name in WEIGHTS_FILES if (self.path / name).exists()), None):
+            raise UserError(f"--run_dir {self.path}: holds a model ({model}) and no run; choose another folder")
         if self.path.is_dir():
             self.claim()
         finished, started = (self.path / "scores.json").exists(), (self.path / "config.json").exists()
@@ -149,6 +152,11 @@ class RunDirectory:
         for folder in (self.predictions, *sorted(folders, reverse=True), self.path / "tensorboard"):
             with suppress(OSError):  # somebody else's files are in it
                 folder.rmdir()
+
+    def require(self) -> None:
+        """Raise UserError if the folder has been deleted since the run began; a new one would be half a run."""
+        if not self.path.is_dir():
+            raise UserError(f"--run_dir {self.path}: the folder was deleted while the run went on; start it again")
 
     def event_files(self) -> list[Path]:
         """Return the run's event files of TensorBoard. Earlier versions wrote them into the folder tensorboard."""

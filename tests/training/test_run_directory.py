@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,23 @@ def test_a_link_or_a_pipe_where_a_run_writes_is_refused(tmp_path: Path, name: st
             assert str(run.path / name) in refusal(run.prepare, overwrite, not overwrite, 0)
         (run.path / name).rmdir() if (run.path / name).is_dir() else (run.path / name).unlink()
     assert theirs.read_text() == "theirs"
+
+
+def test_a_folder_with_a_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for overwrite in (False, True):
+        assert "holds a model (model.safetensors)" in refusal(RunDirectory(tmp_path).prepare, overwrite, False, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_that_was_deleted_is_not_made_again(tiny_flags: list[str], tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_flags, tmp_path / "run")
+    interrupted(trainer, 1)
+    shutil.rmtree(tmp_path / "run")
+    for save in (trainer.save_state, lambda: trainer.checkpointer.save_best({}, 1, 1)):
+        assert "was deleted while the run went on" in refusal(save)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_run_has_lost_is_said_and_it_goes_on(
