@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.options import ADAPTER_NAMES, GENERATED, PEER_MODES, STRONG_PEERS, BenchmarkOptions
 from benchmarks.peers import MinbertSide, TransformersSide, start_epoch, train_on, trainer_from_flags
-from benchmarks.strong_peers import GroupedSide, VarlenSide
+from benchmarks.strong_peers import GroupedSide, VarlenSide, in_bf16
 from benchmarks.tables import LEGEND, MODE_LINES, comparison_table, target_lines
 from benchmarks.workloads import (
     LR,
@@ -77,7 +77,10 @@ DORA = LoRAConfig(mode="all-lin-only", rank=8, dora=True)
 COMPARISONS: dict[str, dict[str, Callable[[Workload], Side]]] = {
     "full-model": {"transformers": TransformersSide, "minbert": MinbertSide},
     "grouped": {"transformers, grouped": GroupedSide, "minbert": MinbertSide},
-    "grouped-bf16": {"transformers, grouped, bf16": partial(GroupedSide, half=True), "minbert": MinbertSide},
+    "grouped-bf16": {
+        "transformers, grouped": lambda work: GroupedSide(in_bf16(work)),
+        "minbert": lambda work: MinbertSide(in_bf16(work)),
+    },
     "varlen": {"transformers, varlen": VarlenSide, "minbert": MinbertSide},
     "lora": {"peft": partial(TransformersSide, adapters=LORA), "minbert": partial(MinbertSide, adapters=LORA)},
     "dora": {"peft": partial(TransformersSide, adapters=DORA), "minbert": partial(MinbertSide, adapters=DORA)},
@@ -222,7 +225,8 @@ def measure_speed(options: BenchmarkOptions, comparison: str, task: str) -> list
     say(f"{comparison} {task}: outputs differ by at most {difference:.1e}")
     tokens = int(np.mean([work.train.lengths[indices].sum() for indices in work.batches]))
     common = {"comparison": comparison, "task": task, "max_difference": difference}
-    common |= matmul_peaks(work.bert_config, tokens, work.device)
+    _, ours = sides.values()
+    common |= matmul_peaks(work.bert_config, tokens, ours.work.device)
     timers = {"train": time_training, "eval": time_evaluation}
     return [{**common, "mode": mode, **timers[mode](options, comparison, work, sides)} for mode in options.modes]
 

@@ -20,8 +20,8 @@ class BenchmarkOptions:
 
     comparisons: tuple[str, ...] = option(
         ("full-model", "strong"),
-        "comma-separated comparisons; each has a peer's side and ours. strong: grouped and grouped-bf16 (batches of "
-        "equal lengths) on a CPU, varlen (no padding, compiled) on a GPU",
+        "comma-separated comparisons; each has a peer's side and ours. strong: grouped (batches of equal "
+        "lengths) and grouped-bf16 (both sides in bf16) on a CPU, varlen (no padding, compiled) on a GPU",
         choices=COMPARISON_NAMES,
     )
     tasks: tuple[str, ...] = option(tuple(DEFAULT_TASKS), "comma-separated tasks", choices=tuple(TASKS))

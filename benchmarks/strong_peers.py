@@ -34,18 +34,22 @@ def grouped_by_length(batches: list[np.ndarray], lengths: np.ndarray) -> list[np
     return [grouped[i] for i in np.random.default_rng(0).permutation(len(grouped))]
 
 
+def in_bf16(work: Workload) -> Workload:
+    """Return the same work in bf16 autocast."""
+    return replace(work, device=replace(work.device, amp=torch.bfloat16, scaled=False))
+
+
 class GroupedSide(TransformersSide):
-    """transformers on batches of equally long texts, in bf16 if `half`, and else in the precision of the run.
+    """transformers on batches of equally long texts.
 
     The warmup has the examples of the warmup and the timed steps have those of the timed steps, so that the sums of
     seconds are for the same examples on both sides.
     """
 
-    def __init__(self, work: Workload, half: bool = False) -> None:
+    def __init__(self, work: Workload) -> None:
         parts = work.batches[: work.warmup], work.batches[work.warmup :]
         batches = [batch for part in parts for batch in grouped_by_length(part, work.train.lengths)]
-        device = replace(work.device, amp=torch.bfloat16, scaled=False) if half else work.device
-        super().__init__(replace(work, batches=batches, device=device))
+        super().__init__(replace(work, batches=batches))
         self.upcoming = itertools.cycle(batches)
 
     def train_on(self, *batches: np.ndarray) -> None:

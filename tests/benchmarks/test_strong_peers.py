@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import benchmark_options
+from torch import nn
 from transformers import DataCollatorWithFlattening
 
 from benchmarks.modes import COMPARISONS, check_same
@@ -13,6 +14,7 @@ from benchmarks.peers import TransformersSide
 from benchmarks.strong_peers import FlattenedBatches, GroupedSide, VarlenSide, grouped_by_length
 from benchmarks.tables import comparison_table
 from benchmarks.workloads import make_workload
+from bert import Linear
 from tasks import DEFAULT_TASKS
 
 
@@ -57,13 +59,24 @@ def test_batches_of_equal_lengths_have_the_same_examples() -> None:
 
 def test_timed_steps_of_grouped_batches_have_the_examples_of_the_others(tiny_bert: Path, small_data: Path) -> None:
     work = make_workload(benchmark_options(tiny_bert, small_data, batch_size=4, steps=3, warmup=2), "sst", print)
-    side = GroupedSide(work, half=True)
-    assert side.work.device.amp == torch.bfloat16 and work.device.amp is None
+    side = GroupedSide(work)
     for part in (slice(work.warmup), slice(work.warmup, None)):
         assert sorted(np.concatenate(side.work.batches[part])) == sorted(np.concatenate(work.batches[part]))
     before = side.model.head.weight.detach().clone()  # type: ignore[union-attr]
     side.train_on(*work.batches)
     assert not torch.equal(side.model.head.weight, before)  # type: ignore[union-attr]
+
+
+def test_bf16_is_for_both_sides(tiny_bert: Path, small_data: Path) -> None:
+    work = make_workload(benchmark_options(tiny_bert, small_data), "sst", print)
+    sides = {name: build(work) for name, build in COMPARISONS["grouped-bf16"].items()}
+    assert {side.work.device.amp for side in sides.values()} == {torch.bfloat16} and work.device.amp is None
+    types = []
+    for side, layer in zip(sides.values(), (nn.Linear, Linear), strict=True):
+        dense = next(module for module in side.model.modules() if isinstance(module, layer))
+        dense.register_forward_hook(lambda module, given, out: types.append(out.dtype))
+        side.train_on(work.batches[0])
+    assert set(types) == {torch.bfloat16}
 
 
 def test_the_ratio_of_grouped_batches_is_that_of_the_sums() -> None:
