@@ -78,7 +78,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint, damaged or foreign ({first_line(error):.120})") from error
     if isinstance(content, dict) and "model" in content and "format" not in content:
         raise UserError(f"{path}: {OF_THE_HANDOUT}")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or repr(content.get("format")) != repr(FORMAT):
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
     return content
 

@@ -167,11 +167,13 @@ def to_markdown(report: Report) -> str:
             if item.figure is not None:
                 lines += ["", f"![{item.title}]({item.name}.png)"]
             if item.source:
-                lines += ["", f"Source: `{item.source}`"]
+                lines += ["", "Source: `" + item.source.replace("`", "'") + "`"]
             if item.table is not None:
                 lines += ["", item.table.to_markdown()]
         if reasons:
             lines += ["", *(f"- {reason}" for reason in reasons)]
+    # Names in foreign files may be tags. Code is shown as it is.
+    lines = [line if line.startswith("Source: `") else line.replace("<", "&lt;") for line in lines]
     return "\n".join(lines) + "\n"
 
 

@@ -254,9 +254,12 @@ def trial_of_row(row: Mapping[str, str]) -> Trial:
 
 def finite_number(value: Any) -> float:
     """Return a value as a float. Raise ValueError or TypeError if it is no number, nan or infinite."""
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{value} is not a finite number")
+        raise ValueError("a score is not a finite number")
     return number
 
 

@@ -472,7 +472,7 @@ def hostile_contents(whole: dict[str, Any]) -> list[dict[str, Any]]:
         weights(torch.zeros(3), 5), {"weights": None}, {"weights": [torch.zeros(3)]},
         config("lora", lora_mode="attn", lora_rank=1 << 40), config("lora", lora_mode="attn", lora_rank=1 << 20),
         config("model", head_layers=1_000_000), config("pal", pal="pal", pal_size=12 << 40), config("model", arch=deep),
-        {"tasks": ["sst"] * 1000 + ["mnli"]}, {"tasks": [[]]}, {"tasks": []},
+        {"format": torch.ones(2)}, {"tasks": ["sst"] * 1000 + ["mnli"]}, {"tasks": [[]]}, {"tasks": []},
         {**config("lora", lora_mode="attn"), "base_sha256": [1]}, {"tokenizer": 5}, {"tokenizer": "[" * 1_000_000},
     ]  # fmt: skip
 

@@ -42,4 +42,5 @@ def test_names_of_files_are_unique_and_texts_are_escaped(tmp_path: Path, names: 
     assert page.text.count("In numbers") == len(names)  # tables of many rows are folded
     for text in ("<b>Title</b> & co", "a < b", "made <so>", "left <out>", "not <read>", "python x.py <y>"):
         assert text in page.text
-    assert (tmp_path / "report.md").read_text().count("Source: `python x.py <y>`") == len(names)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("Source: `python x.py <y>`") == len(names) == text.count("<") and "a &lt; b" in text

@@ -121,6 +121,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, set[str]]] = {
         damage("timing.jsonl", replaced(r'"device": ".*?"', '"device": {}')), "timing.jsonl: line 1 is damaged", set()),
     "unfinished": (
         remove("scores.json"), ": is not finished (no scores.json); it is left out of comparisons", PREDICTIONS),
+    "a huge score": (
+        damage("scores.json", lambda _: '{"dev": {"score": 1' + 400 * "0" + "}}"), "scores.json: is damaged (",
+        PREDICTIONS,
+    ),
     "broken scores": (damage("scores.json", lambda text: text[:50]), "scores.json: is damaged (", PREDICTIONS),
     "foreign scores": (
         damage("scores.json", lambda _: '{"dev": {"sst": 3, "score": 0.5}}'), "scores.json: is damaged (", PREDICTIONS),
