@@ -172,7 +172,7 @@ class Checkpointer:
 
 def write_state(run: RunDirectory, content: Mapping[str, Any]) -> None:
     """Write resume.pt and keep the state before it, unless that is damaged and an older one may be whole."""
-    assert set(content) == {"format", "metrics_sha256", *STATE}
+    assert set(content) - {"metrics_sha256"} == {"format", *STATE}
     save(run.resume, content, keep=run.previous if is_whole_file(run.resume) else None)
 
 

@@ -187,4 +187,4 @@ def test_the_card_of_a_run_on_other_weights_names_no_base(linear: Path, tmp_path
     checkpoint.save(tmp_path / "best.pt", content)
     export(tmp_path / "best.pt", "--export", tmp_path)
     text = (tmp_path / "shared" / "README.md").read_text()
-    assert "base_model" not in text and "stage/best.pt, whose own data count too" in text and "accuracy" not in text
+    assert "base_model" not in text and "stage/best.pt, whose data count too" in text and "accuracy" not in text

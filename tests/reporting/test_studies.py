@@ -432,7 +432,10 @@ def test_studies_are_found_in_a_folder_and_reported_once(tmp_path: Path) -> None
         (b"\xff\xfe", "cannot be read"),
         (b"", "has no column cause, command, commit, score, status, trial"),
         (b"trial,status,score,cause,command,commit\na,failed,,b,c,d\n", "no trial has finished yet"),
-        (b"trial,status,score,cause,command,commit\na,ok,nan,b,python x,d\n", "row 2 (a) is left out: nan is not a f"),
+        (
+            b"trial,status,score,cause,command,commit\na,ok,nan,b,python x,d\n",
+            "row 2 (a) is left out: a score is not a f",
+        ),
         (b"trial,status,score,cause,command,commit\na,ok,.5,b,python x --odd,d\n", "unrecognized arguments: --odd"),
         (b"trial,status,score,cause,command,commit\na,ok\n", "row 2 (a) is left out"),
     ],
