@@ -533,9 +533,9 @@ def test_names_that_a_terminal_would_obey_are_spelled_out(
     peft = shutil.copytree(adapters / "peft" / "sentiment", tmp_path / "peft")
     for path in (bert / "model.safetensors", peft / "adapter_model.safetensors"):
         tensors = safetensors.torch.load_file(path)
-        safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, path)
-    message += refused(lambda: load_weights(bert, read_config(bert)), str(bert), f"1 left over: {name!r}")
-    message += refused(lambda: import_peft(peft), str(peft), f"{name!r} is no adapter")
+        safetensors.torch.save_file({**tensors, f"encoder.{name}": torch.zeros(3)}, path)
+    message += refused(lambda: load_weights(bert, read_config(bert)), str(bert), f"1 left over: {f'encoder.{name}'!r}")
+    message += refused(lambda: import_peft(peft), str(peft), f"{f'encoder.{name}'!r} is no adapter")
     assert message.isprintable()
 
 

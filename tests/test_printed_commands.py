@@ -26,6 +26,7 @@ SCRIPTS: dict[str, Callable[[list[str]], None]] = {
 ELSEWHERE = (
     "python datasets.py --out",
     "python report.py runs/r1-table-3",
+    "python -c",  # with other trackers
     "tensorboard --logdir",
     "srun ",
     "hf upload",
@@ -65,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_flags: list[str]) -> Pa
         for name in ("my", "reviews"):
             (folder / f"{name}{split}.csv").write_text("".join(["stars,review\n", *rows]), encoding="utf-8")
     (folder / "pairs.txt").write_text("one text\tanother\n", encoding="utf-8")
-    for name, more in (("NAME", ["--lora_mode", "attn-only"]), ("a", [])):
+    for name, more in (("NAME", ["--lora_mode", "attn-only"]), ("a", []), ("linear", ["--arch", "r1-baseline"])):
         multitask_classifier.main([*tiny_flags, *more, "--epochs", "1", "--run_dir", str(folder / "runs" / name)])
     shutil.copytree(folder / "runs" / "a", folder / "runs" / "b")
     for name in "abc":

@@ -160,7 +160,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, set[str]]] = {
         set(),
     ),
 }  # fmt: skip
-WITHOUT_SCORES = {"unfinished", "broken scores", "foreign scores", "a list as epoch"}
+WITHOUT_SCORES = {"a huge score", "unfinished", "broken scores", "foreign scores", "a list as epoch"}
 
 
 def file_name(damaged: str) -> str:

@@ -94,8 +94,8 @@ def test_a_run_reads_training_texts_alone_and_its_loss_falls(tiny_flags: list[st
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == {
         "dev": {}, "epoch": 6, "checkpoint": "best.pt",
     }  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "run").glob("[!.]*")) == [
-        "best.pt", "config.json", "metrics.jsonl", "scores.json", "tensorboard", "timing.jsonl",
+    assert sorted(path.name.partition(".out.")[0] for path in (tmp_path / "run").glob("[!.]*")) == [
+        "best.pt", "config.json", "events", "metrics.jsonl", "scores.json", "timing.jsonl",
     ]  # fmt: skip
 
 
