@@ -215,9 +215,10 @@ def load_weights(folder: Path, config: BertConfig) -> dict[str, Tensor]:
     form takes its place, or else a new one, which is the same each time. Raises UserError if a file is damaged, or if
     the tensors do not have the names and shapes of `expected_shapes`.
     """
+    files = _weights_files(folder)
     tensors: dict[str, Tensor] = {}
     repeated: list[str] = []
-    for raw, tensor in _all_tensors(folder):
+    for raw, tensor in _all_tensors(files):
         name = _canonical(raw)
         if name.startswith(BACKBONE) and name != "embeddings.position_ids":  # an old buffer
             repeated += [raw] if name in tensors else []
@@ -228,13 +229,13 @@ def load_weights(folder: Path, config: BertConfig) -> dict[str, Tensor]:
         logger.info("%s has no pooler: pooling by the first token begins with a new one, the mean needs none", folder)
         tensors |= _new_pooler(config)
     parameters = _parameters(config)
-    _check_shapes(tensors, dict(parameters.values()), str(_weights_files(folder)[0]), repeated)
+    _check_shapes(tensors, dict(parameters.values()), str(files[0]), repeated)
     return {ours: tensors[theirs].to(torch.float32) for ours, (theirs, _) in parameters.items()}
 
 
-def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and content of each tensor in a folder's weights, as the files have them."""
-    for path in _weights_files(folder):
+def _all_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and content of each tensor in files of weights, as they are there."""
+    for path in files:
         yield from read_tensors(path).items()
 
 
@@ -251,7 +252,7 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
     Returns None if there is no head. The decoder's weights are ignored, since they are the word embeddings. Raises
     UserError if the file is damaged, or if a tensor of the head is missing, left over or of another shape.
     """
-    prefix = "cls.predictions."
+    files, prefix = _weights_files(folder), "cls.predictions."
     width = config.hidden_size
     shapes: dict[str, tuple[str, Shape]] = {
         "dense.weight": (f"{prefix}transform.dense.weight", (width, width)),
@@ -260,11 +261,11 @@ def load_mlm_head(folder: Path, config: BertConfig) -> dict[str, Tensor] | None:
         "layer_norm.bias": (f"{prefix}transform.LayerNorm.bias", (width,)),
         "bias": (f"{prefix}bias", (config.vocab_size,)),
     }
-    tensors = {_canonical(raw): tensor for raw, tensor in _all_tensors(folder)}
+    tensors = {_canonical(raw): tensor for raw, tensor in _all_tensors(files)}
     head = {name: t for name, t in tensors.items() if name.startswith(prefix) and ".decoder." not in name}
     if not head:
         return None
-    _check_shapes(head, dict(shapes.values()), str(_weights_files(folder)[0]))
+    _check_shapes(head, dict(shapes.values()), str(files[0]))
     return {ours: head[theirs].to(torch.float32) for ours, (theirs, _) in shapes.items()}
 
 

@@ -5,7 +5,6 @@ that fails or takes too long costs the others nothing. `--tiny` rehearses the pa
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import signal
@@ -35,7 +34,7 @@ from tasks import PARA
 from training.task_sampling import Step, TaskBatch, task_batches
 from utils.console import format_table, say
 from utils.errors import first_line
-from utils.files import write_text
+from utils.files import write_json
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 ATTENTION = ("flash", "fmha", "efficient_attention")  # in the names of the kernels of attention
@@ -78,11 +77,6 @@ def options_of(size: Size, batch_size: int) -> BenchmarkOptions:
     options.batch_size, options.loader_workers = batch_size // size.shrink, size.loader_workers
     options.block, options.warmup, options.steps = size.block, size.warmup, size.rounds
     return options
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a result of a part, in place of what it wrote before."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def run_tests(size: Size, path: Path) -> None:

@@ -16,9 +16,12 @@ from utils.errors import UserError
 SCRIPT = "multitask_classifier.py"
 
 
-def flags_of(config: Config) -> dict[str, Any]:
-    """Return the value of every option by its flag's name, except those that only say where a run's files are."""
-    options = {key: value for key, value in config.flat().items() if not key.startswith("run.")}
+def flags_of(config: Config, without: tuple[str, ...] = ("run.",)) -> dict[str, Any]:
+    """Return the value of every option by its flag's name.
+
+    Groups in `without` are left out: by default that of the options that only say where a run's files are.
+    """
+    options = {key: value for key, value in config.flat().items() if not key.startswith(without)}
     return {flag_of(key).removeprefix("--"): value for key, value in options.items()}
 
 

@@ -1,6 +1,8 @@
 """Do --export, --export_peft, --export_task and --export_onnx: write a trained model as other libraries read it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,9 +51,10 @@ def export_backbones(config: Config) -> None:
     them. Raises UserError for a model that these layouts cannot hold.
     """
     path = Path(str(config.run.evaluate))
-    model, tokenizer, saved = load_model(path, base=base_of(config))
+    content = load(path)
+    model, tokenizer, saved = load_model(path, content, base_of(config))
     check_backbones(config, model, saved)
-    scores = dev_scores(path)
+    scores = dev_scores(content, path)
     for flag in ("export", "export_peft"):
         if (out := getattr(config.run, flag)) is not None:
             probe_folder(Path(out), f"--{flag}")
@@ -103,9 +106,9 @@ def tasks_of(model: MultitaskBERT, backbone: str) -> list[Task]:
     return [task for name, task in model.tasks.items() if model.backbone_of[name] == backbone]
 
 
-def dev_scores(path: Path) -> dict[str, dict[str, float]]:
+def dev_scores(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, float]]:
     """Return the scores on dev in a checkpoint, by task. Raises UserError for scores that are no numbers."""
-    found = load(path, mmap=True).get("scores", {})  # none after --mlm
+    found = content.get("scores", {})  # none after --mlm
     try:
         by_task = {name: row for name, row in found.items() if name in TASKS}
         return {name: {key: float(value) for key, value in row.items()} for name, row in by_task.items()}
@@ -124,7 +127,8 @@ def export_classifier(trained: TrainedModel, name: str, out: str) -> None:
             f"--export_task {name}: {trained.path} was trained with {problem}, but {CLASS} has only a linear layer on "
             "the pooled first token; use --export_onnx"
         )
-    scores = {key: row for key, row in dev_scores(trained.path).items() if key == task.name}
+    all_scores = dev_scores(load(trained.path, mmap=True), trained.path)
+    scores = {key: row for key, row in all_scores.items() if key == task.name}
     probe_folder(folder := Path(out), f"--export_task {name}")
     weight, bias = linear_head(model, task.name, trained.lines.get(task.name))
     save_pretrained(

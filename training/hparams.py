@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cli.checks import flag_of
+from cli.commands import flags_of
 from config import Config, TaskOptions
 from lora import LoRAConfig
 from tasks import DEFAULT_TASKS, Task
@@ -20,8 +20,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
     """
     adapters = LoRAConfig.from_options(config.lora)
     lora = "none" if adapters is None else f"{'DoRA' if adapters.dora else 'LoRA'} {adapters.mode} r{adapters.rank}"
-    options = {flag_of(key): value for key, value in config.flat().items() if not key.startswith(("run.", "compute."))}
-    return {"lora": lora, **{flag.removeprefix("--"): value for flag, value in options.items()}}
+    return {"lora": lora, **flags_of(config, without=("run.", "compute."))}
 
 
 def hparams_summaries(config: Config, tasks: Mapping[str, Task]) -> list[Any]:

@@ -125,12 +125,17 @@ class Checkpointer:
             content = newest_state(self.run, self.say)
             for line in what_is_lost(self.run, content):
                 self.say(line)
-            if not is_whole_file(self.run.best):
-                content["progress"]["best_score"] = -math.inf
+            self.forget_lost_best(content["progress"])
         if self.frozen_names:
             check_base_weights(self.model, content["base_sha256"], self.config.model.pretrained, self.run.resume)
         self.load_weights(content["weights"], self.run.resume)
         return content
+
+    def forget_lost_best(self, progress: dict[str, Any]) -> None:
+        """If best.pt is lost or damaged, say so and let the next score be the best so far."""
+        if progress["best_score"] > -math.inf and not is_whole_file(self.run.best):
+            self.say(f"{self.run.best}: is lost or damaged; the best model from here on takes its place")
+            progress["best_score"] = -math.inf
 
     def load_weights(self, weights: Mapping[str, Tensor], source: Path) -> None:
         """Give the model, in all processes, the weights that the main process has read from `source`."""
@@ -213,7 +218,7 @@ def sha256_of_start(path: Path, size: int | None = None) -> str:
 
 
 def what_is_lost(run: RunDirectory, state: Mapping[str, Any]) -> list[str]:
-    """Say what the run's files have lost since `state` was saved. What is left of them stays."""
+    """Say what the files that grow have lost since `state` was saved. What is left of them stays."""
     found, sizes = [], lengths(run)
     for name, size in state["lengths"].items():
         if sizes.get(name, 0) < size:
@@ -223,8 +228,6 @@ def what_is_lost(run: RunDirectory, state: Mapping[str, Any]) -> list[str]:
     known = state.get("metrics_sha256")  # older states lack it
     if known and sizes.get(name, 0) >= size and sha256_of_start(run.path / name, size) != known:
         found.append(f"{run.path / name}: was changed after the state was saved; going on")
-    if state["progress"]["best_score"] > -math.inf and not is_whole_file(run.best):
-        found.append(f"{run.best}: is lost or damaged; the best model from here on takes its place")
     return found
 
 

@@ -65,9 +65,8 @@ def lock(path: Path, what: str) -> None:
     Raises UserError that begins with `what` and names the holder if another process has the lock. On a file system
     without locks this does nothing.
     """
-    file = os.open(
-        path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
-    )  # never closed, since closing would release the lock
+    # never closed, since closing would release the lock
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
