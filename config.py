@@ -129,6 +129,7 @@ ARCHS: dict[str, Arch] = {
 }
 DRAWING_ROUTINES = ("random-epoch", "random", "round-robin", "annealed")  # they ignore --num_NAME_trains
 REFERENCE_BATCH = 64  # the batch size that --lr is meant for under --lr_scaling, which is R0's
+COSINE_HEADS = ("cosine", "residual")  # choices of --sts_head that compare two embeddings
 PAIR_FEATURES = ("u", "v", "abs", "mul", "cos", "diff")
 
 
@@ -201,7 +202,11 @@ class ModelOptions:
     )
     head_batchnorm: bool | None = option(None, "batch normalisation in nonlinear and conv heads")
     head_activation: str | None = option(None, "activation of the heads", choices=("relu", "gelu"))
-    sts_head: str | None = option(None, "similarity from a head or from a cosine", choices=("regression", "cosine"))
+    sts_head: str | None = option(
+        None,
+        "similarity from a head, from a cosine, or from a cosine to which a head adds what it learns (residual)",
+        choices=("regression", "cosine", "residual"),
+    )
     sts_projection: bool | None = option(
         None, "one linear layer and activation before the cosine (--NAME_head_layers: several)"
     )
@@ -217,8 +222,6 @@ class ModelOptions:
         arch = ARCHS[self.arch]
         shared = {f.name for f in fields(arch)} & {f.name for f in fields(self)}
         out = replace(self, **{name: getattr(arch, name) for name in shared if getattr(self, name) is None})
-        if out.pair_encoding == "cross":
-            out = replace(out, pair_features=(), sts_head="regression")
         if out.sts_head != "cosine":
             out = replace(out, sts_projection=False)
         if out.clf not in ("conv", "mlp"):
@@ -650,6 +653,7 @@ class TaskOptions:
         template="{task}_bregman",
         low=0.0,
     )
+    pair_encoding: str | None = option_of_one_task("pair_encoding")
     pooling: str | None = option_of_one_task("pooling")
     clf: str | None = option_of_one_task("clf")
     head_layers: int | None = option_of_one_task("head_layers")
@@ -692,6 +696,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain containers, fit for json and for a checkpoint."""
         return asdict(self)
+
+    def model_of(self, task: str) -> ModelOptions:
+        """Return the options of the model with those that a task has for itself."""
+        return replace(self.model, **self.tasks[task].model_options())
 
     def flat(self) -> dict[str, Any]:
         """Return the options in one level, by "group.option" and "tasks.NAME.option"."""

@@ -435,17 +435,18 @@ class TaskData:
 def tokenise(
     splits: Mapping[str, Mapping[str, Examples]],
     tokenizer: Tokenizer,
-    pair_encoding: str,
+    pair_encodings: Mapping[str, str],
     extra_clean: bool,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, TaskData]]:
     """Return the token ids of each split, by split and task. `say` reports how many sequences were truncated.
 
-    Raises UserError if `extra_clean` is set but nltk or its data are not available.
+    `pair_encodings` names siamese or cross for each task, as `MultitaskBERT.pair_encodings` does. Raises UserError if
+    `extra_clean` is set but nltk or its data are not available.
     """
     cleaner = Cleaner() if extra_clean else None
     data = {
-        split: {name: TaskData(examples, tokenizer, pair_encoding, cleaner) for name, examples in by_task.items()}
+        split: {name: TaskData(part, tokenizer, pair_encodings[name], cleaner) for name, part in by_task.items()}
         for split, by_task in splits.items()
     }
     truncated = sum(split.truncated for by_task in data.values() for split in by_task.values())

@@ -59,10 +59,6 @@ class Task:
         """Width of the head's output: one logit for each class, or a single number."""
         return int(self.label_range[1]) + 1 if self.kind == "classes" else 1
 
-    def has_cosine_head(self, sts_head: str) -> bool:
-        """Return whether the output is a cosine of two embeddings, as --sts_head cosine makes a similarity."""
-        return self.is_pair and self.kind == "similarity" and sts_head == "cosine"
-
     @property
     def metrics(self) -> tuple[str, str]:
         """Names of the two metrics of the task, the main one first."""

@@ -178,7 +178,7 @@ def trainer_from_flags(
     splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], say)
     model = MultitaskBERT(config.model, bert_config, tasks, config.tasks)
     model.load_backbones(load_weights(folder, bert_config))
-    train, dev = tokenise(splits, tokenizer, "siamese", False, say).values()
+    train, dev = tokenise(splits, tokenizer, model.pair_encodings(), False, say).values()
     return Trainer.from_config(config, model, tokenizer, train, dev, device, NO_RUN, say=ignore)
 
 

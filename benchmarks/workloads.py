@@ -184,7 +184,7 @@ def make_workload(options: BenchmarkOptions, name: str, say: Callable[[str], Non
     config = workload_config(options, task, bert_config)
     splits = load_splits(config.data, config.tasks, {name: task}, ["train", "dev"], say)
     splits["dev"][name] = splits["dev"][name].take(EVAL_BATCHES * size, config.train.seed)
-    data = tokenise(splits, tokenizer, "siamese", False, say)
+    data = tokenise(splits, tokenizer, {name: "siamese"}, False, say)
     train, dev = data["train"][name], data["dev"][name]
     if len(train) < size:
         path = train.examples.path

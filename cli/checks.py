@@ -3,11 +3,11 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from config import (
-    ARCHS,
+    COSINE_HEADS,
     DRAWING_ROUTINES,
     EXPORTS,
     MAX_RATE,
@@ -43,6 +43,7 @@ def check(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """Return what is wrong with a combination of options. `config.model` must not be resolved yet."""
     return [
         *check_model(config.model),
+        *check_pair_encoding(config, tasks),
         *check_task_heads(config, tasks),
         *check_adapters(config),
         *check_run(config, tasks),
@@ -64,7 +65,7 @@ def changed(options: Any) -> list[str]:
 def check_model(given: ModelOptions) -> list[str]:
     """Return what is wrong with the options of the model."""
     model = given.resolved()
-    problems = [*check_pair_encoding(given, model), *check_head(given, model, "--")]
+    problems = check_head(given, model, "--")
     if given.shared_batchnorm_stats and model.pair_layer != "batchnorm":
         problems.append("--shared_batchnorm_stats needs --pair_layer batchnorm; add that or drop it")
     if model.clf == "conv":
@@ -109,8 +110,9 @@ def check_task_heads(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """Return what is wrong with the options that a task has instead of those of the model."""
     problems = []
     for name, options in config.tasks.items():
-        model = replace(config.model, **options.model_options()).resolved()
-        if tasks[name].has_cosine_head(str(model.sts_head)):
+        model = config.model_of(name).resolved()
+        compared = tasks[name].is_pair and model.pair_encoding == "siamese"
+        if compared and tasks[name].kind == "similarity" and model.sts_head == "cosine":
             problems += [
                 f"--{name}_{unused} shapes a regression head, but the similarity of {name} is a cosine; drop it or "
                 "choose --sts_head regression"
@@ -124,27 +126,39 @@ def check_task_heads(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     return problems
 
 
-def check_pair_encoding(given: ModelOptions, model: ModelOptions) -> list[str]:
-    """Return what of the options `given` does not suit the pair encoding of `model`, which is `given` resolved."""
-    if model.pair_encoding == "cross":
-        problems = [
+def check_pair_encoding(config: Config, tasks: Mapping[str, Task]) -> list[str]:
+    """Return what of the options does not suit the pair encoding of the pair tasks."""
+    given, model = config.model, config.model.resolved()
+    of_task = {name: config.model_of(name).resolved().pair_encoding for name in config.tasks if tasks[name].is_pair}
+    of_similarities = {of_task[name] for name in of_task if tasks[name].kind == "similarity"}
+    encodings = set(of_task.values()) or {model.pair_encoding}
+    problems = [
+        f"--{name}_pair_encoding joins or compares two texts, but an example of {name} has only one; drop it"
+        for name, options in config.tasks.items()
+        if options.pair_encoding is not None and not tasks[name].is_pair
+    ]
+    if len(encodings) > 1 and model.pair_layer != "none":
+        problems.append(
+            f"--pair_layer {model.pair_layer} takes the features of all pair tasks, which then need one "
+            "--pair_encoding; use that for all, or --pair_layer none"
+        )
+    if "siamese" not in encodings:
+        problems += [
             f"--{name} works on two embeddings, but --pair_encoding cross makes one; drop one of the two"
             for name in ("pair_features", "sts_projection")
             if getattr(given, name)
         ]
-        if given.sts_head == "cosine":
-            problems.append(
-                "--sts_head cosine compares two embeddings, but --pair_encoding cross makes one; "
-                "use --sts_head regression or --pair_encoding siamese"
-            )
-        return problems
-    problems = []
-    if not model.pair_features:
+    if given.sts_head in COSINE_HEADS and "siamese" not in (of_similarities or encodings):
+        problems.append(
+            f"--sts_head {given.sts_head} compares two embeddings, but --pair_encoding cross makes one; "
+            "use --sts_head regression or --pair_encoding siamese"
+        )
+    if "siamese" in encodings and not model.pair_features:
         problems.append(
             "--pair_encoding siamese needs --pair_features, which this arch does not set; "
             f"name some of {','.join(PAIR_FEATURES)}"
         )
-    if given.sts_projection and model.sts_head != "cosine":
+    if "siamese" in encodings and given.sts_projection and model.sts_head != "cosine":
         problems.append("--sts_projection needs --sts_head cosine; add that or drop it")
     return problems
 
@@ -318,7 +332,6 @@ def flag_of(key: str) -> str:
 
 def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     """Return what is wrong with --NAME_embedding_loss and the numbers in losses."""
-    pairs = config.model.pair_encoding or ARCHS[config.model.arch].pair_encoding
     used = {options.embedding_loss for options in config.tasks.values()}
     problems = [
         f"--{name} needs a task with --NAME_embedding_loss {loss}; add that or drop it"
@@ -329,7 +342,7 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
         if options.mixed_weight is not None and options.loss != "mixed":
             problems.append(f"--{name}_mixed_weight needs --{name}_loss mixed, not {options.loss}; add that or drop it")
         flag = f"--{name}_embedding_loss {options.embedding_loss}"
-        two_embeddings = tasks[name].is_pair and pairs == "siamese"
+        two_embeddings = tasks[name].is_pair and config.model_of(name).resolved().pair_encoding == "siamese"
         if options.embedding_loss == "none" and options.embedding_weight != 1.0:
             problems.append(f"--{name}_embedding_weight needs --{name}_embedding_loss; add that or drop it")
         if options.embedding_loss in ("contrastive", "ranking", "cosine") and not two_embeddings:

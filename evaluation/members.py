@@ -141,7 +141,7 @@ class Predictor:
             return outputs
         model, tokenizer, saved = load_model(member.path, read and read())
         model.to(self.device.device)
-        data = tokenise(splits, tokenizer, str(model.options.pair_encoding), saved.data.extra_clean, say)
+        data = tokenise(splits, tokenizer, model.pair_encodings(), saved.data.extra_clean, say)
         outputs = {
             (split, name): predict(model, task_data, self.device.device, self.batch_size, self.device.amp)
             for split, by_task in data.items()

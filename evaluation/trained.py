@@ -64,7 +64,7 @@ class TrainedModel:
         older checkpoint has no line; the similarity is then the raw output. Raises UserError as `predict` does.
         """
         row = self.task(task)
-        data = self._tokenised(row, text_columns(row, texts), str(self.model.options.pair_encoding))
+        data = self._tokenised(row, text_columns(row, texts), self.model.pair_encodings()[row.name])
         if not len(data):
             return np.empty((0, row.num_outputs)[: 2 if row.kind == "classes" else 1], np.float32)
         outputs = predict(self.model, data, self.device.device, self.batch_size, self.device.amp)
@@ -101,7 +101,7 @@ class TrainedModel:
         examples = Examples(task, "predict", self.path, ids, columns, None)
         warn = partial(print, file=sys.stderr)  # not among the labels, which may go into a pipe
         splits, clean = {"predict": {task.name: examples}}, self.config.data.extra_clean
-        return tokenise(splits, self.tokenizer, pair_encoding, clean, warn)["predict"][task.name]
+        return tokenise(splits, self.tokenizer, {task.name: pair_encoding}, clean, warn)["predict"][task.name]
 
 
 def embedding_task(tasks: Sequence[Task]) -> Task:

@@ -27,7 +27,7 @@ def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], Non
             f"--max_length {config.data.max_length}: {config.model.pretrained} has only "
             f"{bert_config.max_position_embeddings} positions; give at most that"
         )
-    joined = [name for name, task in tasks.items() if task.is_pair and config.model.pair_encoding == "cross"]
+    joined = [name for name, task in tasks.items() if task.is_pair and config.model_of(name).pair_encoding == "cross"]
     if joined and bert_config.type_vocab_size < 2:
         raise UserError(
             f"--pair_encoding cross: {config.model.pretrained} has one token type (type_vocab_size 1), and the texts "

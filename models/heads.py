@@ -136,6 +136,25 @@ class CosineHead(nn.Module):
         return self.highest * F.cosine_similarity(self.projection(u), self.projection(v))[:, None]
 
 
+class ResidualHead(nn.Module):
+    """Similarity as the cosine of two embeddings plus what `regression` makes of their `features`, 0 at the start.
+
+    So a model whose embeddings were trained for cosines begins with what it knows, as a residual block begins as the
+    identity (Goyal et al. 2017, section 5.1). A cosine of 1 gives the label `highest`.
+    """
+
+    def __init__(self, regression: nn.Sequential, features: Sequence[str], highest: float) -> None:
+        super().__init__()
+        self.regression, self.features, self.highest = regression, tuple(features), highest
+        for parameter in regression[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Map two embeddings [B, H] to [B, 1]."""
+        cosine = F.cosine_similarity(u, v)[:, None]
+        return self.highest * cosine + self.regression(pair_features(u, v, self.features))
+
+
 def build_head(options: ModelOptions, width: int, hidden: int, outputs: int) -> nn.Sequential:
     """Return a head that maps features [B, width] to outputs [B, outputs]; `hidden` is the backbone's width H.
 

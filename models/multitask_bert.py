@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from base_bert import load_mlm_head
 from bert import Adapter, BertModel
-from config import BertConfig, ModelOptions, PalOptions, TaskOptions, TrainOptions
+from config import COSINE_HEADS, BertConfig, ModelOptions, PalOptions, TaskOptions, TrainOptions
 from lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -19,7 +19,7 @@ from lora import (
     restore,
 )
 from models.freezing import frozen_by_adapters, parse_command, scheduled_layers, set_trainable
-from models.heads import CosineHead, PairLayer, build_head, pair_features
+from models.heads import CosineHead, PairLayer, ResidualHead, build_head, pair_features
 from models.mlm import MaskedWordHead
 from models.pals import TaskAdapter
 from tasks import Task
@@ -43,7 +43,6 @@ class MultitaskBERT(nn.Module):
     ) -> None:
         super().__init__()
         self.options = options
-        self.options_of: dict[str, ModelOptions] = {}  # by task
         self.bert_config = bert_config
         self.tasks = dict(tasks)
         self.lora: LoRAConfig | None = None
@@ -51,25 +50,15 @@ class MultitaskBERT(nn.Module):
         self.backbone_of = {name: self._backbone_name(task) for name, task in tasks.items()}
         names = dict.fromkeys(self.backbone_of.values())
         self.backbones = nn.ModuleDict({name: BertModel(bert_config) for name in names})
-        hidden = bert_config.hidden_size
+        given = {name: task_options[name].model_options() if task_options else {} for name in tasks}
+        self.options_of = {name: replace(options, **given[name]) for name in tasks}
         pairs = [name for name, task in tasks.items() if task.is_pair]
-        feature_width = hidden
-        if options.pair_encoding == "siamese":
-            feature_width = sum(1 if name == "cos" else hidden for name in options.pair_features or ())
         self.pair_layer = None
         if pairs and options.pair_layer != "none":
             stats = ("all",) if options.shared_batchnorm_stats else pairs
-            self.pair_layer = PairLayer(feature_width, 2 * hidden, str(options.pair_layer), stats)
-            feature_width = 2 * hidden
-        self.heads = nn.ModuleDict()
-        for name, task in tasks.items():
-            given = task_options[name].model_options() if task_options and name in task_options else {}
-            of_task = self.options_of[name] = replace(options, **given)
-            if self._has_cosine_head(task):
-                self.heads[name] = CosineHead(hidden, of_task, task.label_range[1], given.get("head_layers"))
-            else:
-                width = feature_width if task.is_pair else hidden
-                self.heads[name] = build_head(of_task, width, hidden, task.num_outputs)
+            width = 2 * bert_config.hidden_size
+            self.pair_layer = PairLayer(self._feature_width(pairs[0]), width, str(options.pair_layer), stats)
+        self.heads = nn.ModuleDict({name: self._build_head(name, given[name].get("head_layers")) for name in tasks})
         self.pals = nn.ModuleDict()  # by task
         self.mlm = nn.ModuleDict()  # by backbone
 
@@ -77,8 +66,30 @@ class MultitaskBERT(nn.Module):
         names = {"shared": "shared", "sentiment-similarity": task.backbone, "per-task": task.name}
         return names[str(self.options.backbones)]
 
-    def _has_cosine_head(self, task: Task) -> bool:
-        return task.has_cosine_head(str(self.options.sts_head))
+    def _feature_width(self, task: str) -> int:
+        hidden = self.bert_config.hidden_size
+        if not self.is_siamese(task):
+            return hidden
+        return sum(1 if name == "cos" else hidden for name in self.options.pair_features or ())
+
+    def _build_head(self, task: str, cosine_layers: int | None) -> nn.Module:
+        row, options, hidden = self.tasks[task], self.options_of[task], self.bert_config.hidden_size
+        if self.has_cosine_head(task) and options.sts_head == "cosine":
+            return CosineHead(hidden, options, row.label_range[1], cosine_layers)
+        width = 2 * hidden if self.uses_pair_layer(task) else self._feature_width(task)
+        head = build_head(options, width, hidden, row.num_outputs)
+        if not self.has_cosine_head(task):
+            return head
+        return ResidualHead(head, options.pair_features or (), row.label_range[1])
+
+    def has_cosine_head(self, task: str) -> bool:
+        """Return whether the head takes two embeddings and compares them, as --sts_head cosine makes a similarity."""
+        similarity = self.tasks[task].kind == "similarity"
+        return similarity and self.is_siamese(task) and self.options.sts_head in COSINE_HEADS
+
+    def uses_pair_layer(self, task: str) -> bool:
+        """Return whether the shared pair layer lies between the features of a task and its head."""
+        return self.pair_layer is not None and self.tasks[task].is_pair and not self.has_cosine_head(task)
 
     def backbone(self, task: str) -> BertModel:
         """Return the backbone that serves a task."""
@@ -92,7 +103,11 @@ class MultitaskBERT(nn.Module):
 
     def is_siamese(self, task: str) -> bool:
         """Return whether a batch of B examples holds 2B sequences, with all first texts before all second texts."""
-        return self.tasks[task].is_pair and self.options.pair_encoding == "siamese"
+        return self.tasks[task].is_pair and self.options_of[task].pair_encoding == "siamese"
+
+    def pair_encodings(self) -> dict[str, str]:
+        """Return for each task how the two texts of a pair are encoded: siamese or cross."""
+        return {name: str(options.pair_encoding) for name, options in self.options_of.items()}
 
     def forward(self, task: str, batch: Batch) -> Tensor:
         """Return the outputs of `task`: logits [B, classes], or [B] for one logit or one similarity."""
@@ -121,7 +136,7 @@ class MultitaskBERT(nn.Module):
             return self.heads[task](embedding)
         if self.is_siamese(task):
             u, v = embedding.chunk(2)
-            if self._has_cosine_head(self.tasks[task]):
+            if self.has_cosine_head(task):
                 return self.heads[task](u, v)
             embedding = pair_features(u, v, self.options.pair_features or ())
         if self.pair_layer is not None:
@@ -293,8 +308,7 @@ class MultitaskBERT(nn.Module):
         reached.append(self.mlm[self.backbone_of[task]] if self.mlm else self.heads[task])
         if task in self.pals:
             reached.append(self.pals[task])
-        compared = self.tasks[task].is_pair and not self._has_cosine_head(self.tasks[task])
-        if self.pair_layer is not None and compared and not self.mlm:
+        if self.pair_layer is not None and self.uses_pair_layer(task) and not self.mlm:
             reached.append(self.pair_layer)
         pools = self.pooling(task) == "cls" and not self.mlm
         unused = set() if pools else set(self.backbone(task).pooler_dense.parameters())

@@ -67,8 +67,7 @@ def predict_dev(path: Path, dev: Mapping[str, Examples], device: Device, batch_s
     """Load a checkpoint and predict the dev sets of its tasks."""
     model, tokenizer, config = load_model(path)
     model.to(device.device)
-    pair_encoding = str(model.options.pair_encoding)
-    batches = tokenise({"dev": dev}, tokenizer, pair_encoding, config.data.extra_clean, say)["dev"]
+    batches = tokenise({"dev": dev}, tokenizer, model.pair_encodings(), config.data.extra_clean, say)["dev"]
     predictions = {
         name: probabilities(TASKS[name], predict(model, data, device.device, batch_size, device.amp))
         for name, data in batches.items()

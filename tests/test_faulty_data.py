@@ -78,7 +78,7 @@ def test_any_file_becomes_batches_or_a_reason(
     assert sum("skipped row" in line for line in said) == 2 * (rows - len(examples))
     assert len(set(examples.ids)) == len(examples) > 0
     assert all(text and text == " ".join(text.split()) for column in examples.texts for text in column)
-    data = tokenise(splits, tokenizer, "cross", False, said.append)["train"][task]
+    data = tokenise(splits, tokenizer, dict.fromkeys(splits["train"], "cross"), False, said.append)["train"][task]
     batch = data.batch(np.arange(len(data)))
     assert batch.num_sequences == len(examples) and batch.max_seqlen <= 64
     assert batch.input_ids.min() >= 0 and batch.input_ids.max() < tokenizer.vocab_size

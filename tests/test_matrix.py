@@ -19,7 +19,7 @@ import torch
 from helpers import changed, copied, cut, load_batch, make_bert, make_trainer, metrics, steps_of, write_films
 
 from cli.parser import build_config, build_parser, expand_arguments
-from config import ARCHS, GROUPS, Config, ModelOptions, TaskOptions
+from config import ARCHS, COSINE_HEADS, GROUPS, Config, ModelOptions, TaskOptions
 from models.checkpoint import load_model, model_checkpoint, save
 from tasks import TASKS
 from training.trainer import Trainer
@@ -120,6 +120,7 @@ METHODS: dict[str, dict[str, str]] = {
         "regression": "--sts_head regression",
         "bare cosine": "--sts_head cosine --no_sts_projection",
         "projection": "--sts_head cosine --sts_projection",
+        "residual": "--sts_head residual",
     },
     "fine-tuning": {name: f"--fine_tune_mode {name}" for name in ("last-layer", "full-model", "iterative")},
     "backbones": {name: f"--backbones {name}" for name in ("shared", "sentiment-similarity", "per-task")},
@@ -129,7 +130,11 @@ METHODS: dict[str, dict[str, str]] = {
         "pairs": "--train_quora --train_sts",
         "films": "--train_sts --train_cfimdb",
     },
-    "pairs": {"siamese": f"--pair_encoding siamese {FEATURES}", "cross": "--pair_encoding cross"},
+    "pairs": {
+        "siamese": f"--pair_encoding siamese {FEATURES}",
+        "cross": "--pair_encoding cross",
+        "of tasks": f"--pair_layer none --pair_encoding cross --sts_pair_encoding siamese {FEATURES}",
+    },
     "pooling": {
         **{name: f"--pooling {name}" for name in ("cls", "mean")},
         "of tasks": "--pooling cls --sst_pooling mean --sts_pooling mean",
@@ -153,8 +158,10 @@ MODEL_AXES = ("arch", "pair layer", "head", "sts head", "backbones", "tasks", "p
 # Methods that exclude each other ("axis: names", | between several, * for any), and words of the line that says so.
 REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pairs: cross", "sts head: bare cosine"), ("--sts_head cosine", "--pair_encoding cross", "use")),
+    (("pairs: cross", "sts head: residual"), ("--sts_head residual", "--pair_encoding cross", "use")),
     (("pairs: cross", "sts head: projection"), ("--sts_projection", "--pair_encoding cross", "drop")),
     (("arch: r1-baseline|v2", "sts head: bare cosine"), ("--sts_head cosine", "--pair_encoding cross", "use")),
+    (("arch: r1-baseline|v2", "sts head: residual"), ("--sts_head residual", "--pair_encoding cross", "use")),
     (("arch: r1-baseline|v2", "sts head: projection"), ("--sts_projection", "--pair_encoding cross", "drop")),
     (("pairs: cross", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_encoding")),
     (("arch: r1-baseline|v2", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_enc")),
@@ -291,7 +298,7 @@ def should_change(name: str, row: Row, config: Config, epochs: Sequence[Moves], 
     """
     part, owner, *rest = name.split(".")
     served = set().union(*(move for moves in epochs for move in moves))  # tasks
-    bare = {"sts"} if config.model.sts_head == "cosine" else set()  # passes by what the pair tasks share
+    bare = {"sts"} if config.model.sts_head in COSINE_HEADS else set()  # passes by what the pair tasks share
     mlm = "pre-training" in row  # passes by the heads, the pair layer and the poolers
     if part == "heads":
         return owner in served and not mlm

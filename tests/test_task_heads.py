@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 from helpers import TINY, configure, make_batch, max_difference, metrics, model_options, randomise
 
 import multitask_classifier
@@ -10,6 +11,7 @@ from bert import Linear
 from cli.commands import command_of, config_of
 from config import Config
 from models.checkpoint import load_model
+from models.heads import ResidualHead, pair_features
 from models.multitask_bert import MultitaskBERT
 from tasks import DEFAULT_TASKS
 
@@ -71,6 +73,41 @@ def test_pooling_of_one_task() -> None:
         assert max_difference(model.embed(task, batch), backbone.sentence_embedding(batch, other)) > 0.01
         reached = {id(parameter) for parameter in model.task_parameters(task)}
         assert (id(backbone.pooler_dense.weight) in reached) == (task != "sts")
+
+
+@pytest.mark.parametrize(
+    "words", ["--arch yin-yang --para_pair_encoding cross", "--arch v2 --sts_pair_encoding siamese"]
+)
+def test_pair_encoding_of_one_task(words: str) -> None:
+    """Quora's pairs are joined and those of STS compared: each head has the outputs of a model with one encoding."""
+    of_all = "--pair_layer none --clf mlp --head_layers 1"
+    features = "--pair_features u,v,abs"
+    model = build(f"{words} {of_all} {features}")
+    assert model.pair_encodings()["para"] == "cross" and model.pair_encodings()["sts"] == "siamese"
+    assert widths(model, "para") == [(16, 16), (16, 1)] and widths(model, "sts") == [(48, 16), (16, 1)]
+    for task, encoding in (("para", "cross"), ("sts", "siamese")):
+        alone = build(
+            f"{words.split(' --')[0]} {of_all} --pair_encoding {encoding} {features if encoding == 'siamese' else ''}"
+        )
+        alone.backbone(task).load_state_dict(model.backbone(task).state_dict())
+        alone.heads[task].load_state_dict(model.heads[task].state_dict())
+        batch = make_batch(model, task)
+        assert batch.num_sequences == (6 if encoding == "cross" else 12)
+        assert max_difference(model(task, batch), alone(task, batch)) == 0
+
+
+def test_residual_head_starts_as_the_cosine_and_learns_the_rest() -> None:
+    model = model_of("--arch yin-yang --sts_head residual").eval()
+    randomise(model.backbones, 0)
+    batch = make_batch(model, "sts")
+    u, v = model.embed("sts", batch).chunk(2)
+    assert max_difference(model("sts", batch), 5 * F.cosine_similarity(u, v)) < 1e-6
+    head = randomise(model.heads["sts"], 1, std=0.6)
+    assert isinstance(head, ResidualHead)
+    added = head.regression(pair_features(u, v, ("u", "v", "abs", "mul", "cos")))[:, 0]
+    assert added.std() > 0.01
+    assert max_difference(model("sts", batch), 5 * F.cosine_similarity(u, v) + added) < 1e-4
+    assert model.uses_pair_layer("para") and not model.uses_pair_layer("sts")
 
 
 def test_what_tasks_leave_out_is_that_of_all_tasks() -> None:

@@ -46,7 +46,7 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
         device = device_of(config.compute, say)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks, say)
-        data = tokenise(splits, tokenizer, str(config.model.pair_encoding), config.data.extra_clean, say)
+        data = tokenise(splits, tokenizer, model.pair_encodings(), config.data.extra_clean, say)
     return Inputs(data, model, tokenizer, device)
 
 
@@ -134,11 +134,11 @@ def evaluate(config: Config, context: DistributedContext) -> None:
     """Score dev and predict dev and test with the checkpoint that --evaluate names."""
     path = Path(str(config.run.evaluate))
     trained = trained_model(config, say)
-    model, tokenizer, pair_encoding = trained.model, trained.tokenizer, str(trained.model.options.pair_encoding)
+    model, tokenizer = trained.model, trained.tokenizer
     run = RunDirectory(Path(config.run.run_dir) if config.run.run_dir else path.with_name(f"{path.stem}-evaluation"))
     options = {name: config.tasks[name] for name in model.tasks}
     splits = load_splits(config.data, options, model.tasks, scored_splits(config), say)
     refuse_training_run(run.path)
     probe_requested_files(options)
-    data = tokenise(splits, tokenizer, pair_encoding, trained.config.data.extra_clean, say)
+    data = tokenise(splits, tokenizer, model.pair_encodings(), trained.config.data.extra_clean, say)
     report(config, model, data, trained.device, run, {"checkpoint": str(path)}, context)

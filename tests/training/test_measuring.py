@@ -102,9 +102,10 @@ def test_tokens_are_those_that_the_batches_hold(tiny_flags: list[str], tmp_path:
     words = [*tiny_flags, "--train_sst", "--train_sts", "--num_sts_trains", "2", "--no_tensorboard"]
     multitask_classifier.main([*words, "--run_dir", str(tmp_path / "run")])
     config = parse(words, TASKS, "test", "Test.")
-    _, tokenizer, _ = load_model(tmp_path / "run" / "best.pt")
+    model, tokenizer, _ = load_model(tmp_path / "run" / "best.pt")
     tasks = {name: TASKS[name] for name in config.tasks}
-    data = tokenise(load_splits(config.data, config.tasks, tasks, ["train"], print), tokenizer, "siamese", False, print)
+    splits = load_splits(config.data, config.tasks, tasks, ["train"], print)
+    data = tokenise(splits, tokenizer, model.pair_encodings(), False, print)
     counts = {name: int(data["train"][name].lengths.sum()) for name in config.tasks}
     counts["sts"] *= 2
     lines = (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
