@@ -125,5 +125,9 @@ def report_table_item(study: Study, table: StudyTable) -> ReportItem:
 def printed(title: str, table: Table) -> str:
     """Return the table as plain text, with the notes below it."""
     header, *rows = table.cells()
-    notes = [f"{row[0]}: {row[-1]}" for row in rows if row[-1]]
+    labels: dict[str, list[str]] = {}  # of the rows with a note
+    for row in rows:
+        if row[-1]:
+            labels.setdefault(row[-1], []).append(row[0])
+    notes = [f"{name}{f' and {len(others)} more' * bool(others)}: {note}" for note, (name, *others) in labels.items()]
     return "\n".join(["", title, format_table(header[:-1], [row[:-1] for row in rows]), *notes, ""])

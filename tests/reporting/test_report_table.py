@@ -10,8 +10,9 @@ from helpers import ROOT, cells_of, check_layout, figure_of, read_page
 import report
 import sweep
 from reporting.page import ReportItem
-from reporting.report_table import report_table_item
+from reporting.report_table import printed, report_table_item
 from reporting.sources import read_study
+from reporting.tables import Column, Table
 from studies.results import COLUMNS
 
 FILE = str(ROOT / "tests" / "r9" / "tables.toml")
@@ -72,6 +73,11 @@ def test_the_table_has_the_reports_order_and_columns(study: Path) -> None:
         "the labels of test are not public",
         "The report does not say which data.",
     ]
+
+
+def test_a_note_of_several_rows_is_printed_once() -> None:
+    table = Table([Column("row"), Column("x"), Column("note")], [["A", 1, "why"], ["B", 2, ""], ["C", 3, "why"]])
+    assert printed("Title", table).strip().endswith("\nA and 1 more: why")
 
 
 def test_the_figure_has_reported_beside_ours(study: Path) -> None:
