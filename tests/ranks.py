@@ -138,9 +138,9 @@ def gradients_of_tasks(context: DistributedContext, flags: list[str], run_dir: P
     found: list[list[Tensor | None]] = []
     with exact():
         trainer = make_trainer(flags, run_dir, "--routine", "joint", "--pcgrad", context=context, double=True)
-        trainer.assign_projected = lambda gradients: found.extend(  # type: ignore[method-assign]
-            [part if reached else None for part, reached in zip(flat.parts, flat.reached, strict=True)]
-            for flat in gradients
+        trainer.project = lambda gradients: found.extend(  # type: ignore[method-assign]
+            [part if use else None for part, use in zip(gradients.parts(row), reached, strict=True)]
+            for row, reached in enumerate(gradients.reached)
         )
         list(first_steps(trainer, 1))
     return found

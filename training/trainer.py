@@ -30,7 +30,7 @@ from training.logger import Logger, describe_freezing, epoch_table, parameter_ta
 from training.meters import BatchResult, EpochRecord, StepResult
 from training.objective import MaskedWordObjective, Objective
 from training.optimizers import Optimizers
-from training.pcgrad import FlatGradient, assign_gradients, detach_gradients, pcgrad
+from training.pcgrad import TaskGradients, pcgrad
 from training.resume import Checkpointer, check_finite, generator_states, restore_generators
 from training.run_directory import RunDirectory
 from training.task_sampling import ROUTINES, Plan, Step, task_batches
@@ -128,17 +128,17 @@ class Trainer:
         """
         optimizer = self.optimizers.for_step(step)
         results: list[BatchResult] = []
-        gradients: list[FlatGradient] = []
+        gradients = TaskGradients(self.task_parameters(), len(step.batches)) if self.config.train.pcgrad else None
         last = step.batches[-1] if self.data_parallel is None else self.data_parallel.last_trained(step)
         for batch in step.batches:
             loaded = self.loader.next(batch, self.progress.batches + len(results))
             loss, outputs = self.run_batch(loaded, len(step.batches), last=batch is last)
             self.loader.prefetch()
             results.append(BatchResult(loss, outputs, loaded.labels))
-            if self.config.train.pcgrad:
-                gradients.append(detach_gradients(self.task_parameters()))
-        if self.config.train.pcgrad:
-            self.assign_projected(gradients)
+            if gradients is not None:
+                gradients.take()
+        if gradients is not None:
+            self.project(gradients)
         if not self.optimizers.has_gradients(optimizer):  # nothing trains that these batches reach
             return StepResult(results, None)
         norm = self.optimizers.clip_gradients(optimizer, measure_norm)
@@ -177,16 +177,13 @@ class Trainer:
         reached = dict.fromkeys(chain.from_iterable(map(self.model.task_parameters, self.model.tasks)))
         return [parameter for parameter in reached if parameter.requires_grad]
 
-    def assign_projected(self, gradients: Sequence[FlatGradient]) -> None:
+    def project(self, gradients: TaskGradients) -> None:
         """Give the parameters the sum of the tasks' gradients after gradient surgery, and count the conflicts."""
-        gradients = [gradient for gradient in gradients if any(gradient.reached)]
-        if not gradients:
-            return
         generator = np.random.default_rng([self.config.train.seed, self.progress.steps])
-        combined, conflicts = pcgrad(gradients, generator)
-        assign_gradients(self.task_parameters(), combined)
+        conflicts = pcgrad(gradients.rows, generator)
+        gradients.give_first()
         self.progress.conflicts = self.progress.conflicts + conflicts
-        self.progress.pairs += math.comb(len(gradients), 2)
+        self.progress.pairs += gradients.pairs()
 
     def update_averages(self) -> None:
         """Let the running averages of the weights follow an optimizer step."""

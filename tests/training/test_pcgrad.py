@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.launch_counts import launches
-from training.pcgrad import FlatGradient, assign_gradients, detach_gradients, flat_gradient, pcgrad
+from training.pcgrad import TaskGradients, inner_products, pcgrad
 
 SHAPES = [(3, 4), (5,), (2, 2, 2)]
 
@@ -34,16 +34,22 @@ def by_the_algorithm(vectors: list[np.ndarray], order: np.random.Generator) -> n
     return total
 
 
-def flattened(gradients: Sequence[Sequence[Tensor | None]]) -> list[FlatGradient]:
-    """Of parameters with the shapes that the first gradient of each has."""
-    parameters = [next(part for part in parts if part is not None) for parts in zip(*gradients, strict=True)]
-    return [flat_gradient(gradient, parameters) for gradient in gradients]
+def taken(gradients: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> TaskGradients:
+    """Return the gradients of some tasks, of parameters with the shapes of `like`."""
+    parameters = [nn.Parameter(torch.zeros_like(part)) for part in like]
+    found = TaskGradients(parameters, len(gradients))
+    for gradient in gradients:
+        for parameter, part in zip(parameters, gradient, strict=True):
+            parameter.grad = part
+        found.take()
+    return found
 
 
 def surgery(gradients: list[list[Tensor]], seed: int = 5) -> list[Tensor]:
-    found, _ = pcgrad(flattened(gradients), np.random.default_rng(seed))
-    assert all(found.reached)
-    return found.parts
+    found = taken(gradients, gradients[0])
+    pcgrad(found.rows, np.random.default_rng(seed))
+    found.give_first()
+    return [parameter.grad for parameter in found.parameters if parameter.grad is not None]
 
 
 def test_the_example_with_the_original_gradients() -> None:
@@ -78,15 +84,14 @@ def test_the_order_of_projections_matters_and_is_seeded() -> None:
 def test_parameters_that_a_task_does_not_reach() -> None:
     """They count as zero; a parameter that none reaches, as a frozen one, keeps no gradient."""
     first, second = random_gradients(2, 3)
-    parameters = [nn.Parameter(torch.zeros_like(part)) for part in first]
-    holes = [[first[0], None, None], [second[0], second[1], None]]
-    zeros = [[first[0], torch.zeros(5).double(), torch.zeros(2, 2, 2).double()], [*second[:2], torch.zeros(2, 2, 2)]]
-    found, _ = pcgrad([flat_gradient(gradient, parameters) for gradient in holes], np.random.default_rng(1))
+    found = taken([[first[0], None, None], [second[0], second[1], None]], like=first)
+    pcgrad(found.rows, np.random.default_rng(1))
+    found.give_first()
+    zeros = [[first[0], torch.zeros(5).double()], second[:2]]
     wanted = by_the_algorithm([flat(gradient) for gradient in zeros], np.random.default_rng(1))
-    assert found.reached == [True, True, False]
-    assert flat(found.parts[:2]) == pytest.approx(wanted[:17], abs=1e-12)
-    assign_gradients(parameters, found)
-    assert parameters[2].grad is None and parameters[1].grad is found.parts[1]
+    given = [parameter.grad for parameter in found.parameters]
+    assert given[2] is None and found.pairs() == 1
+    assert flat([part for part in given if part is not None]) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_gradient_of_zero_changes_nothing() -> None:
@@ -97,7 +102,7 @@ def test_a_gradient_of_zero_changes_nothing() -> None:
 
 def test_conflicts_are_counted_by_pairs() -> None:
     gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])], [torch.tensor([0.0, 1.0])]]
-    assert pcgrad(flattened(gradients), np.random.default_rng(0))[1].item() == 1
+    assert pcgrad(taken(gradients, gradients[0]).rows, np.random.default_rng(0)).item() == 1
 
 
 def test_gradients_are_copied_and_cleared_and_given_back() -> None:
@@ -105,24 +110,38 @@ def test_gradients_are_copied_and_cleared_and_given_back() -> None:
     reached, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
     memory = torch.tensor([1.0, 2.0])
     reached.grad = memory
-    gradient = detach_gradients([reached, other])
+    gradients = TaskGradients([reached, other], 1)
+    gradients.take()
     memory.fill_(9)
-    assert reached.grad is None and gradient.reached == [True, False]
-    assign_gradients([reached, other], gradient)
+    assert reached.grad is None and gradients.reached == [[True, False]] and gradients.pairs() == 0
+    gradients.give_first()
     assert reached.grad is not None and reached.grad.tolist() == [1, 2] and other.grad is None
+
+
+def test_products_of_long_gradients_are_exact() -> None:
+    """Two gradients of 8 million numbers that nearly cancel, as a plain product in fp32 would not tell."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(1 << 23))
+    gradients = TaskGradients([parameter], 2)
+    for scale in (1.0, -1e-5):
+        parameter.grad = 1 + scale * torch.randn(1 << 23, generator=generator)
+        gradients.take()
+    wanted = (gradients.rows.double() @ gradients.rows.double().T).numpy()
+    assert inner_products(gradients.rows).numpy() == pytest.approx(wanted, rel=1e-7)
 
 
 def test_the_launches_do_not_grow_with_the_parameters() -> None:
     """On torch's meta device, which goes the way of a GPU."""
 
     def step(parameters: list[nn.Parameter]) -> None:
-        gradients = []
+        gradients = TaskGradients(parameters, 3)
         for _ in range(3):
             for parameter in parameters:
                 parameter.grad = parameter.detach()
-            gradients.append(detach_gradients(parameters))
-        assign_gradients(parameters, pcgrad(gradients, np.random.default_rng(0))[0])
+            gradients.take()
+        pcgrad(gradients.rows, np.random.default_rng(0))
+        gradients.give_first()
 
     few, many = ([nn.Parameter(torch.zeros(2, 3, device="meta")) for _ in range(count)] for count in (10, 100))
     found = launches(lambda: step(few)).total(), launches(lambda: step(many)).total()
-    assert found[0] == found[1] <= 50
+    assert found[0] == found[1] <= 36
