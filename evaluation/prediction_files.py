@@ -26,6 +26,11 @@ def prediction_file(folder: Path, task: str, split: str) -> Path:
     return folder / "predictions" / f"{task}-{split}-output.csv"
 
 
+def prediction_files(folder: Path) -> list[Path]:
+    """Return the files of all predictions that a run in `folder` may write."""
+    return [prediction_file(folder, task, split) for task in TASKS for split in ("dev", "test")]
+
+
 def requested_files(options: Mapping[str, TaskOptions]) -> Iterator[tuple[str, str, Path]]:
     """Yield task, split and file for each --NAME_dev_out and --NAME_test_out."""
     for task, of_task in options.items():
@@ -54,9 +59,8 @@ def copy_predictions(folder: Path, options: Mapping[str, TaskOptions]) -> None:
 def remove_predictions(folder: Path) -> None:
     """Remove the predictions of a run from `folder`, and nothing else. Raises UserError if that fails."""
     try:
-        for task in TASKS:
-            for split in ("dev", "test"):
-                prediction_file(folder, task, split).unlink(missing_ok=True)
+        for path in prediction_files(folder):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder / 'predictions'}: cannot be written ({first_line(error)}); choose another") from error
 

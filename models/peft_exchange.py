@@ -80,15 +80,14 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     where the adapter is not LoRA, rsLoRA or DoRA, or where it touches more than the six linear layers of each BERT
     layer.
     """
-    folder = _named_adapter(folder)
-    path = folder / PEFT_FILES[0]
+    path, weights = peft_files(folder)
+    folder = path.parent
     try:
         values = read_json(path)
         if (kind := values.get("peft_type", "LORA")) != "LORA":
             raise UserError(f"{path}: holds {reprlib.repr(kind)}, but only LORA (with rsLoRA and DoRA) can be read")
         rank, alpha = values["r"], values["lora_alpha"]
         values["modules_to_save"] = [name for name in values.get("modules_to_save") or () if name not in PEFT_HEADS]
-        weights = next((folder / name for name in PEFT_FILES[1:] if (folder / name).is_file()), folder / PEFT_FILES[1])
         saved = read_tensors(weights)
     except UserError:
         raise
@@ -119,6 +118,13 @@ def import_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config, tensors
+
+
+def peft_files(folder: Path) -> tuple[Path, Path]:
+    """Return the configuration and the weights of the adapter in a folder. Raises UserError if it holds several."""
+    folder = _named_adapter(folder)
+    weights = next((folder / name for name in PEFT_FILES[1:] if (folder / name).is_file()), folder / PEFT_FILES[1])
+    return folder / PEFT_FILES[0], weights
 
 
 def _named_adapter(folder: Path) -> Path:

@@ -40,7 +40,7 @@ def estimate(config: Config, program: int) -> Estimate:
     Raises UserError where its data or weights are not there.
     """
     options = replace(config.train, init_from=None)
-    config = replace(config, train=options, run=replace(config.run, test_predictions=False))
+    config = replace(config, train=options, run=replace(config.run, test_predictions=False, dry_run=True))
     with redirect_stdout(io.StringIO()):
         inputs = load_inputs(config, SINGLE_PROCESS)
     model, train = inputs.model, inputs.data["train"]

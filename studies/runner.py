@@ -167,6 +167,8 @@ class Sweep:
     def run_trials(self) -> None:
         """Keep --jobs trials running until all have their rows. If that is interrupted, they end too."""
         todo, jobs, has_waited = self.update(), list[Job](), False
+        for name in self.plan.trials.keys() - set(todo):  # a sweep may have been killed before it did this
+            self.remove_left_files(name)
         # miniters 0: drawn by the clock alone, so that the time goes on while a long trial runs
         pace = {"smoothing": 0, "miniters": 0, "mininterval": 1 if sys.stderr.isatty() else 60}
         bar = tqdm(total=len(todo), unit="trial", disable=not todo, **{**bar_style(), **pace})
@@ -192,7 +194,8 @@ class Sweep:
                 bar.update(len(todo) - len(left))
                 todo = left
         finally:
-            bar.close()
+            with suppress(OSError):  # the terminal may have gone
+                bar.close()
             for job in jobs:
                 if job.process is not None:
                     job.process.kill()
@@ -248,11 +251,17 @@ class Sweep:
         row = {**figures(folder), **row_of(trial, status, cause, job.commit)}
         if not self.shared.finish(job.record, row):
             return f"{trial.name}: another sweep has taken this trial over"
-        if not self.options.keep_checkpoints:
-            RunDirectory(folder).drop_states()
+        self.remove_left_files(trial.name)
         job.log.close()
         sampled = "".join(f" {flag}={trial.flags[flag]}" for flag in self.plan.ranges)
         return f"{trial.name}{sampled}: {status}, " + (f"score {row['score']:.4f}" if "score" in row else cause)
+
+    def remove_left_files(self, name: str) -> None:
+        """Remove the half-written files and, unless they are kept, the states of a trial that has its row."""
+        folder = RunDirectory(self.out / "trials" / name)
+        folder.remove_left_files()
+        if not self.options.keep_checkpoints:
+            folder.drop_states()
 
     def drop_checkpoints(self, ended: Sequence[str], left: Sequence[str]) -> None:
         """Delete the checkpoints of trials that have `ended` and of those that they needed.

@@ -27,10 +27,11 @@ TOO_BIG = f"lora_mode=attn-only,lora_rank={HUGE}"
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A sweep listens to SIGTERM; pytest does not want to."""
-    before = signal.getsignal(signal.SIGTERM)
+    """A sweep listens to signals; pytest does not want to."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:

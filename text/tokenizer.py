@@ -70,6 +70,7 @@ class Tokenizer:
         self.mask_id = ids["[MASK]"]
         self.special_ids = tuple(ids.values())
         self.max_length = max_length
+        self.source = source
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()  # of everything but `max_length`
         self._backend = backend
 

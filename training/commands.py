@@ -17,6 +17,7 @@ from text.tokenizer import Tokenizer
 from training.cuda_graphs import check_device
 from training.distributed import DistributedContext
 from training.dry_run import checkpoint_bytes, describe
+from training.inputs import InputFile, input_files
 from training.run_directory import RunDirectory
 from training.trainer import Trainer
 from utils.console import say
@@ -26,12 +27,13 @@ from utils.files import probe_file
 
 @dataclass
 class Inputs:
-    """What a run trains with: examples by split and task, a model with its tokenizer, and the device."""
+    """What a run trains with: examples by split and task, a model with its tokenizer, the device, and their files."""
 
     data: dict[str, dict[str, TaskData]]
     model: MultitaskBERT
     tokenizer: Tokenizer
     device: Device
+    files: list[InputFile]
 
 
 def load_inputs(config: Config, context: DistributedContext) -> Inputs:
@@ -39,15 +41,17 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     tasks = {name: TASKS[name] for name in config.tasks}
     # Mistakes are told before the data is read; but only the model knows what --init_peft asks for.
     if config.run.resume and config.lora.init_peft is None:
-        RunDirectory(Path(str(config.run.run_dir))).check_resume(config)
+        RunDirectory(Path(str(config.run.run_dir)), context.is_main_process).check_resume(config)
     LoRAConfig.from_options(config.lora)
+    init_peft = config.lora.init_peft  # which the options of its adapters will replace
     with context.main_process_first():
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = device_of(config.compute, say)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks, say)
         data = tokenise(splits, tokenizer, model.pair_encodings(), config.data.extra_clean, say)
-    return Inputs(data, model, tokenizer, device)
+    writes = context.is_main_process and not config.run.dry_run
+    return Inputs(data, model, tokenizer, device, input_files(config, init_peft, model, tokenizer) if writes else [])
 
 
 def scored_splits(config: Config) -> list[str]:
@@ -59,13 +63,13 @@ def scored_splits(config: Config) -> list[str]:
 
 def make_trainer(config: Config, inputs: Inputs, context: DistributedContext) -> Trainer:
     """Make the run directory ready and return the trainer of the run."""
-    run = prepare_run(config, inputs.model, context)
+    run = prepare_run(config, inputs, context)
     say(f"{context.device_names(inputs.device.name)}; run directory {run.path}")
     train, dev = inputs.data["train"], inputs.data.get("dev", {})
     return Trainer.from_config(config, inputs.model, inputs.tokenizer, train, dev, inputs.device, run, context)
 
 
-def prepare_run(config: Config, model: MultitaskBERT, context: DistributedContext) -> RunDirectory:
+def prepare_run(config: Config, inputs: Inputs, context: DistributedContext) -> RunDirectory:
     """Return the run directory, which the main process has made ready to be written."""
     name = context.broadcast_object(config.run.name or RunDirectory.fresh_name(config.model.arch))
     run = RunDirectory.named(config.run.run_dir, name, context.is_main_process)
@@ -75,8 +79,8 @@ def prepare_run(config: Config, model: MultitaskBERT, context: DistributedContex
     if config.run.filepath:
         probe_file(Path(config.run.filepath), "--filepath")
     probe_requested_files(config.tasks)
-    run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(model, config))
-    run.begin(config)
+    run.prepare(config.run.overwrite, config.run.resume, checkpoint_bytes(inputs.model, config))
+    run.begin(config, inputs.files)
     return run
 
 
@@ -122,6 +126,7 @@ def report(
     }
     if not context.is_main_process:
         return
+    run.require()
     splits = {split: {name: part.examples for name, part in by_task.items()} for split, by_task in data.items()}
     scores = score_and_write(model.tasks, values, splits, run.path)
     copy_predictions(run.path, config.tasks)

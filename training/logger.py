@@ -7,7 +7,8 @@ memory go to timing.jsonl.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from training.run_directory import RunDirectory
 from training.task_sampling import Step
 from utils.console import format_table, progress
 from utils.device import Device
+from utils.errors import UserError
+from utils.files import cause
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,14 +236,27 @@ class Logger:
 
     def open(self) -> None:
         """Open TensorBoard's file, when a resumed run has cut the older ones back."""
-        if self.config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        if not self.config.run.tensorboard:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
+        with self.writing():
             self.writer = SummaryWriter(str(self.run.path))
             if not self.config.run.resume:
                 self.writer.add_text("config", f"```json\n{json.dumps(self.config.to_dict(), indent=2)}\n```")
                 for summary in hparams_summaries(self.config, self.tasks):
                     self.writer.file_writer.add_summary(summary)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an OSError of TensorBoard's writer inside into a UserError."""
+        self.run.require()
+        try:
+            yield
+        except OSError as error:
+            self.run.require()
+            reason = cause(error, self.run.path)
+            raise UserError(f"{self.run.path}: TensorBoard's events cannot be written ({reason})") from error
 
     # Steps
 
@@ -310,11 +326,12 @@ class Logger:
         self.bar.set_postfix_str(losses, refresh=False)
         if self.writer is None:
             return
-        for name, mean in means.items():
-            self.writer.add_scalar(f"loss/{name}", mean, batches)
-            self.writer.add_scalar(f"lr/{name}", self.meters[name].lr, batches)
-            if (norm := self.meters[name].take_norm()) is not None and math.isfinite(norm):
-                self.writer.add_scalar(f"optim/gradient_norm_{name}", norm, batches)
+        with self.writing():
+            for name, mean in means.items():
+                self.writer.add_scalar(f"loss/{name}", mean, batches)
+                self.writer.add_scalar(f"lr/{name}", self.meters[name].lr, batches)
+                if (norm := self.meters[name].take_norm()) is not None and math.isfinite(norm):
+                    self.writer.add_scalar(f"optim/gradient_norm_{name}", norm, batches)
 
     def end_steps(self) -> None:
         """Complete the tasks' figures when all steps of the epoch are done."""
@@ -335,12 +352,13 @@ class Logger:
         self.run.append_json("timing.jsonl", timing_line(epoch))
         if self.writer is None:
             return
-        for tag, value in epoch_scalars(epoch).items():
-            self.writer.add_scalar(tag, value, epoch.batches)
-        for name, (values, labels) in dev.items():
-            if self._has_figures(epoch.number):
-                self._figure(name, values, labels, epoch.batches)
-        self.writer.flush()
+        with self.writing():
+            for tag, value in epoch_scalars(epoch).items():
+                self.writer.add_scalar(tag, value, epoch.batches)
+            for name, (values, labels) in dev.items():
+                if self._has_figures(epoch.number):
+                    self._figure(name, values, labels, epoch.batches)
+            self.writer.flush()
 
     def _figure(self, task: str, values: np.ndarray, labels: np.ndarray, number: int) -> None:
         similarity = self.tasks[task].kind == "similarity"
@@ -356,7 +374,8 @@ class Logger:
     def flush(self) -> None:
         """Write all that was recorded to the files."""
         if self.writer is not None:
-            self.writer.flush()
+            with self.writing():
+                self.writer.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the figures of the epoch at hand."""
@@ -371,4 +390,5 @@ class Logger:
     def close(self) -> None:
         """Complete TensorBoard's file."""
         if self.writer is not None:
-            self.writer.close()
+            with self.writing():
+                self.writer.close()

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,11 @@ class Checkpointer:
             raise UserError(f"--run_dir {self.run.path}: cannot be written ({cause(error, self.run.path)})") from error
         if self.config.run.filepath and self.run.best.exists():  # the run may have begun without that flag
             copy(self.run.best, Path(self.config.run.filepath))
+
+    def say_end(self, reason: str) -> None:
+        """Say why the run ended and how it goes on, unless the terminal has gone."""
+        with suppress(OSError):
+            self.say(f"\n{reason}; {self.how_to_continue()}")
 
     def how_to_continue(self) -> str:
         """Return, for people, what of the run is saved and the flags that continue from there."""

@@ -4,23 +4,34 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from base_bert import WEIGHTS_FILES
 from cli.checks import flag_of
 from config import Config
-from evaluation.prediction_files import remove_predictions
+from evaluation.prediction_files import prediction_files, remove_predictions
+from training.inputs import InputFile
 from utils.errors import UserError, first_line
-from utils.files import cause, lock, probe_folder, write_json
+from utils.files import cause, lock, probe_folder, remove_left_files, write_json
 from utils.untrusted import read_json
 
 BAD_BATCH = "bad_batch.json"  # the examples whose loss was not finite
 RUN_FILES = (
-    "config.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt", "resume-previous.pt",
-    "profile.pt.trace.json.gz", BAD_BATCH,
+    "config.json", "inputs.json", "metrics.jsonl", "timing.jsonl", "scores.json", "best.pt", "resume.pt",
+    "resume-previous.pt", "profile.pt.trace.json.gz", BAD_BATCH,
 )  # fmt: skip
+# Options that say where a file is. What --resume compares is in the file.
+PATHS = ("data.data_dir", "model.pretrained", "train.init_from")
+PATHS_OF_TASKS = ("train", "dev", "test", "extra", "dev_out", "test_out")
+
+
+def is_path(key: str) -> bool:
+    """Return whether an option, given as "group.option" or "tasks.NAME.option", only says where a file is."""
+    return key in PATHS or (key.startswith("tasks.") and key.split(".")[-1] in PATHS_OF_TASKS)
 
 
 class RunDirectory:
@@ -32,6 +43,7 @@ class RunDirectory:
         self.best = path / "best.pt"
         self.resume = path / "resume.pt"
         self.previous = path / "resume-previous.pt"
+        self.inputs = path / "inputs.json"
         self.predictions = path / "predictions"
 
     @classmethod
@@ -56,10 +68,17 @@ class RunDirectory:
     def drop_states(self) -> None:
         """Delete the states: they are several times as large as best.pt."""
         for path in self.states():
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def remove_left_files(self) -> None:
+        """Remove what a killed run has left: half-written files and, if the run had finished, its states."""
+        for path in (*(self.path / name for name in RUN_FILES), *prediction_files(self.path)):
+            remove_left_files(path)
+        if (self.path / "scores.json").is_file():
+            self.drop_states()
 
     def claim(self) -> None:
-        """Lock the folder and remove half-written files of a killed run.
+        """Lock the folder and remove what a killed run has left.
 
         Raises UserError if a run goes on here, or if a file that the run writes is a link or a pipe.
         """
@@ -70,9 +89,7 @@ class RunDirectory:
             raise UserError(f"{odd[0]}: is a link, a folder or a pipe where the run writes a file; remove it")
         try:
             lock(self.path / ".lock", f"--run_dir {self.path}")
-            for name in RUN_FILES:
-                for path in self.path.glob(f".{name}.*.tmp"):
-                    path.unlink()
+            self.remove_left_files()
         except OSError as error:
             raise UserError(
                 f"--run_dir {self.path}: cannot be written ({first_line(error)}); choose another"
@@ -104,11 +121,13 @@ class RunDirectory:
             )
 
     def check_resume(self, config: Config) -> None:
-        """Check that a run can continue here with these options.
+        """Check that a run can continue here with these options; a file may lie elsewhere now (`check_inputs`).
 
         Raises UserError if there is no run to continue, or if it began with other options, which are listed.
         """
         if (self.path / "scores.json").exists():
+            if self.writes:
+                self.claim()
             raise UserError(f"--run_dir {self.path}: this run is finished; --overwrite starts it again")
         path = self.path / "config.json"
         if not self.states():
@@ -126,7 +145,8 @@ class RunDirectory:
             f"{flag_of(key)} {before[key]} instead of {value}"
             for key, value in now.items()
             if key.split(".")[0] not in ("run", "compute") and key in before and before[key] != value
-        ]
+            and not (is_path(key) and self.inputs.exists())
+        ]  # fmt: skip
         if saved.tasks.keys() != config.tasks.keys():
             changed.insert(0, f"the tasks {', '.join(saved.tasks)} instead of {', '.join(config.tasks)}")
         if changed:
@@ -135,12 +155,39 @@ class RunDirectory:
                 f"--resume {self.path}: the run began with {', '.join(changed[:6])}{more}; repeat its flags"
             )
 
-    def begin(self, config: Config) -> None:
-        """Write config.json, or check that the run that it belongs to can continue."""
+    def check_inputs(self, files: Sequence[InputFile]) -> bool:
+        """Check that a run can continue with these files; return whether one of them lies elsewhere now.
+
+        Earlier versions did not write down their contents; paths were compared then. Raises UserError for the first
+        file that has another content than the run began with.
+        """
+        try:
+            saved = [InputFile(**row) for row in read_json(self.inputs)]
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--resume: {self.inputs} cannot be read ({first_line(error)}); delete it") from error
+        for flag in dict.fromkeys(file.flag for file in (*saved, *files)):
+            before, now = ([file for file in group if file.flag == flag] for group in (saved, files))
+            if len(before) != len(now):
+                given = " and ".join(file.path for file in before) or "left out"
+                raise UserError(f"--resume {self.path}: the run began with {flag} {given}; repeat its flags")
+            for old, new in zip(before, now, strict=True):
+                if old.sha256 != new.sha256:
+                    raise UserError(
+                        f"--resume {self.path}: the run began with another content of {flag} {new.path}; put it back, "
+                        "or --overwrite the run"
+                    )
+        return [file.path for file in saved] != [file.path for file in files]
+
+    def begin(self, config: Config, files: Sequence[InputFile]) -> None:
+        """Write config.json and inputs.json, or check that the run that they belong to can continue."""
         if config.run.resume:
             self.check_resume(config)
-        else:
-            self.write_json("config.json", config.to_dict())
+            if not self.check_inputs(files):
+                return
+        self.write_json("inputs.json", [asdict(file) for file in files])
+        self.write_json("config.json", config.to_dict())
 
     def clear(self) -> None:
         """Remove a former run's files and nothing else."""
@@ -164,14 +211,16 @@ class RunDirectory:
         return [*self.path.glob(events), *(self.path / "tensorboard").rglob(events)]
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a json file of the run atomically."""
+        """Write a json file of the run atomically. Raises UserError if it cannot be written."""
         if self.writes:
+            self.require()
             write_json(self.path / name, content)
 
     def append_json(self, name: str, content: Any) -> None:
         """Append one line to a jsonl file of the run. Raises UserError if it cannot be written."""
         if not self.writes:
             return
+        self.require()
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(content) + "\n")

@@ -37,7 +37,6 @@ from training.task_sampling import ROUTINES, Plan, Step, task_batches
 from utils.console import progress, say
 from utils.device import Device, without_tf32
 from utils.errors import UserError, first_line, is_out_of_memory
-from utils.files import cause
 
 
 @dataclass
@@ -211,18 +210,17 @@ class Trainer:
                 best = self.train_epochs()
             except signals.Stopped as stopped:
                 self.save_if_new()
-                self.say(f"\nstopped by {stopped.name}; {self.checkpointer.how_to_continue()}")
+                self.checkpointer.say_end(f"stopped by {stopped.name}")
                 raise SystemExit(stopped.code) from None
             except KeyboardInterrupt:
-                self.say(f"\nstopped at once; {self.checkpointer.how_to_continue()}")
+                self.checkpointer.say_end("stopped at once")
                 raise
-            except BrokenPipeError:  # the reader of our output has gone; the run's folder can still be written
+            except OSError:  # of our output: its disk is full, its reader or the terminal has gone
                 if self.context.size == 1:  # other processes would not know of it
                     self.save_if_new()
+                if signum := signals.received():
+                    raise SystemExit(128 + signum) from None
                 raise
-            except OSError as error:
-                path = self.checkpointer.run.path
-                raise UserError(f"{path}: cannot be written ({cause(error, path)})") from error
         return best
 
     def train_epochs(self) -> Scores:

@@ -4,8 +4,10 @@ import io
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError, first_line, is_lost_connection, is_out_of_memory
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
-SECONDS_FOR_MAIN_PROCESS = 10.0  # to report a mistake that all processes have met
+SECONDS_FOR_MAIN_PROCESS = 10.0  # to report a mistake
 
 
 def processes() -> int:
@@ -58,12 +60,30 @@ def bar_style() -> dict[str, Any]:
     return {"file": LogLines(), "bar_format": numbers, "mininterval": 30.0}
 
 
-def drop_output() -> None:
+def drop_lost_output() -> None:
     """Drop output that cannot be written; otherwise the interpreter complains when it ends."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def refuse_closed_output() -> None:
+    """End the script if standard output or standard error is closed.
+
+    The next file that is opened would take its place, and what libraries print would be written into a checkpoint.
+    """
+    for stream, name, redirection in ((sys.stdout, "output", ">"), (sys.stderr, "error", "2>")):
+        if stream is None:
+            end_script(2, f"error: standard {name} is closed; redirect it, such as by {redirection}/dev/null")
+
+
+def report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, but not of TensorBoard's writer, whose error the next write raises again."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> NoReturn:
@@ -71,6 +91,8 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
 
     A UserError, an error of the system and exhausted memory become one line on standard error and exit code 2.
     """
+    refuse_closed_output()
+    threading.excepthook = report_thread
     if isinstance(sys.stdout, io.TextIOWrapper):  # which else fails at a character that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s")
@@ -89,13 +111,14 @@ def run_main(main: Callable[[list[str]], object], argv: list[str]) -> None:
     try:
         try:
             main(argv)
-        except (UserError, SystemExit) as error:
-            if not is_main_process() and getattr(error, "code", 2) == 2:
-                time.sleep(SECONDS_FOR_MAIN_PROCESS)  # torchrun ends this process once the main process has ended
-            raise
-        finally:
-            print(end="", flush=True)  # here, so that an error of writing is caught below
+        except SystemExit as error:
+            if error.code:  # stays as it is, even if the terminal has gone
+                wait_for_main_process(error.code)
+                drop_lost_output()
+                raise
+        print(end="", flush=True)  # here, so that an error of writing is caught below
     except UserError as error:
+        wait_for_main_process(2)
         end_script(2, f"error: {error}")
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -104,10 +127,8 @@ def run_main(main: Callable[[list[str]], object], argv: list[str]) -> None:
             raise
         end_script(1, "error: another process has ended; its own message says why" if is_main_process() else None)
     except BrokenPipeError:  # whoever read our output, such as head, has gone
-        drop_output()
         end_script(1)
     except OSError as error:  # such as a full disk, which may be that of standard output
-        drop_output()
         end_script(2, f"error: {first_line(error)}")
     except KeyboardInterrupt:
         end_script(130, "stopped")
@@ -116,10 +137,21 @@ def run_main(main: Callable[[list[str]], object], argv: list[str]) -> None:
 MEMORY_REMEDY = "lower --eval_batch_size, --batch_size or --max_length, or choose a smaller model or --optim SGD"
 
 
+def wait_for_main_process(code: object) -> None:
+    """Give the main process time to report a mistake (code 2) that all have met; torchrun ends them after it."""
+    if code == 2 and not is_main_process():
+        time.sleep(SECONDS_FOR_MAIN_PROCESS)
+
+
 def end_script(code: int, line: str | None = None) -> NoReturn:
-    """Print a line on standard error and exit."""
-    if line is not None:
-        print(line, file=sys.stderr)
+    """Print a line on standard error, or on standard output if that cannot be written, and exit."""
+    with suppress(OSError):
+        print(end="", flush=True)  # what was printed before comes before it
+    for stream in () if line is None else (sys.stderr, sys.stdout):
+        with suppress(OSError):
+            print(line, file=stream, flush=True)
+            break
+    drop_lost_output()
     sys.exit(code)
 
 

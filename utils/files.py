@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -42,13 +44,16 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device")
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors would let only the owner read its files
-        write(temporary)
-        if temporary.stat().st_mode != mode:
-            temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        remove_left_files(path)
+        with temporary.open("ab") as begun:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(begun, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mode = temporary.stat().st_mode  # what the umask allows; safetensors lets only the owner read its files
+            write(temporary)
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
@@ -57,6 +62,15 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
     finally:
         with suppress(OSError):  # the file was renamed, or its folder could not be made
             temporary.unlink()
+
+
+def remove_left_files(path: Path) -> None:
+    """Remove the temporary files of `path` that killed processes have left. A process that lives has locked its own."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if temporary.suffixes[-2][1:].isdigit() and temporary.is_file():
+            with suppress(OSError), temporary.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
 
 
 def lock(path: Path, what: str) -> None:
@@ -84,7 +98,9 @@ def lock(path: Path, what: str) -> None:
 def cause(error: Exception, folder: Path) -> str:
     """Return the reason of a failed write. torch and safetensors hide a full disk behind other errors."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or (not isinstance(error, OSError) and shutil.disk_usage(folder).free < 1 << 20):
+    if not full and not isinstance(error, OSError) and folder.is_dir():
+        full = shutil.disk_usage(folder).free < 1 << 20
+    if full:
         return "no space left on the disk; free some, or choose another folder"
     return first_line(error)
 
@@ -103,11 +119,8 @@ def probe_folder(folder: Path, flag: str) -> None:
     """Make a folder. Raise UserError, naming `flag`, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        try:
-            probe.write_text("x", encoding="utf-8")
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # which has no name, so that no kill leaves it behind
+            probe.write(b"x")
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written ({first_line(error)}); choose another") from error
 

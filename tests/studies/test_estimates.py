@@ -19,12 +19,18 @@ def lines_of(printed: str) -> dict[str, list[str]]:
 
 
 def test_a_dry_run_shows_runs_steps_memory_and_hours(
-    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(ROOT)
+    caplog.set_level("INFO", "minbert")
     words = [*TABLE, *tiny_flags, "--out", str(tmp_path / "study")]
     sweep.main(words)
     printed = capsys.readouterr().out
+    assert caplog.text.count("start weights: ") <= 1  # by this process, which builds a model for each kind of trial
     found = lines_of(printed)
     assert {name: cells[:3] for name, cells in found.items()} == {  # 20 examples a task: three batches, two epochs
         "row=base": ["2", "2", "12"], "recipe=stage": ["2", "2", "6"], "row=staged": ["2", "2", "12"],

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import ROOT, refusal
-from processes import Child, wait_until
+from processes import Child, kill_myself, wait_until
 
 import sweep
 from studies import runner
@@ -60,14 +60,15 @@ folder = Path(sys.argv[sys.argv.index("--run_dir") + 1])
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let sweeps start the scripts above and look often. They listen to SIGTERM, which pytest does not want to."""
+    """Let sweeps start the scripts above and look often. They listen to signals, which pytest does not want to."""
     (tmp_path / "multitask_classifier.py").write_text(SCRIPT)
     (tmp_path / "ensemble.py").write_text(ENSEMBLE)
     monkeypatch.setattr(runner, "SCRIPTS", tmp_path)
     monkeypatch.setattr(runner, "POLL", 0.02)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:
@@ -177,12 +178,16 @@ def test_jobs_share_the_cores_that_the_process_may_use(tmp_path: Path, monkeypat
     assert config["compute"]["threads"] == 3
 
 
-def test_sigterm_ends_the_trials_and_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_trials_and_leaves_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """SIGHUP is what a dropped ssh sends."""
     monkeypatch.setenv("SECONDS", "60")
     child = start(tmp_path / "study", "--grid", "seed=1")
     wait_until(lambda: "begins" in log_of(tmp_path / "study", "seed=1"), child)
-    child.send(signal.SIGTERM)
-    child.wait(20)
+    child.send(signum)
+    assert child.wait(20) != 0
     ends = time.monotonic() + 10
     while trials_running(tmp_path / "study"):
         assert time.monotonic() < ends
@@ -190,6 +195,21 @@ def test_sigterm_ends_the_trials_and_leaves_no_row(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("SECONDS", "0")
     run(tmp_path / "study", "--grid", "seed=1")
     assert len(read_table(tmp_path / "study")) == 1
+
+
+def test_a_sweep_that_goes_on_removes_what_a_kill_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when a trial had its row in the storage, and its folder still had states and half a file."""
+    folder, trial = tmp_path / "study", tmp_path / "study" / "trials" / "seed=1"
+    monkeypatch.setattr(runner.Sweep, "remove_left_files", lambda *_: kill_myself())
+    assert start(folder, "--grid", "seed=1").wait() == -signal.SIGKILL
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "SCRIPTS", tmp_path / "nowhere")  # nothing is trained again
+    for name in (".resume.pt.1.tmp", ".notes.1.tmp"):
+        (trial / name).touch()
+    assert (trial / "resume.pt").exists()
+    run(folder, "--grid", "seed=1")
+    assert not (trial / "resume.pt").exists() and not (trial / ".resume.pt.1.tmp").exists()
+    assert (trial / ".notes.1.tmp").exists() and by_trial(folder)["seed=1"]["status"] == "ok"
 
 
 def test_two_machines_share_a_study_and_both_tables_have_all_rows(tmp_path: Path) -> None:

@@ -270,9 +270,11 @@ def test_what_is_no_interval_is_refused() -> None:
 def test_other_data_are_no_data_to_resume_with(
     tiny_flags: list[str], tiny_bert: Path, small_data: Path, tmp_path: Path, what: str
 ) -> None:
+    """A run of an earlier version has no inputs.json; its state knows the examples."""
     data, bert = shutil.copytree(small_data, tmp_path / "data"), shutil.copytree(tiny_bert, tmp_path / "bert")
     flags = ["--train_sst", "--save_every", 1, "--data_dir", data, "--pretrained", bert]
     assert run_child(tiny_flags, tmp_path / "run", *flags, sabotage=at_step(2)) == -signal.SIGKILL
+    (tmp_path / "run" / "inputs.json").unlink()
     file = bert / "vocab.txt" if what == "vocabulary" else data / "ids-sst-train.csv"
     lines = file.read_text().splitlines(keepends=True)
     if what == "count":

@@ -16,13 +16,16 @@ from utils.errors import describe_error, first_line
 
 def ended(work: str, stdout: Any) -> tuple[int, str]:
     """Return exit code and standard error of a script whose main is `work`."""
+    done = process_of(work, stdout=stdout, stderr=subprocess.PIPE)
+    return done.returncode, done.stderr
+
+
+def process_of(work: str, **how: Any) -> "subprocess.CompletedProcess[str]":
+    """Return the ended process of a script whose main is `work`."""
     imports = "import sys; from utils.console import run_script, say; from utils.errors import UserError; "
     code = imports + f"run_script(lambda words: ({work}))"
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that output waits to be written
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-    )
-    return done.returncode, done.stderr
+    return subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, env=environment, **how)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,21 @@ def test_a_reader_who_has_gone_is_told_nothing(work: str) -> None:
         os.close(writer)
 
 
+@pytest.mark.parametrize(("number", "name"), [(1, "output"), (2, "error")])
+def test_closed_output_is_one_line_on_the_other_stream(number: int, name: str) -> None:
+    """Else the first file that is opened would get what libraries print."""
+    done = process_of("say('x')", capture_output=True, preexec_fn=lambda: os.close(number))
+    line = f"error: standard {name} is closed; redirect it, such as by {'2' * (number == 2)}>/dev/null\n"
+    assert done.returncode == 2 and (done.stdout, done.stderr) == (("", line) if number == 1 else (line, ""))
+
+
+@pytest.mark.parametrize("work", ["print('x', file=sys.stderr)", "(_ for _ in ()).throw(UserError('a mistake'))"])
+def test_standard_error_on_a_full_disk_is_one_line_on_standard_output(work: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = process_of(work, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 2 and done.stdout.startswith("error: ") and done.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("work", "code", "words"),
     [
@@ -61,7 +79,7 @@ def test_errors_end_a_script_with_their_code(tmp_path: Path, work: str, code: in
     assert (tmp_path / "out").read_text() == "x\n"  # what was printed before stays
     with open("/dev/full", "w") as full:
         found, told = ended(f"print('x'), {work}", full)
-    assert code == 1 or (found == 2 and told.startswith("error: ") and told.count("\n") == 1)
+    assert code == 1 or (found == code and told.startswith(words) and told.count("\n") == 1)
 
 
 def test_a_bar_in_a_file_is_made_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
