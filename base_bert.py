@@ -46,6 +46,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read, or its .index.json
 BACKBONE = ("embeddings.", "encoder.", "pooler.")  # other tensors of a file are those of a task's head
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+OLDER_TOKENIZER_FILES = ("added_tokens.json", "special_tokens_map.json")  # of older versions of transformers
 HUB_TIMEOUT = 5.0  # seconds to wait for an answer of the hub
 MAX_LISTED = 8  # names of each kind in an error message
 
@@ -330,7 +331,7 @@ def _from_hub(repo: str) -> Path:
         available = {sibling.rfilename for sibling in info.siblings or ()}
         dealt_out = ["*.index.json", "model-*.safetensors", "pytorch_model-*.bin"]
         weights = [name for name in WEIGHTS_FILES if name in available][:1] or dealt_out
-        files = ["config.json", *TOKENIZER_FILES, *weights]
+        files = ["config.json", *TOKENIZER_FILES, *OLDER_TOKENIZER_FILES, *weights]
         return Path(snapshot_download(repo, allow_patterns=files, etag_timeout=HUB_TIMEOUT))
     except Exception as error:  # network, proxy, certificate, disk, no such model: try the next source in each case
         raise _NotFound(describe_error(error)) from error

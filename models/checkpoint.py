@@ -358,6 +358,8 @@ def _model_on_base(
     model.add_adapters(lora)
     check_base_weights(model, content["base_sha256"], base, path)
     tokenizer = load_tokenizer(folder, config.data.max_length)
+    if tokenizer.sha256 != content["tokenizer_sha256"]:  # older checkpoints read fewer of the folder's files
+        tokenizer = load_tokenizer(folder, config.data.max_length, as_stored=True)
     if tokenizer.sha256 != content["tokenizer_sha256"]:
         raise UserError(f"{path}: was trained with another tokenizer than {base} has here; put the original one there")
     return model, tokenizer

@@ -261,16 +261,6 @@ def test_a_cased_tokenizer_is_read_by_transformers_as_it_was(tmp_path: Path) -> 
             assert types == [int(place >= arrays.second_start[i]) for place in range(len(ids))]
 
 
-def test_a_tokenizer_of_another_normalizer_writes_only_what_is_known(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "source")
-    content = json.loads(load_tokenizer(source, 64).to_json())
-    for normalizer in (None, {"type": "Lowercase"}):
-        (source / "tokenizer.json").write_text(json.dumps({**content, "normalizer": normalizer}))
-        save_pretrained(tmp_path / "out", TINY, load_weights(source, TINY), load_tokenizer(source, 64))
-        settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-        assert settings == {"tokenizer_class": "BertTokenizer", "model_max_length": 64}
-
-
 def test_save_pretrained_over_its_own_source(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     save_pretrained(folder, TINY, load_weights(folder, TINY))

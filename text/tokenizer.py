@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 
-from utils.errors import UserError
+from text.tokenizer_files import SPECIAL_TOKENS, read_as_stored, read_backend, rebuilt, refuse_steps
+from utils.errors import UserError, first_line
 from utils.files import write_json, write_text
-from utils.untrusted import read_json
 
 BLOCK = 4096  # texts encoded at a time: an Encoding takes kilobytes, so Quora's 283,000 pairs would take gigabytes
-MAX_BYTES = 32 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million bytes
+MAX_BYTES = 16 << 20  # of a vocabulary file; those of BERTs have 0.2 to 10 million bytes
 MAX_GAPS = 10_000  # ids without a word
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Allowed steps before the lookup of words: none of them can take forever or make a text endless.
-STEPS = {
-    "normalizer": ("BertNormalizer", "Lowercase", "NFD", "NFC", "NFKC", "NFKD", "StripAccents", "Strip"),
-    "pre_tokenizer": ("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,8 @@ class Tokenizer:
         """Take over `backend`. Raises UserError, naming `source`, if it is not the tokenizer of a BERT."""
         if not isinstance(backend.model, WordPiece):
             raise UserError(f"{source}: holds no WordPiece model; use the tokenizer of a BERT")
-        ids = {token: id for token in SPECIAL_TOKENS if (id := backend.token_to_id(token)) is not None}
-        if missing := [token for token in SPECIAL_TOKENS if token not in ids]:
+        ids = {token: id for token in SPECIAL_TOKENS.values() if (id := backend.token_to_id(token)) is not None}
+        if missing := [token for token in SPECIAL_TOKENS.values() if token not in ids]:
             raise UserError(f"{source}: the vocabulary has no {', '.join(missing)}; use the vocabulary of a BERT")
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())  # ids may have gaps
@@ -78,26 +71,34 @@ class Tokenizer:
         """Return the tokenizer as text, so that a checkpoint can hold it."""
         return self._backend.to_str()
 
-    def to_config(self) -> dict[str, Any]:
-        """Return the tokenizer_config.json with which transformers makes the same tokens.
-
-        transformers builds the normaliser from these settings and ignores the one in tokenizer.json.
-        """
-        config = {"tokenizer_class": "BertTokenizer", "model_max_length": self.max_length}
-        normalizer = json.loads(self.to_json())["normalizer"] or {}
-        if normalizer.get("type") != "BertNormalizer":  # others have no such settings
-            return config
-        return {
-            **config,
-            "do_lower_case": normalizer["lowercase"],
-            "strip_accents": normalizer["strip_accents"],
-            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        }
-
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json. Raises UserError if that fails."""
-        write_text(folder / "tokenizer.json", self.to_json())
-        write_json(folder / "tokenizer_config.json", self.to_config())
+        """Write tokenizer.json and tokenizer_config.json, with which AutoTokenizer makes the same tokens.
+
+        transformers builds a BertTokenizer anew from the words and a few settings. A tokenizer of which it would make
+        another one is written as a PreTrainedTokenizerFast. Raises UserError if a file cannot be written.
+        """
+        text, config = self.to_json(), {"tokenizer_class": "BertTokenizer", "model_max_length": self.max_length}
+        content = json.loads(text)
+        normalizer = content["normalizer"] or {}
+        settings = {
+            "do_lower_case": normalizer.get("lowercase"),
+            "strip_accents": normalizer.get("strip_accents"),
+            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars"),
+        }
+        if rebuilt(content, settings) == content:
+            config |= settings
+        else:
+            inputs = ["input_ids", "token_type_ids", "attention_mask"]
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, **SPECIAL_TOKENS}
+            backend = tokenizers.Tokenizer.from_str(text)
+            backend.post_processor = TemplateProcessing(
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+            )
+            text = backend.to_str()
+        write_text(folder / "tokenizer.json", text)
+        write_json(folder / "tokenizer_config.json", config)
 
     @classmethod
     def from_json(cls, text: Any, max_length: int, source: str) -> "Tokenizer":
@@ -145,28 +146,6 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
-    """Raise UserError, naming `source`, if the `settings` of a tokenizer have other steps than `STEPS`.
-
-    A replacement could make a text a billion times as long, and a regular expression could search it forever.
-    """
-    for part, known in STEPS.items():
-        for kind in step_kinds(settings[part]):
-            if kind not in known:
-                raise UserError(
-                    f"{source}: its {part} has {kind}, none of {', '.join(known)}; use the tokenizer of a BERT"
-                )
-
-
-def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield the type of a normalizer or pre-tokenizer, or the types of the members of a sequence."""
-    if step is not None and step["type"] == "Sequence":
-        for inner in step.get("normalizers", step.get("pretokenizers")):
-            yield from step_kinds(inner)
-    elif step is not None:
-        yield step["type"]
-
-
 def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
     """Return how many of `a` and `b` tokens stay if the longer text loses its last token until `budget` are left.
 
@@ -180,26 +159,10 @@ def longest_first(a: int, b: int, budget: int) -> tuple[int, int]:
     return (shorter, budget - shorter) if a <= b else (budget - shorter, shorter)
 
 
-def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
-    """Return BERT's tokenizer from vocab.txt and from tokenizer_config.json, if that is there."""
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
-    vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
-    backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),  # None strips accents if `lowercase` is set
-        lowercase=settings.get("do_lower_case", True),
-    )
-    backend.pre_tokenizer = BertPreTokenizer()
-    # Only those in the vocabulary, since the library would append a missing one.
-    backend.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
-    return backend
+def load_tokenizer(folder: Path, max_length: int, as_stored: bool = False) -> Tokenizer:
+    """Return the tokenizer of a model folder, the same as transformers' AutoTokenizer makes from it.
 
-
-def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
-    """Return the tokenizer of a model folder, from tokenizer.json or else from vocab.txt.
+    With `as_stored`, settings and added tokens in other files than tokenizer.json or vocab.txt do not count.
 
     Raises UserError if neither file is there, or if the file is damaged or of another kind of model.
     """
@@ -209,8 +172,11 @@ def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, as no vocabulary of a BERT is; fetch it again")
     try:
-        full = path.name == "tokenizer.json"
-        backend = tokenizers.Tokenizer.from_file(str(path)) if full else _from_vocabulary(folder)
+        backend = read_as_stored(folder, path) if as_stored else read_backend(folder, path)
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare Exception for a bad file
-        raise UserError(f"{path}: cannot be read as a tokenizer ({error}); fetch the file again") from error
+        raise UserError(
+            f"{path}: cannot be read as a tokenizer ({first_line(error)}); fetch the tokenizer's files again"
+        ) from error
     return Tokenizer(backend, max_length, str(path))
