@@ -1,5 +1,6 @@
 """BertModel against transformers' on the same weights, and what padding, packing and dropout may and may not change."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def make_inputs(lengths: list[int] = LENGTHS, seed: int = 0) -> tuple[Tensor, Te
     ids = torch.randint(1, 60, mask.shape, generator=generator) * mask
     second = torch.tensor([int(torch.randint(0, n + 1, (), generator=generator)) for n in lengths])
     return ids, mask, (column >= second[:, None]).long() * mask
+
+
+def test_gelu_python_is_the_same_gelu(tmp_path: Path) -> None:
+    """transformers' spelled-out GELU, by its own implementation."""
+    make_pair(SHAPES[0], tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "hidden_act": "gelu_python"}))
+    theirs = transformers.BertModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert "python" in theirs.config.hidden_act
+    ours = BertModel(read_config(tmp_path))
+    ours.load_state_dict(load_weights(tmp_path, ours.config))
+    ids, mask, types = make_inputs()
+    found, wanted = ours.eval()(ids, mask, types), theirs(ids, mask, types)
+    assert max_difference(found["last_hidden_state"], wanted.last_hidden_state * mask[:, :, None]) <= FP32
+    assert max_difference(found["pooler_output"], wanted.pooler_output) <= FP32
 
 
 def assert_gradients_equal(ours: nn.Module, theirs: Any, tolerance: float) -> None:

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 
-from text.tokenizer_files import SPECIAL_TOKENS, read_as_stored, read_backend, rebuilt, refuse_steps
+from text.tokenizer_files import SPECIAL_TOKENS, check_steps, read_as_stored, read_backend, rebuilt
 from utils.errors import UserError, first_line
 from utils.files import write_json, write_text
 
@@ -52,11 +52,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         text = backend.to_str()
-        refuse_steps(json.loads(text), source)
-        try:
-            backend.encode_batch_fast(["A probe: \u8bd5"], add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception, for a wrong normaliser or unknown token
-            raise UserError(f"{source}: cannot encode a text ({error}); use the tokenizer of a BERT") from error
+        check_steps(backend, json.loads(text), source)
         self.pad_id = ids["[PAD]"]
         self.cls_id = ids["[CLS]"]
         self.sep_id = ids["[SEP]"]

@@ -50,7 +50,9 @@ def read_backend(folder: Path, path: Path) -> tokenizers.Tokenizer:
     backend, stored = tokenizers.Tokenizer.from_str(text), json.loads(text)
     if not isinstance(backend.model, WordPiece):
         raise UserError(f"{path}: holds no WordPiece model; use the tokenizer of a BERT")
-    refuse_steps(stored, str(path))
+    if is_full:
+        backend.no_padding()  # first, since a file may ask for any length
+        check_steps(backend, stored, str(path))
     settings = read_settings(folder)
     is_stored = is_full and settings["tokenizer_class"] in STORED
     content = stored if is_stored else rebuilt(stored, settings)
@@ -201,17 +203,22 @@ def refuse_alike(folder: Path, backend: tokenizers.Tokenizer, tokens: list[Conte
                 )
 
 
-def refuse_steps(settings: Mapping[str, Any], source: str) -> None:
-    """Raise UserError, naming `source`, if the `settings` of a tokenizer have other steps than `STEPS`.
+def check_steps(backend: tokenizers.Tokenizer, content: Content, source: str) -> None:
+    """Raise UserError, naming `source`, if a tokenizer has other steps than `STEPS` or cannot encode a text.
 
-    A replacement could make a text a billion times as long, and a regular expression could search it forever.
+    `content` is its tokenizer.json. A replacement could make a text a billion times as long, and a regular expression
+    could search it forever.
     """
     for part, known in STEPS.items():
-        for kind in step_kinds(settings.get(part)):
+        for kind in step_kinds(content.get(part)):
             if kind not in known:
                 raise UserError(
                     f"{source}: its {part} has {kind}, none of {', '.join(known)}; use the tokenizer of a BERT"
                 )
+    try:
+        backend.encode_batch_fast(["A probe: \u8bd5"], add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception, for a wrong normaliser or unknown token
+        raise UserError(f"{source}: cannot encode a text ({error}); use the tokenizer of a BERT") from error
 
 
 def step_kinds(step: Mapping[str, Any] | None) -> Iterator[str]:

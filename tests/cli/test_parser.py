@@ -42,6 +42,13 @@ def test_values_keep_their_dashes(words: str) -> None:
     assert configure(*words.split()).train.lr == 3e-5
 
 
+def test_a_value_that_begins_with_a_dash_needs_an_equals_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    assert configure("--name=--x").run.name == "--x" and configure("--name", "-3").run.name == "-3"
+    for words in (["--name", "--x"], ["--name", "-x"], ["--name", "--epochs", "3"], ["--name", "--"], ["--", "--x"]):
+        message = exit_line(capsys, *words)
+        assert "--name: expected one argument" in message or "unrecognized arguments: -- --x" in message
+
+
 def test_only_flags_are_respelled() -> None:
     words = ["-clf", "conv", "--name", "a-b-c", "--run_dir=x-y/z", "-h", "-", "-1", "1e-5", "--predict", "-"]
     assert expand_arguments(words) == ["--clf", *words[1:]]

@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, what comes back, and refusals in one line of what is none or belongs elsewhere."""
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from evaluation.predict import predict
 from models.build import build_model
 from models.checkpoint import load, load_model, load_model_state_dict, save
 from tasks import DEFAULT_TASKS
+from text.tokenizer import load_tokenizer
 from training.trainer import Trainer
 
 
@@ -134,3 +136,24 @@ def test_a_tokenizer_that_does_not_fit_is_named(
     (cased / "tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
     flags = ["--pretrained", cased, "--init_from", trained.checkpointer.run.best]
     assert "was trained with another tokenizer" in refusal(make_trainer, tiny_flags, tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize("kind", ["vocab.txt", "tokenizer.json"])
+def test_adapters_of_before_other_files_counted_still_load(
+    tiny_bert: Path, tiny_flags: list[str], tmp_path: Path, kind: str
+) -> None:
+    """They were trained with the tokens of vocab.txt or tokenizer.json alone."""
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    if kind == "tokenizer.json":
+        load_tokenizer(base, 64).save(base)
+    flags = ["--pretrained", base, "--lora_mode", "attn", "--epochs", 1, "--train_sst"]
+    trainer = make_trainer(tiny_flags, tmp_path / "run", *flags)
+    trainer.fit()
+    known = int(load_tokenizer(base, 64).encode(["the"]).input_ids[1])
+    (base / "added_tokens.json").write_text(json.dumps({"the": known}))
+    (base / "tokenizer_config.json").write_text('{"do_lower_case": false}' if kind == "tokenizer.json" else "{}")
+    before, now = trainer.checkpointer.tokenizer.sha256, load_tokenizer(base, 64).sha256
+    assert load_model(trainer.checkpointer.run.best)[1].sha256 == before != now
+    (base / "vocab.txt").write_text((tiny_bert / "vocab.txt").read_text() + "more\n")
+    (base / "tokenizer.json").unlink(missing_ok=True)
+    assert "was trained with another tokenizer" in refusal(load_model, trainer.checkpointer.run.best)

@@ -262,3 +262,26 @@ def test_an_ensemble_is_reported_by_its_predictions(
     ensemble.main([str(word) for word in (*members, *more)])
     print_of(capsys, tmp_path / "ensemble", "--out", tmp_path / "out", "--data_dir", small_data)
     assert stems(tmp_path / "out") == {f"ensemble-{kind}" for kind in PREDICTIONS}
+
+
+def test_ids_keep_characters_that_end_lines_elsewhere(
+    tiny_flags: list[str], small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the kept rows, in predictions, in an ensemble's and in report.py; only a line feed ends a line."""
+    data, odd = shutil.copytree(small_data, tmp_path / "data"), ["\u2028", "\u2029", "\f", "\v", "\x85", "\x1c", "\x1e"]
+    for name in ("ids-sst-dev.csv", "ids-sst-test-student.csv"):
+        header, *rows = (data / name).read_bytes().decode().rstrip("\n").split("\n")
+        rows = [re.sub(r"[0-9a-f]{25}", f"id{odd[n % 7]}{n}", row) for n, row in enumerate(rows)]
+        (data / name).write_bytes("\n".join([header, *rows]).encode())
+    wanted = [f"id{odd[n % 7]}{n}" for n in range(12)]
+    for seed in ("1", "2"):  # the second reads the rows that the first kept
+        flags = [*tiny_flags, "--train_sst", "--epochs", "1", "--no_tensorboard", "--data_dir", str(data)]
+        multitask_classifier.main([*flags, "--seed", seed, "--run_dir", str(tmp_path / "runs" / seed)])
+    members = [str(tmp_path / "runs" / seed / "best.pt") for seed in ("1", "2")]
+    ensemble.main([*members, "--data_dir", str(data), "--threads", "1", "--run_dir", str(tmp_path / "runs" / "both")])
+    for run in ("1", "2", "both"):
+        for split, ids in (("dev", wanted), ("test", wanted[:6])):
+            text = (tmp_path / "runs" / run / "predictions" / f"sst-{split}-output.csv").read_bytes().decode()
+            assert [row.split(" , ")[0] for row in text.split("\n")[1:-1]] == ids
+    print_of(capsys, tmp_path / "runs", "--out", tmp_path / "out", "--data_dir", data)
+    assert stems(tmp_path / "out", "*sst-confusion.png") == {f"{run}-sst-confusion" for run in ("1", "2", "both")}

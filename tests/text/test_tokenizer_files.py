@@ -35,7 +35,7 @@ def added(content: str, id: int, **flags: bool) -> dict[str, Any]:
     return {"id": id, "content": content, **defaults, **flags}
 
 
-STORED = {
+STORED: dict[str, Any] = {
     "version": "1.0",
     "added_tokens": [added(word, id, special=True) for id, word in enumerate(SPECIAL)],
     "normalizer": CASED,
@@ -110,7 +110,7 @@ def test_the_settings_decide_about_lower_case(tmp_path: Path, kind: str | None, 
         {"normalizer": {**CASED, "clean_text": False}},
         {"pre_tokenizer": {"type": "WhitespaceSplit"}},
         {"pre_tokenizer": None},
-        {"model": {**STORED["model"], "max_input_chars_per_word": 3}},  # type: ignore[dict-item]
+        {"model": {**STORED["model"], "max_input_chars_per_word": 3}},
         {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None},
     ],
     ids=str,
@@ -125,7 +125,7 @@ def test_what_no_bert_tokenizer_can_hold_is_exported_as_it_is(tmp_path: Path, ki
     assert assert_followed(plain) == "BertTokenizer"
 
 
-DECODER = {str(id): token for id, token in enumerate(STORED["added_tokens"])}  # type: ignore[arg-type, var-annotated]
+DECODER = {str(id): token for id, token in enumerate(STORED["added_tokens"])}
 LATER = [added("<e>", END, lstrip=True), added("[X]", END + 1, normalized=True, single_word=True)]
 
 
@@ -144,7 +144,7 @@ LATER = [added("<e>", END, lstrip=True), added("[X]", END + 1, normalized=True, 
         (None, {"tokenizer_config": {"extra_special_tokens": {"e_token": "<e>"}}}, {"<e>": END}),
         (None, {"tokenizer_config": {"x_token": {"__type": "AddedToken", "content": "[X]", "rstrip": True}}},
          {"[X]": END}),
-        ({"added_tokens": [*STORED["added_tokens"], *LATER]}, {}, {"<e>": END, "[X]": END + 1}),  # type: ignore[misc]
+        ({"added_tokens": [*STORED["added_tokens"], *LATER]}, {}, {"<e>": END, "[X]": END + 1}),
         ({"added_tokens": []}, {"added_tokens": {"<e>": END}}, {"<e>": END}),
     ],
 )  # fmt: skip
@@ -168,7 +168,7 @@ def test_any_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) ->
     folder = tmp_path_factory.getbasetemp() / "any-text"
     if not folder.exists():
         steps = {"normalizer": SEQUENCE, "pre_tokenizer": {"type": "WhitespaceSplit"}}
-        write(folder, {**steps, "added_tokens": [*STORED["added_tokens"], *LATER]},  # type: ignore[misc]
+        write(folder, {**steps, "added_tokens": [*STORED["added_tokens"], *LATER]},
               tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"})  # fmt: skip
         load_tokenizer(folder, 512).save(folder)
     assert_same(load_tokenizer(folder, 512), folder, texts)
