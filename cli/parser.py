@@ -84,7 +84,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, shown(f"{self.prog}: error: {message} (--help lists all flags)") + "\n")
 
 
 def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[str]:
@@ -99,7 +99,7 @@ def expand_arguments(argv: Iterable[str], seen: tuple[Path, ...] = ()) -> list[s
     out: list[str] = []
     for word in argv:
         if "\0" in word or word.encode("utf-8", "ignore").decode() != word:
-            raise UserError(f"{shown(word[:80])}: has a NUL byte or is not UTF-8; choose another name")
+            raise UserError(f"{word}: has a NUL byte or is not UTF-8; choose another name")
         if word.startswith("@"):
             try:
                 path = Path(word[1:]).resolve()
@@ -143,8 +143,8 @@ def converter(kind: Any, metadata: Mapping[str, Any]) -> Callable[[str], Any]:
         try:
             value = kind(text[:-1]) / 100 if percent else kind(text)
         except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+            wanted = "not a number" if kind is float else "too large" if text.isdigit() else "not a whole number"
+            raise argparse.ArgumentTypeError(f"{text!r} is {wanted}") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if percent and not value < 1:
@@ -322,6 +322,8 @@ def build_config(given: Mapping[str, Any], tasks: Mapping[str, Task]) -> Config:
         if task.kind == "similarity" and similarity_loss in task.losses:
             defaults.loss = similarity_loss
         options[task.name] = task_options(given, task, defaults)
+    if "run.evaluate" in given:  # its default is for training
+        groups["model"].pretrained = given.get("model.pretrained", "")
     if groups["train"].mlm and "train.fine_tune_mode" not in given:
         groups["train"].fine_tune_mode = "full-model"
     chosen = chosen_tasks(given, tasks, options)

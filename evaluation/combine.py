@@ -55,7 +55,7 @@ def combine(members: Sequence[Member], splits: Splits, options: EnsembleOptions,
         return scores | {half: score_dev(values, dev, rows)["score"] for half, rows in rows_of_half.items()}
 
     device = device_of(compute, say)
-    predictor = Predictor(Path(options.cache), device, compute.eval_batch_size)
+    predictor = Predictor(Path(options.cache), device, compute.eval_batch_size, options.pretrained)
     outputs = [predictor.outputs(member, splits) for member in members]
     member_names = [f"{member.path}" + (f" ({member.votes} votes)" if member.votes > 1 else "") for member in members]
     member_scores = {
@@ -149,7 +149,7 @@ def make_soup(
     if half is not None:
         votes = greedy_soup(votes, alone, score)
     values = predict_soup(votes, splits)
-    model, tokenizer, config = load_model(path, soup_content(members, votes))
+    model, tokenizer, config = load_model(path, soup_content(members, votes), spare_base=options.pretrained)
     named_votes = votes_by_file(members, votes)
     scores = score_dev(values, splits["dev"])
     dev = splits["dev"].items()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from config import Config, ModelOptions
+from config import Config
 from evaluation.trained import TrainedModel, load_trained
 from tasks import Task
 from utils.console import say
@@ -25,8 +25,8 @@ def trained_model(config: Config, say: Callable[[str], None]) -> TrainedModel:
 
 
 def base_of(config: Config) -> str | None:
-    """Return --pretrained if it was given: the new place of the base weights of a checkpoint with adapters."""
-    return None if config.model.pretrained == ModelOptions.pretrained else config.model.pretrained
+    """Return --pretrained if it was given: the base weights of a checkpoint with adapters."""
+    return config.model.pretrained or None
 
 
 def predict_lines(config: Config) -> None:

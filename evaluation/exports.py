@@ -21,7 +21,7 @@ from models.sequence_classification import CLASS, linear_head, task_settings, wh
 from tasks import TASKS, Task
 from utils.console import say
 from utils.device import Device
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 from utils.files import probe_folder, write_text
 
 CARD = "README.md"
@@ -54,7 +54,7 @@ def export_backbones(config: Config) -> None:
     content = load(path)
     model, tokenizer, saved = load_model(path, content, base_of(config))
     check_backbones(config, model, saved)
-    scores = dev_scores(content, path)
+    scores = dev_scores(content)
     for flag in ("export", "export_peft"):
         if (out := getattr(config.run, flag)) is not None:
             probe_folder(Path(out), f"--{flag}")
@@ -106,14 +106,9 @@ def tasks_of(model: MultitaskBERT, backbone: str) -> list[Task]:
     return [task for name, task in model.tasks.items() if model.backbone_of[name] == backbone]
 
 
-def dev_scores(content: Mapping[str, Any], path: Path) -> dict[str, dict[str, float]]:
-    """Return the scores on dev in a checkpoint, by task. Raises UserError for scores that are no numbers."""
-    found = content.get("scores", {})  # none after --mlm
-    try:
-        by_task = {name: row for name, row in found.items() if name in TASKS}
-        return {name: {key: float(value) for key, value in row.items()} for name, row in by_task.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its scores are not understood ({first_line(error)}); save it anew") from error
+def dev_scores(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the scores on dev in a checkpoint, by task; none after --mlm."""
+    return {name: row for name, row in content.get("scores", {}).items() if name in TASKS}
 
 
 def export_classifier(trained: TrainedModel, name: str, out: str) -> None:
@@ -127,7 +122,7 @@ def export_classifier(trained: TrainedModel, name: str, out: str) -> None:
             f"--export_task {name}: {trained.path} was trained with {problem}, but {CLASS} has only a linear layer on "
             "the pooled first token; use --export_onnx"
         )
-    all_scores = dev_scores(load(trained.path, mmap=True), trained.path)
+    all_scores = dev_scores(load(trained.path, mmap=True))
     scores = {key: row for key, row in all_scores.items() if key == task.name}
     probe_folder(folder := Path(out), f"--export_task {name}")
     weight, bias = linear_head(model, task.name, trained.lines.get(task.name))

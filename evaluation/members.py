@@ -118,11 +118,15 @@ def fits(outputs: Outputs, splits: Splits) -> bool:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts with members, and keeps their outputs in the folder `cache`."""
+    """Predicts with members, and keeps their outputs in the folder `cache`.
+
+    `pretrained` names the base weights of members with adapters, where they are not found otherwise.
+    """
 
     cache: Path
     device: Device
     batch_size: int
+    pretrained: str | None = None
 
     def outputs(self, member: Member, splits: Splits, read: Callable[[], Mapping[str, Any]] | None = None) -> Outputs:
         """Return a member's raw outputs for each split and each task that it knows.
@@ -139,7 +143,7 @@ class Predictor:
         if outputs is not None and fits(outputs, splits):
             say(f"{member.path}: predictions from {self.cache}")
             return outputs
-        model, tokenizer, saved = load_model(member.path, read and read())
+        model, tokenizer, saved = load_model(member.path, read and read(), spare_base=self.pretrained)
         model.to(self.device.device)
         data = tokenise(splits, tokenizer, model.pair_encodings(), saved.data.extra_clean, say)
         outputs = {

@@ -136,7 +136,7 @@ def load_trained(path: Path, device: Device, batch_size: int, base: str | None =
     content = load_content(path)
     trained_tasks(content, path)
     model, tokenizer, config = load_model(path, content, base)
-    lines = saved_lines(content, path)
+    lines = saved_lines(content)
     return TrainedModel(path, model.to(device.device), tokenizer, config, device, batch_size, lines)
 
 

@@ -42,7 +42,7 @@ def build_model(config: Config, tasks: dict[str, Task], say: Callable[[str], Non
     if config.train.compile:
         model.compile_layers()
     if config.train.init_from is not None:
-        init_from_checkpoint(model, tokenizer, Path(config.train.init_from), say)
+        init_from_checkpoint(model, tokenizer, Path(config.train.init_from), config.model.pretrained, say)
     check_vocabulary(config, tokenizer, bert_config)
     return model, tokenizer
 

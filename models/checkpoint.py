@@ -1,6 +1,5 @@
 """Checkpoints: save a model with all that evaluation needs, and load it from a file that may be damaged or foreign."""
 
-import math
 import platform
 import reprlib
 import shutil
@@ -13,15 +12,17 @@ from typing import Any
 
 import torch
 
-from base_bert import describe_mismatches, is_whole, load_weights, resolve_pretrained
+from base_bert import cached_pretrained, describe_mismatches, is_whole, load_weights, resolve_pretrained
 from config import BertConfig, Config
 from lora import LoRAConfig, inject, merged_state_dict
 from models.multitask_bert import MultitaskBERT
+from models.run_records import recorded
 from tasks import TASKS, Task
 from text.tokenizer import Tokenizer, load_tokenizer
 from utils.errors import UserError, first_line
 from utils.files import write_atomically
-from utils.pickles import refuse_objects
+from utils.pickles import load_plain, refuse_objects
+from utils.schema import CHECKPOINT, check
 
 StateDict = Mapping[str, torch.Tensor]
 FORMAT = 1
@@ -67,7 +68,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         refuse_objects(path)
         if not mmap:
             verify(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = load_plain(path, mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
     except IsADirectoryError:
@@ -80,6 +81,10 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: {OF_THE_HANDOUT}")
     if not isinstance(content, dict) or repr(content.get("format")) != repr(FORMAT):
         raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}); name a best.pt of a run")
+    try:
+        check(content, CHECKPOINT, "it")
+    except ValueError as error:
+        raise _not_understood(path, error) from error
     return content
 
 
@@ -144,18 +149,9 @@ def model_checkpoint(
     }
 
 
-def saved_lines(content: Mapping[str, Any], path: Path) -> dict[str, tuple[float, float]]:
-    """Return slope and intercept of each similarity, which an older checkpoint lacks.
-
-    Raises UserError if they are no numbers.
-    """
-    try:
-        lines = {str(name): (float(a), float(b)) for name, (a, b) in content.get("similarity_lines", {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _not_understood(path, error) from error
-    if not all(math.isfinite(number) for line in lines.values() for number in line):
-        raise UserError(f"{path}: a line of a similarity is not finite; save it anew")
-    return lines
+def saved_lines(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return slope and intercept of each similarity, which an older checkpoint lacks."""
+    return {name: (float(a), float(b)) for name, (a, b) in content.get("similarity_lines", {}).items()}
 
 
 def needs_base(config: Config, lora: LoRAConfig | None) -> bool:
@@ -180,7 +176,7 @@ def check_base_weights(model: MultitaskBERT, sha256: str, pretrained: str, sourc
     if model.base_sha256 != sha256:
         raise UserError(
             f"{source}: its adapters were trained on other base weights than {pretrained} has here "
-            f"(SHA-256 {sha256:.12}, not {model.base_sha256:.12}); put the original ones there"
+            f"(SHA-256 {sha256:.12}, not {model.base_sha256:.12}); name the original ones with --pretrained"
         )
 
 
@@ -202,16 +198,19 @@ def saved_config(content: Mapping[str, Any], path: Path) -> Config:
         raise _not_understood(path, error) from error
 
 
-def init_from_checkpoint(model: MultitaskBERT, tokenizer: Tokenizer, path: Path, say: Callable[[str], None]) -> None:
+def init_from_checkpoint(
+    model: MultitaskBERT, tokenizer: Tokenizer, path: Path, pretrained: str, say: Callable[[str], None]
+) -> None:
     """Load the weights of a checkpoint into `model` for --init_from. `say` prints what stays new.
 
+    `pretrained` names the start weights of the model, on which the checkpoint's adapters may have been trained too.
     Adapters are taken as they are if the model has the same. Otherwise they are merged, and the model's are fresh.
     The checkpoint may lack heads of masked words, PALs, and what serves only tasks that it does not know. It may hold
     no tensor of the model's tasks that the model lacks. A checkpoint of --mlm never trained its heads, so they are not
     taken. Raises UserError, and leaves the model unchanged, if anything else is missing or of another shape, or if the
     tokenizer is another one.
     """
-    source, source_tokenizer, source_config = load_model(path)
+    source, source_tokenizer, source_config = load_model(path, spare_base=pretrained)
     if source_tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"--init_from {path}: was trained with another tokenizer than --pretrained has; name its own")
     untrained = ("heads.", "pair_layer.") if source_config.train.mlm else ()
@@ -255,18 +254,19 @@ def trained_tasks(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
 
 
 def load_model(
-    path: Path, content: Mapping[str, Any] | None = None, base: str | None = None
+    path: Path, content: Mapping[str, Any] | None = None, base: str | None = None, spare_base: str | None = None
 ) -> tuple[MultitaskBERT, Tokenizer, Config]:
     """Return the model, tokenizer and configuration of a checkpoint. `content` is what `load` returned, if at hand.
 
-    `base` names the base weights of its adapters, if they have moved. Raises UserError if the file is damaged or its
-    parts do not fit together.
+    `base` names the base weights of its adapters. `spare_base` does so too, but only counts where they are not found.
+    Raises UserError if the file is damaged or its parts do not fit together.
     """
     content = content or load(path)
     tasks, config = _tasks_of(content, path), saved_config(content, path)
     shape, lora, frozen = _check_content(content, config, tasks, path)
     if lora is not None and needs_base(config, lora):
-        model, tokenizer = _model_on_base(content, config, tasks, shape, lora, base, path)
+        folder = _base_folder(config, base, spare_base, path)
+        model, tokenizer = _model_on_base(content, config, tasks, shape, lora, folder, path)
     else:
         model = MultitaskBERT(config.model, shape, tasks, config.tasks)
         if lora is not None:
@@ -295,7 +295,7 @@ def _tasks_of(content: Mapping[str, Any], path: Path) -> dict[str, Task]:
 
 
 def _not_understood(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: the checkpoint lacks or does not understand {first_line(error):.200}; save it anew")
+    return UserError(f"{path}: the checkpoint is damaged or of another version ({first_line(error)}); save it anew")
 
 
 def _check_content(
@@ -334,32 +334,54 @@ def _add_parts(model: MultitaskBERT, config: Config) -> None:
         model.add_mlm_heads()
 
 
+def _base_folder(config: Config, base: str | None, spare_base: str | None, path: Path) -> Path:
+    """Return the folder of the base weights of a checkpoint with adapters: that of the user's `base`, if there is one.
+
+    The name in the checkpoint counts where this user's cache records a folder for the run, for a folder beside the
+    checkpoint, and for the caches of models. It is never looked up on the hub. If that leads nowhere, `spare_base`
+    counts, which the user gave too. Raises UserError if nothing is found.
+    """
+    if base is not None:
+        return resolve_pretrained(base)
+    name, places = config.model.pretrained, recorded(config)
+    try:
+        if places is not None and places["pretrained"] is not None:
+            return resolve_pretrained(places["pretrained"])
+        return resolve_pretrained(name) if _is_inside(Path(name), path.parent) else cached_pretrained(name)
+    except UserError as error:
+        if spare_base is not None:
+            return resolve_pretrained(spare_base)
+        raise UserError(
+            f"{path}: its adapters need the base weights that they were trained on, and {name} is only what the file "
+            f"calls them; name them with --pretrained, as a folder or on the hub ({error})"
+        ) from error
+
+
+def _is_inside(folder: Path, outer: Path) -> bool:
+    """Return whether a folder and all files in it are inside the folder `outer`, after following links."""
+    with suppress(OSError, ValueError, RuntimeError):  # a name that cannot be one, or links in a circle
+        return all(path.resolve().is_relative_to(outer.resolve()) for path in (folder, *folder.iterdir()))
+    return False
+
+
 def _model_on_base(
     content: Mapping[str, Any],
     config: Config,
     tasks: Mapping[str, Task],
     shape: BertConfig,
     lora: LoRAConfig,
-    base: str | None,
+    folder: Path,
     path: Path,
 ) -> tuple[MultitaskBERT, Tokenizer]:
     """Return `load_model`'s model and tokenizer for a checkpoint with adapters, from the folder of its base weights."""
-    base = base or config.model.pretrained
-    try:
-        folder = resolve_pretrained(base)
-    except UserError as error:
-        raise UserError(
-            f"{path}: its adapters need the base weights that they were trained on; put them, or a link to them, "
-            f"there again (--evaluate takes another place too, by --pretrained): {error}"
-        ) from error
     pretrained = load_weights(folder, shape)  # before the model, since `shape` may ask for a model of any size
     model = MultitaskBERT(config.model, shape, tasks, config.tasks)
     model.load_backbones(pretrained)
     model.add_adapters(lora)
-    check_base_weights(model, content["base_sha256"], base, path)
+    check_base_weights(model, content["base_sha256"], str(folder), path)
     tokenizer = load_tokenizer(folder, config.data.max_length)
     if tokenizer.sha256 != content["tokenizer_sha256"]:  # older checkpoints read fewer of the folder's files
         tokenizer = load_tokenizer(folder, config.data.max_length, as_stored=True)
     if tokenizer.sha256 != content["tokenizer_sha256"]:
-        raise UserError(f"{path}: was trained with another tokenizer than {base} has here; put the original one there")
+        raise UserError(f"{path}: was trained with another tokenizer than {folder} has; put the original one there")
     return model, tokenizer

@@ -14,7 +14,7 @@ from base_bert import read_tensors
 from lora import MODES, TARGETS, LoRAConfig, adapter_state_dict
 from utils.errors import UserError, describe_error
 from utils.files import write_atomically, write_json
-from utils.untrusted import read_json, shown
+from utils.untrusted import read_json
 
 PEFT_FILES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # the last one is older
 PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -136,7 +136,7 @@ def _named_adapter(folder: Path) -> Path:
         return folder
     inner = sorted(path.parent for path in folder.glob(f"*/{PEFT_FILES[0]}"))
     if len(inner) > 1:
-        raise UserError(f"{folder}: holds {len(inner)} adapters; name one of them, such as {shown(str(inner[0]))}")
+        raise UserError(f"{folder}: holds {len(inner)} adapters; name one of them, such as {inner[0]}")
     return inner[0] if inner else folder
 
 
@@ -150,11 +150,11 @@ def _our_tensors(saved: Mapping[str, Tensor], rank: Any, folder: Path) -> dict[s
         ours = _our_name(name)
         if ours is None and ".pooler." in name:
             raise UserError(
-                f"{folder}: {shown(name)} is an adapter of the pooler, which has none here; train with target_modules "
+                f"{folder}: {name} is an adapter of the pooler, which has none here; train with target_modules "
                 "that leave it out, or give the model after merge_and_unload() as --pretrained"
             )
         if ours is None:
-            raise UserError(f"{folder}: {shown(name)} is no adapter of {','.join(TARGETS)} in a BERT")
+            raise UserError(f"{folder}: {name} is no adapter of {','.join(TARGETS)} in a BERT")
         if ours in tensors or tensor.dim() != (1 if ours.endswith("magnitude") else 2):
             raise UserError(f"{folder}: {name} is there twice or has {tensor.dim()} dimensions")
         if ours.endswith("lora_A") and len(tensor) != rank:

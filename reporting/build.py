@@ -15,6 +15,7 @@ from reporting.sources import collect_sources
 from reporting.trials import compare_trials, trials_item
 from utils.console import say
 from utils.errors import UserError
+from utils.untrusted import shown
 
 
 def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping[str, TaskOptions]) -> Report:
@@ -41,7 +42,7 @@ def build_report(paths: Sequence[Path], data: DataOptions | None, files: Mapping
     if not any(section.items for section in sections):
         reasons = "; ".join(sources.problems[:3]) + ("; ..." if len(sources.problems) > 3 else "")
         raise UserError(f"nothing to report: {reasons}")
-    return Report("Report", "", sections, sources.problems)
+    return Report("Report", "", sections, list(map(shown, sources.problems)))
 
 
 def publish(report: Report, stem: str, out: Path, argv: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from training.logger import class_names
 from utils.console import say
 from utils.device import Device, device_of
 from utils.errors import UserError
+from utils.untrusted import shown
 
 SHOWN_EXAMPLES = 15  # in a table of the largest disagreements
 
@@ -63,16 +64,19 @@ def shared_tasks(paths: Sequence[Path]) -> dict[str, Task]:
     return tasks
 
 
-def predict_dev(path: Path, dev: Mapping[str, Examples], device: Device, batch_size: int) -> Checkpoint:
+def predict_dev(
+    path: Path, dev: Mapping[str, Examples], device: Device, batch_size: int, pretrained: str | None
+) -> Checkpoint:
     """Load a checkpoint and predict the dev sets of its tasks."""
-    model, tokenizer, config = load_model(path)
+    model, tokenizer, config = load_model(path, spare_base=pretrained)
     model.to(device.device)
     batches = tokenise({"dev": dev}, tokenizer, model.pair_encodings(), config.data.extra_clean, say)["dev"]
     predictions = {
         name: probabilities(TASKS[name], predict(model, data, device.device, batch_size, device.amp))
         for name, data in batches.items()
     }
-    return Checkpoint(load(path, mmap=True).get("git_commit") or "", command_of(config), predictions)
+    commit = load(path, mmap=True).get("git_commit") or ""
+    return Checkpoint(shown(commit), shown(command_of(config)), predictions)
 
 
 def pair_predictions(examples: Examples, a: np.ndarray, b: np.ndarray) -> PairedPredictions:
@@ -176,16 +180,20 @@ def figure_item(pair: PairedPredictions, source: str) -> ReportItem:
 
 
 def compare_checkpoints(
-    paths: Sequence[Path], data: DataOptions, files: Mapping[str, TaskOptions], compute: ComputeOptions
+    paths: Sequence[Path],
+    data: DataOptions,
+    files: Mapping[str, TaskOptions],
+    compute: ComputeOptions,
+    pretrained: str | None = None,
 ) -> Report:
-    """Return the report on two checkpoints.
+    """Return the report on two checkpoints. `pretrained` names base weights of adapters that are not found otherwise.
 
     Raise UserError if a file is not a checkpoint, if the two have no task in common, or if a dev file is missing.
     """
     tasks = shared_tasks(paths)
     dev = load_splits(data, files, tasks, ["dev"], say)["dev"]
     device = device_of(compute, say)
-    a, b = (predict_dev(path, dev, device, compute.eval_batch_size) for path in paths)
+    a, b = (predict_dev(path, dev, device, compute.eval_batch_size, pretrained) for path in paths)
     pairs = [pair_predictions(dev[name], a.predictions[name], b.predictions[name]) for name in tasks]
     decided = [pair for pair in pairs if pair.task.kind != "similarity"]
     similar = [pair for pair in pairs if pair.task.kind == "similarity"]

@@ -19,6 +19,7 @@ from lora import MODES
 from reporting.tables import Column
 from reporting.titles import Method
 from training.logger import draw_confusion
+from utils.untrusted import shown
 
 COLUMN_WIDTH = 3.3  # inches
 DPI = 300
@@ -148,7 +149,7 @@ def costs_figure(panels: Mapping[str, Lines]) -> Figure:
 
 def wrap_label(name: str, width: int = ROW_WIDTH) -> str:
     """Return a label in lines of at most `width` characters. A label with too many lines loses its middle."""
-    lines = textwrap.wrap(name, width, break_on_hyphens=False)
+    lines = textwrap.wrap(shown(name), width, break_on_hyphens=False)
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 2], ELLIPSIS, lines[-1]]
     return "\n".join(lines)

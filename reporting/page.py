@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from reporting.tables import Table
 from utils.files import write_atomically, write_text
+from utils.untrusted import shown, without_middle
 
+MAX_NAME = 160  # characters of the name of an item's files
 FOLDED_ROWS = 20  # a table with more rows is folded
 # The first two shades of a table's box move with its content and hide the others, which therefore show only at a side
 # where the table goes on.
@@ -127,7 +129,7 @@ def with_unique_names(report: Report) -> Report:
     taken: set[str] = set()
 
     def with_unique_name(item: ReportItem) -> ReportItem:
-        stem = name = re.sub(r"[^\w.=+]+", "-", item.name).strip("-.")
+        stem = name = without_middle(re.sub(r"[^\w.=+]+", "-", item.name).strip("-."), MAX_NAME)
         number = len(taken)
         while name in taken:
             name, number = f"{stem}-{number}", number + 1
@@ -155,42 +157,50 @@ def write_report(report: Report, out: Path, stem: str) -> list[Path]:
     return [page, text]
 
 
+def markdown_text(text: str) -> str:
+    """Return a text, which may quote foreign files, as markdown shows it: without tags."""
+    return shown(text, None).replace("<", "&lt;")
+
+
 def to_markdown(report: Report) -> str:
     """Return the report as markdown that shows the png files."""
-    lines = [f"# {report.title}", "", report.about]
+    lines = [f"# {markdown_text(report.title)}", "", markdown_text(report.about)]
     for title, items, reasons in report.parts():
-        lines += ["", f"## {title}"]
+        lines += ["", f"## {markdown_text(title)}"]
         for item in items:
-            lines += ["", f"### {item.title}"]
+            lines += ["", f"### {markdown_text(item.title)}"]
             if item.text:
-                lines += ["", item.text]
+                lines += ["", markdown_text(item.text)]
             if item.figure is not None:
-                lines += ["", f"![{item.title}]({item.name}.png)"]
+                lines += ["", f"![{markdown_text(item.title)}]({item.name}.png)"]
             if item.source:
-                lines += ["", "Source: `" + item.source.replace("`", "'") + "`"]
+                lines += ["", "Source: `" + shown(item.source).replace("`", "'") + "`"]
             if item.table is not None:
-                lines += ["", item.table.to_markdown()]
+                lines += ["", markdown_text(item.table.to_markdown())]
         if reasons:
-            lines += ["", *(f"- {reason}" for reason in reasons)]
-    # Names in foreign files may be tags. Code is shown as it is.
-    lines = [line if line.startswith("Source: `") else line.replace("<", "&lt;") for line in lines]
+            lines += ["", *(f"- {markdown_text(reason)}" for reason in reasons)]
     return "\n".join(lines) + "\n"
+
+
+def html_text(text: str) -> str:
+    """Return a text, which may quote foreign files, as html shows it: without tags."""
+    return html.escape(shown(text, None))
 
 
 def to_html(report: Report, images: Mapping[str, bytes]) -> str:
     """Return one page that needs no other file and no network. It contains `images`, by the names of their items."""
     contents, body = [], []
     for number, (title, items, reasons) in enumerate(report.parts()):
-        links = [f'<li><a href="#{item.name}">{html.escape(item.title)}</a></li>' for item in items]
-        contents.append(f'<li><a href="#section-{number}">{html.escape(title)}</a><ol>{"".join(links)}</ol></li>')
-        body.append(f'<h2 id="section-{number}">{html.escape(title)}</h2>')
+        links = [f'<li><a href="#{item.name}">{html_text(item.title)}</a></li>' for item in items]
+        contents.append(f'<li><a href="#section-{number}">{html_text(title)}</a><ol>{"".join(links)}</ol></li>')
+        body.append(f'<h2 id="section-{number}">{html_text(title)}</h2>')
         body += [item_html(item, images.get(item.name)) for item in items]
         if reasons:
-            body += ["<ul>", *(f"<li>{html.escape(reason)}</li>" for reason in reasons), "</ul>"]
+            body += ["<ul>", *(f"<li>{html_text(reason)}</li>" for reason in reasons), "</ul>"]
     return PAGE.format(
         style=STYLE,
-        title=html.escape(report.title),
-        about=html.escape(report.about),
+        title=html_text(report.title),
+        about=html_text(report.about),
         contents="\n".join(contents),
         body="\n".join(body),
     )
@@ -198,15 +208,15 @@ def to_html(report: Report, images: Mapping[str, bytes]) -> str:
 
 def item_html(item: ReportItem, image: bytes | None) -> str:
     """Return an item as elements of the page."""
-    title = html.escape(item.title)
+    title = html_text(item.title)
     parts = [f'<h3 id="{item.name}">{title}</h3>']
     if item.text:
-        parts.append(f"<p>{html.escape(item.text)}</p>")
+        parts.append(f"<p>{html_text(item.text)}</p>")
     if image is not None:
         data = base64.b64encode(image).decode("ascii")
         parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
     if item.source:
-        source = re.sub(r"--\w+", r"<span>\g<0></span>", html.escape(item.source))
+        source = re.sub(r"--\w+", r"<span>\g<0></span>", html_text(item.source))
         parts.append(f'<p class="source">{source}</p>')
     if item.table is not None:
         table = item.table.to_html()

@@ -1,7 +1,7 @@
 """The dev predictions that a run saved, beside the true labels."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,14 @@ import numpy as np
 from config import Config, DataOptions, TaskOptions
 from datasets import BadRows, Examples, load_split
 from evaluation.prediction_files import prediction_file
+from models.run_records import recorded
 from reporting.measures import metric_of
 from reporting.sources import Run
 from tasks import Task
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 from utils.untrusted import read_text
+
+UNKNOWN = ""  # the folder of data that only a foreign file names
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,36 @@ class DevSets:
 
     def examples(self, config: Config | None, task: Task) -> Examples | None:
         """Return the dev examples of a task for a run with these options. Return None if they cannot be read."""
-        saved = None if config is None or self.data is not None else config.tasks.get(task.name)
-        options = self.files.get(task.name) or saved or TaskOptions()
-        data = self.data or (DataOptions() if config is None else config.data)
+        data, options = self.places(config, task)
         key = (task.name, data.data_dir, options.dev, options.columns)
         if key not in self.read:
-            # A run of somebody else may name any file of ours, whose content must not get into a report.
-            is_there = (Path(data.data_dir) / task.files["dev"] if options.dev is None else Path(options.dev)).is_file()
-            is_named_here = self.data is not None or task.name in self.files or not is_there
-            note = self.problems.append if is_named_here else lambda line: None
-            bad_rows = BadRows(data.max_bad_rows, lambda line: note(f"skipped row {line}"))
+            bad_rows = BadRows(data.max_bad_rows, lambda line: self.problems.append(f"skipped row {line}"))
             try:
+                if data.data_dir == UNKNOWN and options.dev is None:
+                    raise UserError(
+                        f"only the run's config.json names the dev file, and no such run began here; name it with "
+                        f"--{task.name}_dev, or its folder with --data_dir"
+                    )
                 self.read[key] = load_split(data, options, task, "dev", bad_rows)
             except UserError as error:
                 self.read[key] = None
                 what = f"no figures of predictions of {task.title}, which need the labels: "
-                hidden = f"the dev file that the run's config.json names cannot be read; name it with --{task.name}_dev"
-                self.problems.append(what + (str(error) if is_named_here else hidden))
+                self.problems.append(f"{what}{error}")
         return self.read[key]
+
+    def places(self, config: Config | None, task: Task) -> tuple[DataOptions, TaskOptions]:
+        """Return the options that say where the dev file of a task is.
+
+        A run of somebody else may name any file of ours. So it is this user's cache that says where a run's files are.
+        """
+        saved = None if config is None or self.data is not None else config.tasks.get(task.name)
+        options = self.files.get(task.name) or saved or TaskOptions()
+        if self.data is not None or config is None:
+            return self.data or DataOptions(), options
+        found = recorded(config) or {"data_dir": UNKNOWN, "dev": {}}
+        if task.name not in self.files:
+            options = replace(options, dev=found["dev"].get(task.name))
+        return replace(config.data, data_dir=found["data_dir"]), options
 
 
 def read_prediction_file(path: Path, task: Task) -> dict[str, float]:
@@ -75,8 +90,8 @@ def read_prediction_file(path: Path, task: Task) -> dict[str, float]:
             raise ValueError("no predictions")
         if task.prediction_column not in header or not valid or len(predictions) < len(lines):
             raise ValueError("not the predictions of this task")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({first_line(error):.80})") from error
+    except (OSError, ValueError) as error:  # whose text may quote the file, which may be a link to any other
+        raise UserError(f"{path}: is damaged, or not the predictions of this task") from error
     return predictions
 
 

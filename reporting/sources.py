@@ -5,10 +5,8 @@ A damaged file raises nothing here. It adds a line to `problems`, and the rest i
 
 import csv
 import io
-import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +17,21 @@ from config import Config, LoraOptions
 from evaluation.prediction_files import prediction_file
 from lora import LoRAConfig
 from models.checkpoint import load
-from studies.results import FIGURES, gpu_utilization, minutes, minutes_without_evaluation, per_task
+from studies.results import (
+    FIGURES,
+    gpu_utilization,
+    minutes,
+    minutes_without_evaluation,
+    per_task,
+    read_lines,
+    read_scores,
+)
 from studies.study_table import FILE, StudyTable, read_study_table
 from studies.table_plan import ENSEMBLE
 from tasks import TASKS
 from utils.errors import UserError, first_line
-from utils.untrusted import open_regular, read_json, read_text
+from utils.schema import METRICS, TIMING, finite_number
+from utils.untrusted import open_regular, read_json, read_text, shown
 
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # a folder with any of these is a run directory
 STUDY_COLUMNS = {"trial", "status", "score", "cause", "command", "commit"}  # every table of sweep.py has these
@@ -96,7 +103,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command line for the run's options."""
-        return "" if self.config is None else command_of(self.config)
+        return "" if self.config is None else shown(command_of(self.config))
 
     @property
     def trial(self) -> Trial | None:
@@ -116,7 +123,7 @@ class Run:
             step_minutes=minutes_without_evaluation(self.timing) if self.timing else None,
             command=self.command,
             commit=self.commit,
-            device=self.timing[-1]["device"] if self.timing else "",
+            device=shown(self.timing[-1]["device"]) if self.timing else "",
             dev_examples=self.dev_examples,
         )
 
@@ -197,7 +204,7 @@ def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
         names[path] = ["/".join(whole.parts[-count:]) for count in range(1, len(whole.parts) + 1)]
     endings = Counter(name for candidates in names.values() for name in candidates)
     return {
-        path: next((name for name in candidates if endings[name] == 1), candidates[-1])
+        path: shown(next((name for name in candidates if endings[name] == 1), candidates[-1]))
         for path, candidates in names.items()
     }
 
@@ -208,12 +215,13 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
         if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        rows = [{key: value for key, value in row.items() if key is not None} for row in reader]
+        raw = [{key: value for key, value in row.items() if key is not None} for row in reader]
+        rows = [{shown(key): shown(value) for key, value in row.items()} for row in raw]
     except (OSError, ValueError, csv.Error) as error:
-        problems.append(f"{path}: cannot be read ({error}); name the results.csv of a study")
+        problems.append(f"{path}: cannot be read ({first_line(error)}); name the results.csv of a study")
         return None
     trials = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in enumerate(raw, start=2):
         if row["status"] == "ok" and not row["command"].startswith(f"python {ENSEMBLE} "):
             try:
                 trials.append(trial_of_row(row))
@@ -233,34 +241,23 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
 
 def trial_of_row(row: Mapping[str, str]) -> Trial:
     """Return a row of a study's table as a trial. Raise UserError or ValueError if it is damaged."""
-    figures = {name: finite_number(row[name]) for name in FIGURES if row.get(name)}
+    figures = {name: finite_number(float(row[name]), name) for name in FIGURES if row.get(name)}
     metrics = {name: f"{name}_{task.metric}" for name, task in TASKS.items()}
     seconds = [figures[column] for name in TASKS if (column := f"{name}_seconds_per_epoch") in figures]
     return Trial(
-        name=row["trial"],
+        name=shown(row["trial"]),
         config=with_single_lora_options(config_of(row["command"])),
-        score=finite_number(row["score"]),
+        score=finite_number(float(row["score"]), "score"),
         by_task={name: figures[column] for name, column in metrics.items() if column in figures},
         seconds=sum(seconds) if seconds else None,
         memory=figures.get("peak_memory_bytes"),
         gpu_utilization=figures.get("gpu_utilization"),
         minutes=figures.get("minutes"),
         step_minutes=figures.get("minutes_without_evaluation"),
-        command=row["command"],
-        commit=row["commit"],
-        device=row.get("device", ""),
+        command=shown(row["command"]),
+        commit=shown(row["commit"]),
+        device=shown(row.get("device", "")),
     )
-
-
-def finite_number(value: Any) -> float:
-    """Return a value as a float. Raise ValueError or TypeError if it is no number, nan or infinite."""
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError("a score is not a finite number")
-    return number
 
 
 def with_single_lora_options(config: Config) -> Config:
@@ -272,13 +269,13 @@ def with_single_lora_options(config: Config) -> Config:
 def read_run(path: Path, name: str, problems: list[str]) -> Run:
     """Read a run directory."""
     config = read_config(path / "config.json", problems)
-    metrics = read_epochs(path / "metrics.jsonl", numbers_in_metrics, problems)
-    timing = read_epochs(path / "timing.jsonl", numbers_in_timing, problems)
-    scores, epoch = read_scores(path / "scores.json", problems)
+    metrics = read_lines(path / "metrics.jsonl", METRICS, problems)
+    timing = read_lines(path / "timing.jsonl", TIMING, problems)
+    scores, epoch = read_dev_scores(path / "scores.json", problems)
     commit = ""
     if (path / "best.pt").exists():
         try:
-            commit = load(path / "best.pt", mmap=True).get("git_commit") or ""
+            commit = shown(load(path / "best.pt", mmap=True).get("git_commit") or "")
         except UserError as error:
             problems.append(str(error))
     return Run(path, name, config, metrics, timing, scores, epoch, commit, count_predictions(path))
@@ -307,60 +304,19 @@ def read_config(path: Path, problems: list[str]) -> Config | None:
         return None
 
 
-def numbers_in_metrics(line: Mapping[str, Any]) -> list[Any]:
-    """Return what must be numbers in a line of metrics.jsonl. Raise an error if a needed figure is missing."""
-    parts = [line[part].get(name, {}) for part in ("train", "dev") for name in TASKS]
-    figures = [number for part in parts for number in part.values()]
-    return [line["epoch"], line.get("trainable_parameters", 0), line["dev"].get("score", 0.0), *figures]
-
-
-def numbers_in_timing(line: Mapping[str, Any]) -> list[Any]:
-    """Return what must be numbers in a line of timing.jsonl. Raise an error if a needed figure is missing."""
-    if not isinstance(line["device"], str):
-        raise TypeError("the device has no name")
-    figures = [line["epoch"], line["seconds"], line["peak_memory_bytes"], line.get("gpu_utilization", 0.0)]
-    return [*figures, *line["train_seconds"].values()]
-
-
-def read_epochs(
-    path: Path, numbers_in: Callable[[Mapping[str, Any]], list[Any]], problems: list[str]
-) -> list[dict[str, Any]]:
-    """Read the lines of a jsonl file up to the first damaged one. Return none if there is no file."""
-    lines: list[dict[str, Any]] = []
-    try:
-        texts = read_text(path).splitlines() if path.exists() else []
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: cannot be read ({first_line(error):.80})")
-        return []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            if not all(isinstance(value, int | float) for value in numbers_in(line)):
-                raise TypeError("not a number")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            problems.append(f"{path}: line {number} is damaged; this line and all after it are left out")
-            break
-        lines.append(line)
-    return lines
-
-
-def read_scores(path: Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None]:
+def read_dev_scores(path: Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None]:
     """Read a run's dev scores and their epoch. Return None for both if the run is not finished."""
     try:
-        content = read_json(path)
+        content = read_scores(path)
         dev = content["dev"]
         if not dev:
             problems.append(f"{path.parent}: was only pre-trained and has no scores; it is left out of comparisons")
             return None, None
-        for name, task in TASKS.items():
-            if name in dev:
-                finite_number(dev[name][task.metric])
-        epoch = content.get("epoch")
-        if not isinstance(epoch, int | None):
-            raise TypeError(f"epoch {epoch}")
-        return {**dev, "score": finite_number(dev["score"])}, epoch
+        if lacking := [name for name, task in TASKS.items() if name in dev and task.metric not in dev[name]]:
+            raise ValueError(f"it lacks the metric of {lacking[0]}")
+        return {**dev, "score": float(dev["score"])}, content.get("epoch")
     except FileNotFoundError:
         problems.append(f"{path.parent}: is not finished (no scores.json); it is left out of comparisons")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         problems.append(f"{path}: is damaged ({first_line(error):.80}); the run is left out of comparisons")
     return None, None

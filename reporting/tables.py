@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.untrusted import shown
+
 Value = str | int | float | None
 
 
@@ -20,7 +22,7 @@ class Column:
         """Return a value as people read it."""
         if value is None:
             return ""
-        return value if isinstance(value, str) else format(value, self.format)
+        return shown(value, None) if isinstance(value, str) else format(value, self.format)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([column.name for column in self.columns])
-        writer.writerows(["" if value is None else value for value in row] for row in self.rows)
+        writer.writerows(
+            [shown(value, None) if isinstance(value, str) else value for value in row] for row in self.rows
+        )
         return text.getvalue()
 
     def to_html(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from cli.commands import default_flags_of, flags_of
 from config import GROUPS, Config, ModelOptions, TaskOptions
 from tasks import TASKS
+from utils.untrusted import shown
 
 PER_TASK_OPTIONS: dict[str, Field[Any]] = {
     spec.metadata["template"].format(task=task): spec for task in TASKS for spec in fields(TaskOptions)
@@ -143,7 +144,7 @@ def distinguishing_options(configs: Sequence[Config], required: bool) -> list[li
         chosen = [name for name in names if name in changed]
         if required and not chosen:
             chosen = [name for name in names if OPTIONS[name].name == OPTIONS[names[0]].name]
-        phrases = [phrase(shared_name(name, chosen, flags), flags.get(name)) for name in chosen]
+        phrases = [shown(phrase(shared_name(name, chosen, flags), flags.get(name))) for name in chosen]
         all_phrases.append(list(dict.fromkeys(phrases)))
     return all_phrases
 

@@ -6,18 +6,17 @@ The costs are those of R0's section 5.2: mean seconds of training and mean peak 
 import csv
 import fcntl
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from config import Config
 from models.checkpoint import git_commit
 from tasks import TASKS
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import write_text
-from utils.untrusted import read_json, read_text
+from utils.schema import METRICS, RUN_SCORES, TIMING, check
+from utils.untrusted import parse_json, read_json, read_text
 
 FIGURES = (
     "score",
@@ -37,13 +36,30 @@ SETTINGS = ("amp", "lr", "batch_size", "lora_rank", "lora_mode", "dora", "fine_t
 BENCHMARK_COLUMNS = ("trial", "status", *SETTINGS, *COLUMNS)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a jsonl file, up to one that a kill has cut short; none where there is no file."""
+def read_lines(path: Path, kind: Any, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a jsonl file, up to one that is not of this `kind`; none where there is no file.
+
+    A kill may have cut the last line short. What is damaged adds a line to `problems`.
+    """
     lines: list[dict[str, Any]] = []
-    with suppress(FileNotFoundError, ValueError):
-        for text in read_text(path).split("\n"):
-            lines.append(json.loads(text))
+    problems = [] if problems is None else problems
+    try:
+        texts = read_text(path).splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        problems.append(f"{path}: cannot be read ({first_line(error)})")
+        return []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(check(parse_json(text), kind, "it"))
+        except ValueError:
+            problems.append(f"{path}: line {number} is damaged; this line and all after it are left out")
+            break
     return lines
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return the content of a scores.json. Raises ValueError if it is damaged, and OSError if it cannot be read."""
+    return dict(check(read_json(path), RUN_SCORES, "it"))
 
 
 def per_task(timing: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
@@ -69,8 +85,11 @@ def gpu_utilization(timing: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Return what a run directory says of a run, finished or not, as columns of a table."""
-    metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
+    """Return what a run directory says of a run, finished or not, as columns of a table.
+
+    Raises UserError if its scores.json is damaged.
+    """
+    metrics, timing = read_lines(folder / "metrics.jsonl", METRICS), read_lines(folder / "timing.jsonl", TIMING)
     row: dict[str, Any] = {}
     if metrics and timing:
         row["trainable_parameters"] = metrics[-1]["trainable_parameters"]
@@ -89,7 +108,10 @@ def figures(folder: Path) -> dict[str, Any]:
     if (folder / "best.pt").exists():
         row["checkpoint_bytes"] = (folder / "best.pt").stat().st_size
     if (folder / "scores.json").exists():
-        dev = read_json(folder / "scores.json")["dev"]
+        try:
+            dev = read_scores(folder / "scores.json")["dev"]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / 'scores.json'}: is damaged ({error}); delete the folder") from error
         row |= {name: dev[name] for name in ("score", "score_raw_r") if name in dev}  # none after --mlm
         scored = [(name, metric) for name, task in TASKS.items() for metric in task.metrics if name in dev]
         row |= {f"{name}_{metric}": dev[name][metric] for name, metric in scored}

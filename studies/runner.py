@@ -27,7 +27,8 @@ from training.run_directory import RunDirectory
 from utils.console import bar_style, say
 from utils.errors import OUT_OF_MEMORY, UserError, first_line
 from utils.files import probe_folder
-from utils.untrusted import MAX_TEXT, read_bytes, read_json
+from utils.schema import METRICS
+from utils.untrusted import MAX_TEXT, read_bytes, read_json, shown
 
 SCRIPTS = Path(__file__).parent.parent  # the folder of the scripts that trials run
 PRUNERS = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner()}
@@ -40,7 +41,7 @@ def verdict(code: int, output: str) -> tuple[str, str]:
     """Return the status and the cause, one line, from a process's exit status and all that it printed."""
     if code == 0:
         return "ok", ""
-    lines = [line.strip()[:300] for line in re.split(r"[\r\n]+", output) if line.strip()][-TAIL:]
+    lines = [shown(line.strip(), 300) for line in re.split(r"[\r\n]+", output) if line.strip()][-TAIL:]
     if code == -signal.SIGKILL:
         return "out of memory", "killed by SIGKILL, as the system does when memory runs out"
     if memory := [line for line in lines if OUT_OF_MEMORY.search(line)]:
@@ -94,6 +95,8 @@ class Sweep:
         try:
             self.shared = SharedStudy(self.place, self.out.resolve().name, plan.ranges, self.out / "trials")
             rows |= self.shared.rows()
+        except UserError:
+            raise
         except Exception as error:  # of the file system, of a database's driver, or of a journal that is damaged
             raise self.unusable(error) from error
         self.shared.study.pruner = PRUNERS[options.pruner]
@@ -117,7 +120,7 @@ class Sweep:
                 f"them again, delete their rows in {self.table.path}, their folders and study.journal"
             )
         for name in filter(rows.__contains__, self.plan.trials):
-            before, command = rows[name]["command"], self.plan.trial(name, rows[name]).command
+            before, command = rows[name].get("command"), self.plan.trial(name, rows[name]).command
             if before != command:
                 raise UserError(
                     f"--out {self.out}: there {name} is the run of `{before}` and not of `{command}`; "
@@ -144,7 +147,7 @@ class Sweep:
             ended = [known[name] for name in trial.needs if name in known]
             bad = [row for row in ended if row["status"] != "ok"]
             if bad and trial.name not in known:
-                cause = f"needs {bad[0]['trial']}, which is {bad[0]['status']}: {bad[0]['cause']}"
+                cause = f"needs {bad[0]['trial']}, which is {bad[0]['status']}: {bad[0].get('cause', '')}"
                 known[trial.name] = row_of(trial, "refused", cause, git_commit())
                 self.table.add([known[trial.name]], key="trial")
         return [name for name in self.plan.trials if name not in known]
@@ -229,7 +232,7 @@ class Sweep:
 
     def watch(self, job: Job) -> None:
         """Report the dev scores of a trial's new epochs, and end the trial where the pruner says so."""
-        lines = read_lines(Path(job.log.name).with_name("metrics.jsonl"))[job.epochs :]
+        lines = read_lines(Path(job.log.name).with_name("metrics.jsonl"), METRICS)[job.epochs :]
         job.epochs += len(lines)
         with suppress(UpdateFinishedTrialError):  # another sweep has taken the trial over, as `finish` will see
             for line in lines:

@@ -21,6 +21,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
+from utils.errors import UserError
+from utils.schema import STUDY_RECORD, check
+from utils.untrusted import open_regular
+
 Row = Mapping[str, Any]
 # A search learns from all trials but those that crashed. Those that were refused or had too little memory are PRUNED,
 # without a value, which ranks last.
@@ -50,14 +54,26 @@ def lock_log(path: Path) -> TextIO | None:
     return None
 
 
+def is_locked(log: Path) -> bool:
+    """Return whether a process has the lock of a log. Another sweep names the file, so nothing is written there."""
+    try:
+        with open_regular(log) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        pass
+    return False
+
+
 def is_dead(record: FrozenTrial, dead_host: str) -> bool:
     """Return whether the process of a trial that should be running is gone, as far as this host can tell."""
     worker = record.user_attrs.get("worker")
     if worker is None:
         return record.datetime_start is None or datetime.now() - record.datetime_start > CLAIM
     if worker["host"] == platform.node():
-        return lock_log(Path(worker["log"])) is not None
-    return worker["host"] == dead_host
+        return not is_locked(Path(worker["log"]))
+    return bool(worker["host"] == dead_host)
 
 
 class SharedStudy:
@@ -65,13 +81,22 @@ class SharedStudy:
 
     def __init__(self, place: str, name: str, ranges: Mapping[str, BaseDistribution], logs: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.disable_default_handler()  # our own leaves out the password of a URL
+        optuna.logging.enable_propagation()
         storage = open_storage(place)
         self.study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-        self.ranges, self.logs = dict(ranges), logs
+        self.place, self.ranges, self.logs = place, dict(ranges), logs
 
     def records(self) -> list[FrozenTrial]:
-        """Return all records of trials, the oldest first."""
-        return [record for record in self.study.get_trials(deepcopy=False) if "trial" in record.user_attrs]
+        """Return all records of trials, the oldest first. Raises UserError if one is not what a sweep writes."""
+        records = [record for record in self.study.get_trials(deepcopy=False) if "trial" in record.user_attrs]
+        for record in records:
+            try:
+                check(record.user_attrs, STUDY_RECORD, "it")
+            except ValueError as error:
+                what = f"--storage {self.place}: trial {record.number} of {self.study.study_name}"
+                raise UserError(f"{what} is not what a sweep writes ({error}); name another file or database") from None
+        return records
 
     def standing(self) -> dict[str, FrozenTrial]:
         """Return the record that counts of each trial: the first that waits, runs or has a row."""

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError, first_line
 from utils.files import write_json
-from utils.untrusted import read_json
+from utils.schema import STUDY_TABLE, check
+from utils.untrusted import read_json, shown
 
 FILE = "table.json"
 
@@ -61,12 +63,14 @@ def read_study_table(folder: Path) -> StudyTable:
     """Return the table of the study in a folder. Raises UserError if table.json is damaged."""
     path = folder / FILE
     try:
-        content = read_json(path)
-        rows = []
-        for row in content["rows"]:
-            reported = {str(name): float(value) for name, value in row["reported"].items()}
-            rows.append(StudyRow(**{**row, "reported": reported, "trials": list(map(str, row["trials"]))}))
-        return StudyTable(**{**content, "rows": rows, "columns": list(map(str, content["columns"]))})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = check(read_json(path), STUDY_TABLE, "it")
+        rows = [StudyRow(**{key: shown_if_text(value) for key, value in row.items()}) for row in content.pop("rows")]
+        return StudyTable(**{key: shown_if_text(value) for key, value in content.items()}, rows=rows)
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a key that it cannot have
         cause = first_line(error)
-        raise UserError(f"{path}: cannot be read ({cause:.80}); delete it and start the sweep again") from error
+        raise UserError(f"{path}: cannot be read ({cause}); delete it and start the sweep again") from error
+
+
+def shown_if_text(value: Any) -> Any:
+    """Return a value as a report may show it."""
+    return shown(value) if isinstance(value, str) else value

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from utils.console import progress, say
 from utils.device import Device, device_of
 from utils.errors import UserError, first_line
-from utils.untrusted import read_text
+from utils.untrusted import parse_json, read_text
 
 COLUMN = "topic"
 EXAMPLE_LINE = "`Finance: 600: money, bank`"
@@ -46,7 +46,7 @@ def read_topics(path: Path) -> dict[str, Topic]:
             continue
         name, *rest = (part.strip() for part in line.split(":", 2))
         words = tuple(word.strip() for word in rest[-1].split(",") if word.strip()) if len(rest) == 2 else ()
-        if not name or not words or not rest[0].isdecimal() or not int(rest[0]):
+        if not name or not words or not re.fullmatch(r"0*[1-9]\d{0,11}", rest[0]):
             raise UserError(f"--topics {path}, line {number}: is not a topic; write it as {EXAMPLE_LINE}")
         if name in topics:
             raise UserError(f"--topics {path}, line {number}: {name} is there twice; remove one of the two")
@@ -63,10 +63,10 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     try:
         text = read_text(path).strip()
-        results = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n")]
+        results = parse_json(text) if text.startswith("[") else [parse_json(line) for line in text.split("\n")]
         best = [result["labels"][int(np.argmax(result["scores"]))] for result in results]
         return {" ".join(result["sequence"].split()): str(label) for result, label in zip(results, best, strict=True)}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"--labels {path}: cannot be read ({first_line(error):.80}); give json lines with sequence, labels, scores"
         ) from error

@@ -14,6 +14,7 @@ from base_bert import WEIGHTS_FILES
 from cli.checks import flag_of
 from config import Config
 from evaluation.prediction_files import prediction_files, remove_predictions
+from models.run_records import record
 from training.inputs import InputFile
 from utils.errors import UserError, first_line
 from utils.files import cause, lock, probe_folder, remove_left_files, write_json
@@ -181,7 +182,11 @@ class RunDirectory:
         return [file.path for file in saved] != [file.path for file in files]
 
     def begin(self, config: Config, files: Sequence[InputFile]) -> None:
-        """Write config.json and inputs.json, or check that the run that they belong to can continue."""
+        """Write config.json and inputs.json, or check that the run that they belong to can continue.
+
+        This user's cache records where the files of the run are.
+        """
+        record(config)
         if config.run.resume:
             self.check_resume(config)
             if not self.check_inputs(files):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError, first_line, is_lost_connection, is_out_of_memory
+from utils.untrusted import shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,7 +33,15 @@ def is_main_process() -> bool:
 def say(line: str) -> None:
     """Print a line at once, also into a file; of several processes, the main one prints."""
     if is_main_process():
-        print(line, flush=True)
+        print(shown(line, None), flush=True)
+
+
+class ShownFormatter(logging.Formatter):
+    """Writes a line of a log as `say` prints one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return shown(super().format(record), None)
 
 
 class LogLines:
@@ -95,7 +104,9 @@ def run_script(main: Callable[[list[str]], object], argv: Sequence[str] | None =
     threading.excepthook = report_thread
     if isinstance(sys.stdout, io.TextIOWrapper):  # which else fails at a character that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("minbert").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     run: Callable[..., None] = run_main
     if processes() > 1:
@@ -149,7 +160,7 @@ def end_script(code: int, line: str | None = None) -> NoReturn:
         print(end="", flush=True)  # what was printed before comes before it
     for stream in () if line is None else (sys.stderr, sys.stdout):
         with suppress(OSError):
-            print(line, file=stream, flush=True)
+            print(shown(line), file=stream, flush=True)
             break
     drop_lost_output()
     sys.exit(code)
@@ -175,7 +186,8 @@ def progress(items: Sequence[T], description: str, unit: str, leave: bool = True
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain text table: the first column is left aligned, the others right."""
+    """Return a plain text table: the first column is left aligned, the others right. Cells may be foreign texts."""
+    header, *rows = [list(map(shown, row)) for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join(

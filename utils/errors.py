@@ -2,9 +2,17 @@
 
 import re
 
+from utils.untrusted import shown
+
 
 class UserError(Exception):
-    """A mistake that the user can mend. Scripts print it as one line and exit with code 2."""
+    """A mistake that the user can mend. Scripts print it as one line and exit with code 2.
+
+    The message may quote what somebody else wrote: `shown` makes one line of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 def first_line(error: Exception) -> str:

@@ -105,7 +105,7 @@ def test_the_script_prints_and_writes_it(study: Path, tmp_path: Path, capsys: py
     assert float(rows[3]["score"]) == pytest.approx(0.005) and (tmp_path / "report" / "r9-table-1-table.png").exists()
     (study / "table.json").write_text('{"rows": 3}')
     report.main([str(study), "--out", str(tmp_path / "report")])
-    assert "table.json: cannot be read ('int' object is not iterable)" in capsys.readouterr().out
+    assert "table.json: cannot be read (it lacks report)" in capsys.readouterr().out
 
 
 def test_a_table_is_trained_and_reported(

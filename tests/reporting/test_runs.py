@@ -102,17 +102,6 @@ def test_each_dev_file_is_read_once(run: Run) -> None:
     assert missing.examples(None, SST) is None and missing.examples(None, SST) is None and len(problems) == 1
 
 
-def test_a_file_that_a_run_names_is_not_quoted(tmp_path: Path) -> None:
-    """It may be any file of the reader, named by a run of somebody else."""
-    (tmp_path / "secret").write_text("root:x:0:0\nuser:y:1:1\n")
-    problems: list[str] = []
-    config = configure("--train_sst", "--sst_dev", tmp_path / "secret")
-    assert DevSets(None, {}, problems).examples(config, SST) is None
-    (tmp_path / "secret").write_text("sentence\tsentiment\nprivate\t9\nb\t1\n")
-    assert DevSets(None, {}, problems).examples(config, SST) is not None
-    assert "--sst_dev" in problems[0] and not any(word in "".join(problems) for word in ("root", "user", "9 is"))
-
-
 def test_the_confusion_matrix_is_drawn(run: Run) -> None:
     for task in (SST, PARA):
         found = predictions_of(run, task)

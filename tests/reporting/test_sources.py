@@ -233,7 +233,7 @@ def test_labels_come_from_where_the_flags_say(
     config = run / "config.json"
     config.write_text(config.read_text().replace(str(small_data), "/nowhere"))
     printed = print_of(capsys, run, "--out", out)
-    line = "no figures of predictions of SST sentiment, which need the labels: /nowhere/ids-sst-dev.csv: there is no"
+    line = "no figures of predictions of SST sentiment, which need the labels: only the run's config.json names the dev"
     assert printed.count(line) == 1 and stems(out) == {"yin-curves"}
     print_of(capsys, run, "--out", tmp_path / "second", "--data_dir", moved)
     assert "yin-sst-confusion" in stems(tmp_path / "second")

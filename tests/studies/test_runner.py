@@ -39,7 +39,8 @@ for epoch in range(done + 1, epochs + 1):
     time.sleep(float(os.environ.get("SECONDS", "0")))
     score = epoch / epochs / (1 + abs(math.log10(config.train.lr) + 3))
     with metrics.open("a") as file:
-        file.write(json.dumps({{"epoch": epoch, "dev": {{"score": score}}, "trainable_parameters": 1}}) + "\\n")
+        line = {{"epoch": epoch, "train": {{}}, "dev": {{"score": score}}, "trainable_parameters": 1}}
+        file.write(json.dumps(line) + "\\n")
     (folder / "resume.pt").touch()
 if config.train.init_from and not Path(config.train.init_from).exists():
     sys.exit("error: --init_from has no file")
@@ -156,7 +157,7 @@ def test_a_trial_cut_short_goes_on_and_keeps_its_checkpoints_if_asked(
     killed = start(folder, *words)
     wait_until(lambda: "begins" in log_of(folder, "seed=5"), killed)
     kill_all(killed)
-    (trial / "metrics.jsonl").write_text('{"epoch": 1, "dev": {"score": 0.1}}\n')
+    (trial / "metrics.jsonl").write_text('{"epoch": 1, "train": {}, "dev": {"score": 0.1}}\n')
     (trial / "resume.pt").touch()
     monkeypatch.setenv("SECONDS", "0")
     run(folder, *words)
@@ -373,7 +374,7 @@ def test_a_checkpoint_that_is_gone_or_another_table_is_one_line(tmp_path: Path, 
     assert "other trials need the checkpoints of row=base, row=staged, which are gone; to train them again" in line
     assert "holds Table 1 of R9; choose another folder" in refusal(run, folder, *TABLE[:-1], "figure-2")
     (folder / "table.json").write_text("{}")
-    assert "table.json: cannot be read ('rows'); delete it" in refusal(run, folder, *TABLE[:-1], "figure-2")
+    assert "table.json: cannot be read (it lacks report); delete it" in refusal(run, folder, *TABLE[:-1], "figure-2")
 
 
 @pytest.mark.parametrize("storage", ["text", "text/journal", "nosuch://host/study", "sqlite:////nosuch/study.db"])
