@@ -34,7 +34,7 @@ from text.rows import RowError, find_layout, parse_renames, possible_headers, re
 from text.token_cache import Arrays, cache_key, cached
 from text.tokenizer import TokenArrays, Tokenizer
 from utils.errors import UserError
-from utils.untrusted import MAX_DATA, limited, open_regular
+from utils.untrusted import MAX_DATA, limited, open_regular, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class BadRows:
 
     def add(self, path: Path, line_number: int, reason: str) -> None:
         """Report "FILE:LINE: reason" and count it."""
-        place = f"{path}:{line_number}: {reason}"
+        place = shown(f"{path}:{line_number}: {reason}")
         self.count += 1
         if len(self.first) < self.SHOWN:
             self.first.append(place)

@@ -4,7 +4,7 @@ import io
 import re
 import shlex
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 from cli.checks import flag_of
@@ -54,7 +54,7 @@ def config_of(command: str) -> Config:
     """Return the configuration of a command line. Raise UserError if this version does not know its flags."""
     message = io.StringIO()
     try:
-        with redirect_stderr(message):
+        with redirect_stderr(message), redirect_stdout(message):  # --help prints to the latter
             given = build_parser(SCRIPT, "", TASKS).parse_args(shlex.split(command)[2:])
     except SystemExit:
         raise UserError(message.getvalue().strip() or f"{command}: is not a training command") from None

@@ -8,10 +8,9 @@ from pathlib import Path
 from config import Config
 from evaluation.trained import TrainedModel, load_trained
 from tasks import Task
-from utils.console import say
 from utils.device import device_of
 from utils.errors import UserError
-from utils.untrusted import MAX_DATA, read_bytes
+from utils.untrusted import MAX_DATA, read_bytes, shown
 
 
 def trained_model(config: Config, say: Callable[[str], None]) -> TrainedModel:
@@ -38,9 +37,9 @@ def predict_lines(config: Config) -> None:
     task = trained.task(str(config.run.task))
     texts = read_lines(str(config.run.predict), task)
     for row, (label, name, probability) in zip(texts, trained.predict(task.name, texts), strict=True):
-        say(
-            "\t".join([f"{label:.3f}", *row] if probability is None else [str(label), name, f"{probability:.3f}", *row])
-        )
+        about = [f"{label:.3f}"] if probability is None else [str(label), name, f"{probability:.3f}"]
+        line = "\t".join([*about, *row])
+        print(shown(line, None) if sys.stdout.isatty() else line)  # a pipe or a file gets the texts as they are
 
 
 def read_lines(name: str, task: Task) -> list[tuple[str, ...]]:
