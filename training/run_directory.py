@@ -18,6 +18,7 @@ from models.run_records import record
 from training.inputs import InputFile
 from utils.errors import UserError, first_line
 from utils.files import cause, lock, probe_folder, remove_left_files, write_json
+from utils.schema import RUN_INPUTS, check
 from utils.untrusted import read_json
 
 BAD_BATCH = "bad_batch.json"  # the examples whose loss was not finite
@@ -163,7 +164,7 @@ class RunDirectory:
         file that has another content than the run began with.
         """
         try:
-            saved = [InputFile(**row) for row in read_json(self.inputs)]
+            saved = [InputFile(**row) for row in check(read_json(self.inputs), RUN_INPUTS, "it")]
         except FileNotFoundError:
             return False
         except (OSError, ValueError, TypeError) as error:

@@ -19,6 +19,7 @@ TIMING = {
     "epoch": int, "seconds": float, "train_seconds": NUMBERS, "tokens?": NUMBERS, "train_peak_memory_bytes?": NUMBERS,
     "peak_memory_bytes": float, "gpu_utilization?": float, "device": str,
 }  # fmt: skip
+RUN_INPUTS = [dict.fromkeys(("flag", "path", "sha256"), str)]  # inputs.json
 CHECKPOINT = {  # what best.pt and resume.pt have in common, and what not all of them have
     "format": int, "weights": dict, "base_sha256": str, "git_commit?": str | None, "config?": {ANY: dict},
     "bert_config?": dict, "tasks?": [str], "tokenizer?": str | None, "tokenizer_sha256?": str, "scores?": SCORES,

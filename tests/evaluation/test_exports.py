@@ -176,7 +176,7 @@ def test_model_cards(linear: Path, small_data: Path, tmp_path: Path, monkeypatch
     assert card.data.datasets == ["sentence-transformers/stsb"] and "| STS" not in card.text
     assert 'model({"text": "a fine film", "text_pair"' in card.text
     checkpoint.save(tmp_path / "odd.pt", {**content, "scores": {"sst": {"accuracy": "high"}}})
-    assert "scores are not understood" in refusal(export, tmp_path / "odd.pt", "--export", tmp_path / "odd")
+    assert "accuracy is no finite number" in refusal(export, tmp_path / "odd.pt", "--export", tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
 
 
