@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MAX_JSON = 4 << 20  # bytes; a parsed file can take thirty times as much memory
 MAX_TEXT = 256 << 20  # bytes of a text file
 MAX_DATA = 2 << 30  # bytes of a file of examples when it is decompressed; its rows take some times as much memory
+PIECE = 1 << 20  # bytes read at a time
 MAX_DIGITS = 40  # of a whole number; longer ones overflow what computes with them
 MAX_WORD, MAX_SHOWN = 300, 2000  # characters of a word and of a text that are shown
 PASSWORD = re.compile(r"(://[^\s:/@]*:)\S+(?=@)|([?&;]\w*(?:password|passwd|pwd)=)[^&;\s'\"]+", re.IGNORECASE)
@@ -64,7 +65,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 def limited(file: "BinaryIO | GzipFile", limit: int) -> bytes:
     """Return what is left in an open file. Raises ValueError if it is more than `limit` bytes."""
-    content = file.read(limit + 1)
+    pieces, size = [], 0  # read(limit) would ask for all of that memory at once
+    while size <= limit and (piece := file.read(PIECE)):
+        pieces.append(piece)
+        size += len(piece)
+    content = b"".join(pieces)
     if len(content) > limit:
         raise ValueError(f"larger than {limit >> 20} MiB")
     return content

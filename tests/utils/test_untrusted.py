@@ -1,12 +1,14 @@
 """How foreign texts are shown, and the kinds of values that files must have."""
 
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from utils.errors import UserError
 from utils.schema import ANY, METRICS, check
-from utils.untrusted import MAX_SHOWN, MAX_WORD, parse_json, shown
+from utils.untrusted import MAX_SHOWN, MAX_WORD, parse_json, read_bytes, shown
 
 
 def test_a_foreign_text_is_one_short_line() -> None:
@@ -61,3 +63,17 @@ def test_numbers_without_end_are_refused_in_json() -> None:
     for digits in (41, 4000, 10_000):
         with pytest.raises(ValueError, match="digits"):
             parse_json('{"a": ' + "9" * digits + "}")
+
+
+def test_a_bound_asks_for_no_memory(tmp_path: Path) -> None:
+    """A file of four bytes needs no more memory where a file may have a gigabyte."""
+    path = tmp_path / "small"
+    path.write_bytes(b"text")
+    tracemalloc.start()
+    try:
+        assert read_bytes(path, 1 << 30) == b"text"
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match="larger"):
+        read_bytes(path, 3)
