@@ -154,11 +154,11 @@ def wait_for_main_process(code: object) -> None:
         time.sleep(SECONDS_FOR_MAIN_PROCESS)
 
 
-def end_script(code: int, line: str | None = None) -> NoReturn:
+def end_script(code: int, line: str = "") -> NoReturn:
     """Print a line on standard error, or on standard output if that cannot be written, and exit."""
     with suppress(OSError):
         print(end="", flush=True)  # what was printed before comes before it
-    for stream in () if line is None else (sys.stderr, sys.stdout):
+    for stream in (sys.stderr, sys.stdout) if line else ():
         with suppress(OSError):
             print(shown(line), file=stream, flush=True)
             break
