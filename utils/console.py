@@ -136,7 +136,7 @@ def run_main(main: Callable[[list[str]], object], argv: list[str]) -> None:
             end_script(2, f"error: out of memory ({first_line(error):.200}); {MEMORY_REMEDY}")
         if not is_lost_connection(error):
             raise
-        end_script(1, "error: another process has ended; its own message says why" if is_main_process() else None)
+        end_script(1, "error: another process has ended; its own message says why" if is_main_process() else "")
     except BrokenPipeError:  # whoever read our output, such as head, has gone
         end_script(1)
     except OSError as error:  # such as a full disk, which may be that of standard output
