@@ -328,13 +328,17 @@ class BertModel(nn.Module):
 
         The pooler counts with the last layer, so all layers are frozen only where nothing trains at all.
         """
-        lowest = depth = len(self.bert_layers)
+        trained = [height for parameter, height in self.heights().items() if parameter.requires_grad]
+        return max(0, min(trained, default=len(self.bert_layers) + 1) - 1)
+
+    def heights(self) -> dict[nn.Parameter, int]:
+        """Return the layer of each parameter, counted from 1: 0 for embeddings, the last one for the pooler."""
+        found = {}
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                part, number = name.split(".")[:2]
-                layer = int(number) if part == "bert_layers" else depth - 1 if part == "pooler_dense" else 0
-                lowest = min(lowest, layer)
-        return lowest
+            part, number = name.split(".")[:2]
+            top = len(self.bert_layers) if part == "pooler_dense" else 0
+            found[parameter] = int(number) + 1 if part == "bert_layers" else top
+        return found
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

@@ -323,6 +323,12 @@ class TrainOptions:
         high=1.0,
         requires=("lr_schedule", ("linear",)),
     )
+    layer_lr_decay: float = option(
+        1.0,
+        "learning rate of a layer as a share of that of the layer above; embeddings are lowest",
+        above=0.0,
+        high=1.0,
+    )
     lr_cycle: str = option(
         "restart",
         "--lr_schedule cyclic: each cycle of 2 epochs starts again, or continues where the last one ended",

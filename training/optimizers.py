@@ -71,6 +71,8 @@ class Optimizers:
         self.clip = config.train.clip
         self.schedules = {name: make_schedule(config, task) for name, task in model.tasks.items()}
         groups = joint_groups(model) if config.train.has_one_optimizer() else task_groups(model)
+        if config.train.layer_lr_decay < 1.0:
+            groups = {name: split_by_layer(model, parts, config.train.layer_lr_decay) for name, parts in groups.items()}
         self.by_name = {name: make_optimizer(config, parts) for name, parts in groups.items()}
         self.by_task = {task: name for name, parts in groups.items() for part in parts for task in part["tasks"]}
         self.scaler = Scaler(device.device.type, enabled=device.scaled)
@@ -83,7 +85,7 @@ class Optimizers:
         """Set the learning rates of an optimizer after `position` epochs; return the rate of each task."""
         rates = {name: schedule.at(position) for name, schedule in self.schedules.items()}
         for group in optimizer.param_groups:
-            group["lr"] = mean([rates[name] for name in group["tasks"]])
+            group["lr"] = group.get("lr_factor", 1.0) * mean([rates[name] for name in group["tasks"]])
         return rates
 
     def has_gradients(self, optimizer: Optimizer) -> bool:
@@ -131,6 +133,22 @@ def joint_groups(model: MultitaskBERT) -> dict[str, list[dict[str, Any]]]:
     for parameter, names in tasks_of.items():
         groups.setdefault(names, []).append(parameter)
     return {"joint": [{"params": parameters, "tasks": names} for names, parameters in groups.items()]}
+
+
+def split_by_layer(model: MultitaskBERT, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Return the groups with one for each layer, whose rate is `decay` times that of the layer above.
+
+    The top layer and all above it have the whole rate (Howard and Ruder 2018, "ULMFiT", section 3.2).
+    """
+    top = model.bert_config.num_hidden_layers
+    heights = {p: height for task in model.tasks for p, height in model.backbone(task).heights().items()}
+    split = []
+    for group in groups:
+        layers: dict[int, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            layers.setdefault(heights.get(parameter, top), []).append(parameter)
+        split += [{**group, "params": layers[layer], "lr_factor": decay ** (top - layer)} for layer in sorted(layers)]
+    return split
 
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> Optimizer:

@@ -56,6 +56,28 @@ def test_a_step_of_one_task_leaves_the_others_alone(tiny_flags: list[str], tmp_p
     assert {f"backbones.sentiment.{name}" for name in ("word_embedding.weight", "pooler_dense.bias")} <= moved
 
 
+@pytest.mark.parametrize("routine", ["sequential", "joint"])
+def test_layers_have_falling_rates(tiny_flags: list[str], tmp_path: Path, routine: str) -> None:
+    """The embeddings' rate is d^L of the whole rate; the groups hold the same parameters as without."""
+    flags = ["--optim", "SGD", "--routine", routine, "--lr_schedule", "constant"]
+    plain = make_ready(tiny_flags, tmp_path / "plain", *flags).optimizers
+    trainer = make_ready(tiny_flags, tmp_path / "run", *flags, "--layer_lr_decay", 0.5)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    top = trainer.model.bert_config.num_hidden_layers
+    for key, optimizer in trainer.optimizers.by_name.items():
+        trainer.optimizers.set_rates(optimizer, 0.0)
+        plain.set_rates(plain.by_name[key], 0.0)
+        whole = [(round(group["lr"], 9), p.shape) for group in plain.by_name[key].param_groups for p in group["params"]]
+        found = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                layer = int(name.split(".")[3]) + 1 if ".bert_layers." in name else 0 if "embedding" in name else top
+                found.append((round(group["lr"] / 0.5 ** (top - layer), 9), parameter.shape))
+        assert sorted(found) == sorted(whole)
+    assert top > 1
+
+
 def test_a_group_has_the_mean_decay_of_its_tasks(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = ["--routine", "joint", "--arch", "r1-baseline", "--sst_weight_decay", 0.3, "--quora_weight_decay", 0.6]
     trainer = make_trainer(tiny_flags, tmp_path / "run", *flags, "--sts_weight_decay", 0)
