@@ -72,7 +72,7 @@ def test_layers_have_falling_rates(tiny_flags: list[str], tmp_path: Path, routin
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[parameter]
-                layer = int(name.split(".")[3]) + 1 if ".bert_layers." in name else 0 if "embedding" in name else top
+                layer = int(name.split(".")[3]) + 1 if ".bert_layers." in name else 0 if "embed" in name else top
                 found.append((round(group["lr"] / 0.5 ** (top - layer), 9), parameter.shape))
         assert sorted(found) == sorted(whole)
     assert top > 1
