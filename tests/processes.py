@@ -10,6 +10,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # else the fork would go on as a second pytest
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code or 0)
 
     def send(self, signum: signal.Signals) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from base_bert import WEIGHTS_FILES, resolve_pretrained, weights_sha256
+from base_bert import WEIGHTS_FILES, weights_sha256
 from config import Config
 from datasets import find_extra, find_file, read_content
 from models.multitask_bert import MultitaskBERT
@@ -63,7 +63,7 @@ def weights_files(
     config: Config, init_peft: str | None, model: MultitaskBERT, tokenizer: Tokenizer
 ) -> Iterator[InputFile]:
     """Yield what training starts from: shape, weights and vocabulary of --pretrained, --init_from and --init_peft."""
-    folder = resolve_pretrained(config.model.pretrained)
+    folder = Path(tokenizer.source).parent
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), folder)
     yield InputFile.of("--pretrained", folder / "config.json", text_sha256(json.dumps(model.bert_config.to_dict())))
     yield InputFile.of("--pretrained", weights, weights_sha256(folder))

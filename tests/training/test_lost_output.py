@@ -27,13 +27,13 @@ def script_of(words: list[str], prepare: Callable[[], object] = lambda: None) ->
     return lambda: (prepare(), run_script(multitask_classifier.main, words))[1]
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[], object]) -> None:
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[Trainer], object]) -> None:
     """Let every trainer `do` something before its step after so many batches."""
     original = Trainer.train_step
 
     def step(trainer: Trainer, *arguments: Any) -> Any:
         if trainer.progress.batches == number:
-            do()
+            do(trainer)
         return original(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "train_step", step)
@@ -97,7 +97,8 @@ def test_a_full_disk_is_one_line_with_tensorboard(
 ) -> None:
     """Its writer has a thread of its own."""
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
-        at_step(monkeypatch, 5, lambda: fill(disk))
+        more = ("filler", "x" * 10_000)  # than fits into the last block of the file
+        at_step(monkeypatch, 5, lambda trainer: (fill(disk), trainer.logger.writer.add_text(*more)))
         assert Child(script_of([*words, "--run_dir", str(disk / "run")]), tmp_path / "log").wait() == 2
         assert error_in(tmp_path / "log") == (
             f"error: {disk}/run: TensorBoard's events cannot be written (no space left on the disk; free some, or "
@@ -114,7 +115,7 @@ def test_a_folder_that_is_deleted_is_one_line(
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
     if moment == "step":
-        at_step(monkeypatch, 5, delete)
+        at_step(monkeypatch, 5, lambda _: delete())
     else:
         place, name = (Trainer, "evaluate") if moment == "evaluate" else (commands, "probabilities")
         original = getattr(place, name)
