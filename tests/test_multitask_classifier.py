@@ -57,7 +57,8 @@ def predicted(run: Path, task: Task, split: str = "dev") -> tuple[list[str], lis
 
 
 def test_files_of_a_run(runs: Path) -> None:
-    files = [".lock", "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl"]
+    files = [".lock", "best.pt", "config.json", "inputs.json", "metrics.jsonl", "predictions", "scores.json"]
+    files.append("timing.jsonl")
     assert sorted(os.listdir(runs / "sst")) == files
     events = [path.name for path in (runs / "yin").glob("events.out.tfevents.*")]
     assert sorted(os.listdir(runs / "yin")) == sorted([*files, *events]) and len(events) == 1

@@ -300,7 +300,7 @@ def small_run(tiny_flags: list[str], run: Path) -> list[str]:
 def check_files(run: Path, text: str, data: Path) -> None:
     """Check that two processes leave behind and print what one does."""
     assert sorted(name for name in os.listdir(run) if name != ".lock") == [
-        "best.pt", "config.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
+        "best.pt", "config.json", "inputs.json", "metrics.jsonl", "predictions", "scores.json", "timing.jsonl",
     ]  # fmt: skip
     assert [text.count(f"Epoch {epoch}/2") for epoch in (1, 2)] == [1, 1] and text.count("best checkpoint") == 1
     timing = json.loads((run / "timing.jsonl").read_text().splitlines()[0])

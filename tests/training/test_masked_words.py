@@ -95,7 +95,7 @@ def test_a_run_reads_training_texts_alone_and_its_loss_falls(tiny_flags: list[st
         "dev": {}, "epoch": 6, "checkpoint": "best.pt",
     }  # fmt: skip
     assert sorted(path.name.partition(".out.")[0] for path in (tmp_path / "run").glob("[!.]*")) == [
-        "best.pt", "config.json", "events", "metrics.jsonl", "scores.json", "timing.jsonl",
+        "best.pt", "config.json", "events", "inputs.json", "metrics.jsonl", "scores.json", "timing.jsonl",
     ]  # fmt: skip
 
 
