@@ -288,10 +288,11 @@ def measure_tokenising(options: BenchmarkOptions, pairs: int = PAIRS) -> list[Re
 
 
 def run_command(command: Sequence[str]) -> None:
-    """Run a command to its end. Raises UserError with its standard error where it fails."""
+    """Run a command to its end. Raises UserError with its last line on standard error where it fails."""
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
-        raise UserError(f"{' '.join(command)} failed: {finished.stderr.strip()}")
+        *_, last = ["", *finished.stderr.strip().splitlines()]
+        raise UserError(f"{' '.join(command)} failed: {last}")
 
 
 def measure_start(options: BenchmarkOptions, starts: int = 3) -> list[Record]:

@@ -155,4 +155,4 @@ def test_a_state_is_for_the_start_weights_that_it_leaves_out(
     weights = safetensors.torch.load_file(base / "model.safetensors")
     weights["encoder.layer.0.output.dense.weight"][0, 0] += 1
     safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert "resume.pt: its adapters were trained on other base weights" in refusal(run, flags, folder, "--resume")
+    assert "another content of --pretrained" in refusal(run, flags, folder, "--resume")

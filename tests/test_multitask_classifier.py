@@ -459,7 +459,7 @@ def test_what_cannot_be_resumed_is_known_before_data_are_read(
     make_trainer(tiny_flags, tmp_path / "run").fit()
     make_trainer(tiny_flags, tmp_path / "cross", "--arch", "v2").fit()
     message = refusal(script, "--run_dir", "run", "--resume")  # without the run's own flags
-    assert "began with --data_dir" in message and "--pretrained" in message and "--lr 0.001 instead of" in message
+    assert "began with --max_length 64 instead of 512" in message and "--lr 0.001 instead of" in message
     message = refusal(train, "--run_dir", "run", "--resume", "--arch", "v2")
     assert "--resume" in message and "--arch yin-yang instead of v2" in message
     shutil.copyfile("cross/resume.pt", "run/resume.pt")

@@ -434,7 +434,7 @@ def test_studies_are_found_in_a_folder_and_reported_once(tmp_path: Path) -> None
         (b"trial,status,score,cause,command,commit\na,failed,,b,c,d\n", "no trial has finished yet"),
         (
             b"trial,status,score,cause,command,commit\na,ok,nan,b,python x,d\n",
-            "row 2 (a) is left out: a score is not a f",
+            "row 2 (a) is left out: score is no finite number",
         ),
         (b"trial,status,score,cause,command,commit\na,ok,.5,b,python x --odd,d\n", "unrecognized arguments: --odd"),
         (b"trial,status,score,cause,command,commit\na,ok\n", "row 2 (a) is left out"),

@@ -184,7 +184,7 @@ def test_any_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) ->
         (None, {"added_tokens": {"<E>": END, "<e>": END + 1}}, "<E> and <e> are the same text when normalized; remove"),
         (None, {"tokenizer_config": {"tokenizer_class": "BertJapaneseTokenizer"}},
          "tokenizer_class is BertJapaneseTokenizer; use a model with a BertTokenizer"),
-        (None, {"config": {"tokenizer_class": "Odd\x1b[1mTokenizer"}}, "tokenizer_class is 'Odd\\x1b[1mTokenizer'"),
+        (None, {"config": {"tokenizer_class": "Odd\x1b[1mTokenizer"}}, "tokenizer_class is Odd\\x1b[1mTokenizer;"),
         (None, {"special_tokens_map": {"cls_token": "<s>"}}, "its cls_token is <s>; use a BERT"),
         (None, {"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens; set it to false"),
         (None, {"added_tokens": ["<e>"]}, "added_tokens.json: cannot be read as a tokenizer's settings"),
