@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError, first_line, is_lost_connection, is_out_of_memory
@@ -166,14 +167,21 @@ def end_script(code: int, line: str = "") -> NoReturn:
     sys.exit(code)
 
 
+@cache
+def bar_class() -> "type[tqdm[Any]]":
+    """Return tqdm, with a lock of this process alone: a forked process that is killed would keep tqdm's own."""
+    from tqdm import tqdm  # takes a third of the time of --help, which draws no bar
+
+    tqdm.set_lock(threading.RLock())
+    return tqdm
+
+
 def progress(items: Sequence[T], description: str, unit: str, leave: bool = True, done: int = 0) -> "tqdm[T]":
     """Return a progress bar over `items`; `done` items were finished before.
 
     In a file or a pipe, a bar that stays (`leave`) prints a line every half minute, and another one prints nothing.
     """
-    from tqdm import tqdm  # takes a third of the time of --help, which draws no bar
-
-    return tqdm(
+    return bar_class()(
         items,
         desc=description,
         unit=unit,
