@@ -21,7 +21,7 @@ TIMING = {
 }  # fmt: skip
 RUN_INPUTS = [dict.fromkeys(("flag", "path", "sha256"), str)]  # inputs.json
 CHECKPOINT = {  # what best.pt and resume.pt have in common, and what not all of them have
-    "format": int, "weights": dict, "base_sha256": str, "git_commit?": str | None, "config?": {ANY: dict},
+    "format": int, "weights": dict, "base_sha256?": str, "git_commit?": str | None, "config?": {ANY: dict},
     "bert_config?": dict, "tasks?": [str], "tokenizer?": str | None, "tokenizer_sha256?": str, "scores?": SCORES,
     "similarity_lines?": {ANY: (float, float)}, "epoch?": int | None, "step?": int, "seed?": int,
 }  # fmt: skip
