@@ -36,7 +36,8 @@ DAMAGED = ": not a readable checkpoint, damaged "
 
 def state(number: int, size: int = 200_000) -> dict[str, Any]:
     """Return a state that says which one it is, in every one of its numbers."""
-    return {"format": 1, **dict.fromkeys(STATE, number), "weights": {"w": torch.full((size,), float(number))}}
+    weights = {"w": torch.full((size,), float(number))}
+    return {"format": 1, **dict.fromkeys(STATE, number), "weights": weights, "base_sha256": ""}
 
 
 def number_of(content: dict[str, Any]) -> int:
