@@ -81,7 +81,7 @@ class SharedStudy:
 
     def __init__(self, place: str, name: str, ranges: Mapping[str, BaseDistribution], logs: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        optuna.logging.disable_default_handler()  # our own leaves out the password of a URL
+        optuna.logging.disable_default_handler()  # ours leaves out the password of a URL
         optuna.logging.enable_propagation()
         storage = open_storage(place)
         self.study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16  # each part begins at a multiple of so many numbers, as aligned as memory that torch allocates for it
-PIECE = 1024  # numbers whose products are added in the gradients' own precision
+PIECE = 1024  # numbers whose products are added in the gradients' precision
 
 
 class TaskGradients:

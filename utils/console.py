@@ -169,7 +169,7 @@ def end_script(code: int, line: str = "") -> NoReturn:
 
 @cache
 def bar_class() -> "type[tqdm[Any]]":
-    """Return tqdm, with a lock of this process alone: a forked process that is killed would keep tqdm's own."""
+    """Return tqdm, with a lock of this process alone: a forked process that is killed would keep that of tqdm."""
     from tqdm import tqdm  # takes a third of the time of --help, which draws no bar
 
     tqdm.set_lock(threading.RLock())

@@ -65,7 +65,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
 
 
 def remove_left_files(path: Path) -> None:
-    """Remove the temporary files of `path` that killed processes have left. A process that lives has locked its own."""
+    """Remove the temporary files of `path` that killed processes have left. Those of living processes are locked."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if temporary.suffixes[-2][1:].isdigit() and temporary.is_file():
             with suppress(OSError), temporary.open("ab") as file:

@@ -27,7 +27,7 @@ def shown(text: str, limit: int | None = MAX_SHOWN) -> str:
     """Return a text that somebody else may have written as a terminal or a report may show it.
 
     The passwords of URLs are left out. Characters that move a cursor or end a line are spelled out. Words of more than
-    MAX_WORD characters and the whole, above `limit`, lose their middles. With `limit` None the text is one of our own,
+    MAX_WORD characters and the whole, above `limit`, lose their middles. With `limit` None the text is one of ours,
     with something foreign inside: its line feeds, tabs and lengths stay.
     """
     text = PASSWORD.sub(r"\1\2***", text)
