@@ -31,7 +31,7 @@ from studies.table_plan import ENSEMBLE
 from tasks import TASKS
 from utils.errors import UserError, first_line
 from utils.schema import METRICS, TIMING, finite_number
-from utils.untrusted import open_regular, read_json, read_text, shown
+from utils.untrusted import MAX_DIGITS, open_regular, read_json, read_text, shown
 
 RUN_FILES = ("metrics.jsonl", "scores.json", "predictions")  # a folder with any of these is a run directory
 STUDY_COLUMNS = {"trial", "status", "score", "cause", "command", "commit"}  # every table of sweep.py has these
@@ -216,17 +216,20 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
         if missing := STUDY_COLUMNS - set(reader.fieldnames or ()):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         raw = [{key: value for key, value in row.items() if key is not None} for row in reader]
-        rows = [{shown(key): shown(value) for key, value in row.items()} for row in raw]
     except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: cannot be read ({first_line(error)}); name the results.csv of a study")
         return None
-    trials = []
+    rows, trials = [], []
     for number, row in enumerate(raw, start=2):
-        if row["status"] == "ok" and not row["command"].startswith(f"python {ENSEMBLE} "):
-            try:
+        try:
+            if row["status"] == "ok" and not row["command"].startswith(f"python {ENSEMBLE} "):
                 trials.append(trial_of_row(row))
-            except (UserError, ValueError) as error:
-                problems.append(f"{path}: row {number} ({row['trial']}) is left out: {first_line(error)}")
+            elif row["status"] == "ok":
+                figures_in(row)
+        except (UserError, ValueError) as error:
+            problems.append(f"{path}: row {number} ({row['trial']}) is left out: {first_line(error)}")
+        else:
+            rows.append({shown(key): shown(value) for key, value in row.items()})
     if not trials:
         problems.append(f"{path}: no trial has finished yet; run the study first")
         return None
@@ -239,15 +242,25 @@ def read_study(path: Path, name: str, problems: list[str]) -> Study | None:
     return Study(name, rows, trials, table)
 
 
+def figures_in(row: Mapping[str, str]) -> dict[str, float]:
+    """Return the figures of a finished trial's row. Raise ValueError if one is damaged."""
+    texts = {name: row[name] for name in FIGURES if row.get(name)}
+    if long := [name for name, text in texts.items() if len(text) > MAX_DIGITS]:
+        raise ValueError(f"{long[0]} has {len(texts[long[0]])} characters")
+    return {name: finite_number(float(text), name) for name, text in texts.items()}
+
+
 def trial_of_row(row: Mapping[str, str]) -> Trial:
-    """Return a row of a study's table as a trial. Raise UserError or ValueError if it is damaged."""
-    figures = {name: finite_number(float(row[name]), name) for name in FIGURES if row.get(name)}
+    """Return a row of a study's table as a trial. Raise UserError or ValueError if it is damaged or has no score."""
+    figures = figures_in(row)
+    if "score" not in figures:
+        raise ValueError("it has no score")
     metrics = {name: f"{name}_{task.metric}" for name, task in TASKS.items()}
     seconds = [figures[column] for name in TASKS if (column := f"{name}_seconds_per_epoch") in figures]
     return Trial(
         name=shown(row["trial"]),
         config=with_single_lora_options(config_of(row["command"])),
-        score=finite_number(float(row["score"]), "score"),
+        score=figures["score"],
         by_task={name: figures[column] for name, column in metrics.items() if column in figures},
         seconds=sum(seconds) if seconds else None,
         memory=figures.get("peak_memory_bytes"),

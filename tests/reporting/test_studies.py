@@ -438,6 +438,10 @@ def test_studies_are_found_in_a_folder_and_reported_once(tmp_path: Path) -> None
         ),
         (b"trial,status,score,cause,command,commit\na,ok,.5,b,python x --odd,d\n", "unrecognized arguments: --odd"),
         (b"trial,status,score,cause,command,commit\na,ok\n", "row 2 (a) is left out"),
+        (
+            b"trial,status,score,minutes,cause,command,commit\na,ok,.5,0." + b"1" * 5000 + b",b,python x,d\n",
+            "row 2 (a) is left out: minutes has 5002 characters",
+        ),
     ],
 )
 def test_a_file_that_is_not_the_table_of_a_study_is_refused(tmp_path: Path, content: bytes | None, wanted: str) -> None:
