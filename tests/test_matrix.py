@@ -130,11 +130,7 @@ METHODS: dict[str, dict[str, str]] = {
         "pairs": "--train_quora --train_sts",
         "films": "--train_sts --train_cfimdb",
     },
-    "pairs": {
-        "siamese": f"--pair_encoding siamese {FEATURES}",
-        "cross": "--pair_encoding cross",
-        "of tasks": f"--pair_layer none --pair_encoding cross --sts_pair_encoding siamese {FEATURES}",
-    },
+    "pairs": {"siamese": f"--pair_encoding siamese {FEATURES}", "cross": "--pair_encoding cross"},
     "pooling": {
         **{name: f"--pooling {name}" for name in ("cls", "mean")},
         "of tasks": "--pooling cls --sst_pooling mean --sts_pooling mean",
