@@ -233,6 +233,10 @@ class Trainer:
             self.say(epoch_table(self.model.tasks, record, self.config.train.epochs))
             self.save_state()
             self.pause()
+        if self.progress.best_score == -math.inf and not self.config.train.mlm:  # best.pt was lost after the last epoch
+            record = self.begin_record()
+            with self.evaluation_weights():
+                self.update_best(record, self.evaluate(self.tasks_to_evaluate()))
         best = best or self.checkpointer.load_best_scores()
         self.logger.close()
         return best

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import interrupted, make_trainer, refusal
 
+import multitask_classifier
 from models.checkpoint import load
 from training.resume import lengths
 from training.run_directory import RunDirectory
@@ -129,3 +130,16 @@ def test_names_of_runs_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(set(names)) == 5 and all(name.startswith("v2-") for name in names)
     assert RunDirectory.named(None, "abc").path == Path("runs/abc")
     assert RunDirectory.named("x/y", "abc").path == Path("x/y")
+
+
+def test_a_best_model_that_is_lost_after_the_last_epoch_is_the_last_one(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was killed before its report: no epoch is left whose model could take the place."""
+    make_trainer(tiny_flags, tmp_path / "run", "--no_tensorboard").fit()
+    (tmp_path / "run" / "best.pt").unlink()
+    words = [*tiny_flags, "--no_tensorboard", "--run_dir", str(tmp_path / "run"), "--resume"]
+    multitask_classifier.main(words)
+    assert "is lost or damaged" in capsys.readouterr().out
+    assert load(tmp_path / "run" / "best.pt")["epoch"] == 2 and (tmp_path / "run" / "scores.json").exists()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
