@@ -48,6 +48,10 @@ class Task:
         """Whether an example has two texts."""
         return len(self.text_columns) == 2
 
+    def is_siamese(self, pair_encoding: str | None) -> bool:
+        """Return whether the two texts of an example are encoded apart, as --pair_encoding siamese asks for."""
+        return self.is_pair and pair_encoding == "siamese"
+
     def column_words(self) -> dict[str, str]:
         """Return the column that each word of --NAME_columns stands for."""
         count = len(self.text_columns)

@@ -111,7 +111,7 @@ def check_task_heads(config: Config, tasks: Mapping[str, Task]) -> list[str]:
     problems = []
     for name, options in config.tasks.items():
         model = config.model_of(name).resolved()
-        compared = tasks[name].is_pair and model.pair_encoding == "siamese"
+        compared = tasks[name].is_siamese(model.pair_encoding)
         if compared and tasks[name].kind == "similarity" and model.sts_head == "cosine":
             problems += [
                 f"--{name}_{unused} shapes a regression head, but the similarity of {name} is a cosine; drop it or "
@@ -342,7 +342,7 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
         if options.mixed_weight is not None and options.loss != "mixed":
             problems.append(f"--{name}_mixed_weight needs --{name}_loss mixed, not {options.loss}; add that or drop it")
         flag = f"--{name}_embedding_loss {options.embedding_loss}"
-        two_embeddings = tasks[name].is_pair and config.model_of(name).resolved().pair_encoding == "siamese"
+        two_embeddings = tasks[name].is_siamese(config.model_of(name).resolved().pair_encoding)
         if options.embedding_loss == "none" and options.embedding_weight != 1.0:
             problems.append(f"--{name}_embedding_weight needs --{name}_embedding_loss; add that or drop it")
         if options.embedding_loss in ("contrastive", "ranking", "cosine") and not two_embeddings:

@@ -103,7 +103,7 @@ class MultitaskBERT(nn.Module):
 
     def is_siamese(self, task: str) -> bool:
         """Return whether a batch of B examples holds 2B sequences, with all first texts before all second texts."""
-        return self.tasks[task].is_pair and self.options_of[task].pair_encoding == "siamese"
+        return self.tasks[task].is_siamese(self.options_of[task].pair_encoding)
 
     def pair_encodings(self) -> dict[str, str]:
         """Return for each task how the two texts of a pair are encoded: siamese or cross."""
