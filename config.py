@@ -6,33 +6,19 @@ Each field made by `option` is one flag. Its name, type, default, help, choices 
 
 import math
 import reprlib
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from utils.errors import UserError
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field that is also a flag.
-
-    Metadata: `choices`, `low` and `high` (inclusive bounds), `above` (exclusive lower bound), `metavar` (a tuple for a
-    flag of several words), `template` (the name of a per-task flag, with {task} in it), `percent` (whether 1% may be
-    given for .01), `separator` (of the items of a list), `requires` (another option of the group, and those of its
-    values under which this option has an effect), `synonyms` (other words for some of the choices).
-    """
-    return field(default=default, metadata={"help": help, **metadata})
-
+from utils.options import check_values, option, value_type
 
 SAVE_EVERY = r"([1-9]\d{0,8})(m?)"  # --save_every: steps, or minutes
 MAX_SIZE, MAX_LAYERS = 1 << 24, 128  # larger than any BERT; more would let a damaged file keep us busy for hours
 MAX_WIDTH, MAX_THREADS = 1 << 16, 1024  # larger than any use; far larger values bring the machine to a standstill
 MAX_RANK = 1 << 44  # does not fit into memory, which a study records as a failed trial; torch can still address it
-MAX_NUMBER, MAX_RATE = 1e30, 1e36  # of any option and of a learning rate, so that optimizers stay within fp32
-MAX_LENGTH = 10_000  # characters of a text; longer than any path
-MAX_WHOLE = 2**63 - 1  # of any whole number; torch and numpy take no larger one
+MAX_RATE = 1e36  # of a learning rate, so that optimizers stay within fp32
 
 
 @dataclass(frozen=True)
@@ -337,6 +323,18 @@ class TrainOptions:
     )
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
+    )
+    distill: tuple[str, ...] | None = option(
+        None,
+        "comma-separated checkpoints (teachers) whose mean prediction of each training text is a label too",
+        separator=",",
+        metavar="CHECKPOINTS",
+    )
+    distill_weight: float = option(
+        0.8,
+        "--distill: share of the loss that the teachers' labels have; the others have the rest",
+        above=0.0,
+        high=1.0,
     )
     mlm: bool = option(
         False,
@@ -653,8 +651,8 @@ class TaskOptions:
     smart: float = option(0.0, "weight of SMART's regularisation of {title}", template="{task}_smart", low=0.0)
     smart_divergence: str | None = option(
         None,
-        "distance of outputs of {title} in SMART and the Bregman loss: symmetric KL, where a single output is a logit, "
-        "or squared error (default: mse for similarities, else kl)",
+        "distance of outputs of {title} in SMART, the Bregman loss and R-Drop: symmetric KL, where a single output is "
+        "a logit, or squared error (default: mse for similarities, else kl)",
         template="{task}_smart_divergence",
         choices=("kl", "mse"),
     )
@@ -662,6 +660,12 @@ class TaskOptions:
         0.0,
         "weight of the Bregman loss of {title}, which keeps the model close to a slow average of its weights",
         template="{task}_bregman",
+        low=0.0,
+    )
+    rdrop: float = option(
+        0.0,
+        "weight of R-Drop for {title}: the distance of the outputs of two passes that differ in their dropout",
+        template="{task}_rdrop",
         low=0.0,
     )
     pair_encoding: str | None = option_of_one_task("pair_encoding")
@@ -741,50 +745,6 @@ class Config:
                     setattr(options, name, tuple(value))  # json has lists only
             check_values(options)
         return cls(tasks=tasks, **groups)
-
-
-def value_type(hint: Any) -> Any:
-    """Return the type inside an optional annotation."""
-    if typing.get_origin(hint) is types.UnionType:
-        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
-    return hint
-
-
-def upper_bound(kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """Return the inclusive upper bound of an option, or None if it has none."""
-    return metadata.get("high", {float: MAX_NUMBER, int: MAX_WHOLE}.get(kind))
-
-
-def out_of_bounds(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str:
-    """Return how a value exceeds the bounds of an option, and what they are; empty if it lies within them."""
-    low, above, high = metadata.get("low"), metadata.get("above"), upper_bound(kind, metadata)
-    if low is not None and not value >= low:
-        return f"too small; give at least {low}"
-    if above is not None and not value > above:
-        return f"too small; give more than {above}"
-    if high is not None and not value <= high:  # nan too
-        return f"too large; give at most {high}"
-    return ""
-
-
-def check_values(options: Any) -> None:
-    """Raise TypeError if a field of a dataclass of options holds a value that no command line can give."""
-    hints = typing.get_type_hints(type(options))
-    for spec in fields(options):
-        value, hint = getattr(options, spec.name), hints[spec.name]
-        if value is None and value_type(hint) is not hint:
-            continue
-        kind, metadata = value_type(hint), spec.metadata
-        items = value if isinstance(value, tuple) else (value,)
-        if typing.get_origin(kind) is tuple:
-            right = isinstance(value, tuple) and all(isinstance(item, str) for item in items)
-        else:
-            right = isinstance(value, (int, float) if kind is float else kind)
-            right = right and isinstance(value, bool) == (kind is bool)
-        choices = metadata.get("choices", items)
-        long = any(isinstance(item, str) and len(item) > MAX_LENGTH for item in items)
-        if not right or long or any(item not in choices for item in items) or out_of_bounds(value, kind, metadata):
-            raise TypeError(f"{spec.name} {reprlib.repr(value)}")
 
 
 GROUPS: dict[str, type] = {

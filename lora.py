@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base_bert import describe_mismatches
-from config import LoraOptions, upper_bound
+from config import LoraOptions
 from kernels.dropout import Dropout
 from kernels.half_low_rank import LowRank
 from kernels.linear import linear
 from kernels.low_rank import low_rank_linear, updated_weight, without_autocast
 from utils.errors import UserError
+from utils.options import upper_bound
 from utils.untrusted import parse_json
 
 # The linear layers of one BERT layer that can be wrapped, and their paths inside a layer of transformers' BertModel.

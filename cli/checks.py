@@ -236,6 +236,8 @@ def check_training(config: Config) -> list[str]:
     if several and train.routine == "joint" and train.steps_per_epoch is not None:
         problems.append(f"--steps_per_epoch ends an epoch, whatever {several[0]} says; drop one of the two")
     problems += check_optimizers(config)
+    if "distill_weight" in changed(train) and train.distill is None:
+        problems.append("--distill_weight needs --distill; add that or drop it")
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, options in config.tasks.items() if options.smart > 0.0]
@@ -276,8 +278,11 @@ def check_tasks(config: Config) -> list[str]:
     if train.average == "swa" and train.swa_from_epoch > train.epochs:
         problems.append(f"--swa_from_epoch {train.swa_from_epoch} is past --epochs {train.epochs}; lower it")
     for name, options in config.tasks.items():
-        if options.smart_divergence is not None and not max(options.smart, options.bregman):
-            problems.append(f"--{name}_smart_divergence needs --{name}_smart or --{name}_bregman; add one or drop it")
+        if options.smart_divergence is not None and not max(options.smart, options.bregman, options.rdrop):
+            problems.append(
+                f"--{name}_smart_divergence needs --{name}_smart, --{name}_bregman or --{name}_rdrop; "
+                "add one or drop it"
+            )
         if options.from_epoch > train.epochs:
             problems.append(f"--{name}_from_epoch {options.from_epoch} is past --epochs {train.epochs}; lower it")
         if train.scaled_lr() * options.lr_multiplier > MAX_RATE:
@@ -295,7 +300,7 @@ def check_tasks(config: Config) -> list[str]:
 
 def has_loss(options: TaskOptions) -> bool:
     """Return whether a task has a loss with a weight above 0."""
-    return max(options.weight, options.smart, options.bregman) > 0.0 or options.embedding_loss != "none"
+    return max(options.weight, options.smart, options.bregman, options.rdrop) > 0.0 or options.embedding_loss != "none"
 
 
 def check_requirements(options: TrainOptions) -> list[str]:
@@ -347,8 +352,13 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
             problems.append(f"--{name}_embedding_weight needs --{name}_embedding_loss; add that or drop it")
         if options.embedding_loss in ("contrastive", "ranking", "cosine") and not two_embeddings:
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
-        if options.embedding_loss == "simcse" and config.model.backbone_dropout_prob == 0.0:
-            problems.append(f"{flag} needs two different dropout views; raise --backbone_dropout_prob above 0")
+        two_views = {f"--{name}_rdrop {options.rdrop:g}": options.rdrop > 0.0, flag: options.embedding_loss == "simcse"}
+        if config.model.backbone_dropout_prob == 0.0:
+            problems += [
+                f"{of} needs two different dropout views; raise --backbone_dropout_prob above 0"
+                for of, needed in two_views.items()
+                if needed
+            ]
     return problems
 
 
@@ -357,6 +367,8 @@ def check_mlm(config: Config) -> list[str]:
     if not config.train.mlm:
         return []
     problems = []
+    if config.train.distill is not None:
+        problems.append("--distill gives texts further labels, which --mlm does not use; drop one of the two")
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:
@@ -364,7 +376,7 @@ def check_mlm(config: Config) -> list[str]:
     if config.train.cuda_graphs:
         problems.append("--cuda_graphs replays passes over whole texts, but --mlm masks them anew; drop one of the two")
     for name, options in config.tasks.items():
-        losses = {"smart": options.smart, "bregman": options.bregman, "embedding_loss": options.embedding_loss}
+        losses = {name: getattr(options, name) for name in ("smart", "bregman", "rdrop", "embedding_loss")}
         problems += [
             f"--{name}_{flag} adds to the loss on labels, which --mlm does not use; drop one of the two"
             for flag, value in losses.items()

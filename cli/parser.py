@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 from cli.checks import check, check_evaluate, check_processes
 from cli.suggestions import close_recipes, explain_unknown
-from config import ARCHS, GROUPS, Config, TaskOptions, out_of_bounds, value_type
+from config import ARCHS, GROUPS, Config, TaskOptions
 from tasks import Task, task_by_alias
 from utils.console import is_main_process
 from utils.errors import UserError
+from utils.options import out_of_bounds, value_type
 from utils.untrusted import read_text, shown
 
 MAX_FLAGS = 1 << 20  # bytes of a file of flags

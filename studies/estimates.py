@@ -57,7 +57,7 @@ def estimate(config: Config, program: int) -> Estimate:
             model.freeze_for_epoch(options, epoch)
             frozen.append(0 if name in model.pals else model.backbone(name).frozen_layers())
         backward = 2 * (1 - mean(frozen) / len(layers))  # each layer that trains takes two products more
-        repeats = 1 + (options.smart_steps + 1 if task.smart > 0 else 0)
+        repeats = 1 + (options.smart_steps + 1 if task.smart > 0 else 0) + (task.rdrop > 0)
         operations += each * (1 + backward) * repeats * passes[name] * float(train[name].lengths.sum())
         dev = inputs.data.get("dev", {}).get(name)
         if dev is not None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import lora
 from base_bert import load_weights, read_config, save_pretrained
 from bert import BertModel
-from config import BertConfig, check_values
+from config import BertConfig
 from kernels.linear import linear
 from lora import ColumnDoRALinear, DoRALinear, LoRAConfig, LoRALinear
+from utils.options import check_values
 
 IN, OUT, ROWS = 12, 9, 17
 KINDS: dict[str, dict[str, Any]] = {

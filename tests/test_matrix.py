@@ -140,6 +140,7 @@ METHODS: dict[str, dict[str, str]] = {
         "noise": "--sst_smart 1 --sts_smart 1 --sts_smart_divergence kl --smart_steps 0",
     },
     "bregman": {"bregman": "--sst_bregman 1 --quora_bregman 1 --sts_bregman 1"},
+    "two passes": {"rdrop": "--sst_rdrop 1 --quora_rdrop 0.5 --sts_rdrop 2"},
     "cache": {"cache": "--cache_frozen"},
     "memory": {"micro batches": "--micro_batch_size 3"},
     "pre-training": {"mlm": "--mlm"},
@@ -162,6 +163,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pairs: cross", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_encoding")),
     (("arch: r1-baseline|v2", "embedding: contrastive|ranking|cosine"), ("_embedding_loss", "needs", "--pair_enc")),
     (("dropout: none", "embedding: simcse"), ("_embedding_loss simcse", "raise --backbone_dropout_prob")),
+    (("dropout: none", "two passes: rdrop"), ("_rdrop", "raise --backbone_dropout_prob")),
     (("cache: cache", "embedding: simcse|ranking"), ("_embedding_loss", "--cache_frozen", "drop")),
     (("cache: cache", "fine-tuning: full-model"), ("--cache_frozen", "--fine_tune_mode full-model", "use last-layer")),
     (("cache: cache", "fine-tuning: last-layer", "adapters: *"), ("--cache_frozen", "--lora_mode", "use")),
@@ -170,6 +172,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("pre-training: mlm", "cache: cache"), ("--cache_frozen", "--mlm", "drop")),
     (("pre-training: mlm", "smart: *"), ("--sst_smart", "--mlm", "drop")),
     (("pre-training: mlm", "bregman: bregman"), ("--sst_bregman", "--mlm", "drop")),
+    (("pre-training: mlm", "two passes: rdrop"), ("_rdrop", "--mlm", "drop")),
     (("pre-training: mlm", "embedding: *"), ("_embedding_loss", "--mlm", "drop")),
     (("share: rounds", "routine: random-epoch|random|round-robin|annealed|all examples"), ("--num_sts_trains",)),
     (

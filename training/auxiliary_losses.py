@@ -6,7 +6,7 @@ from config import Config
 from text.packing import PackedBatch
 from training.losses import contrastive, cosine_embedding, multiple_negatives_ranking, simcse
 from training.objective import AuxiliaryLoss, ForwardResult
-from training.smart import bregman_loss, smart_loss
+from training.smart import bregman_loss, divergence, divergence_of, smart_loss
 
 
 def contrastive_loss(result: ForwardResult) -> Tensor:
@@ -64,6 +64,23 @@ EMBEDDING_LOSSES: dict[str, AuxiliaryLoss] = {
 }
 
 
+def rdrop_loss(weight: float) -> AuxiliaryLoss:
+    """Return the loss of a second pass with other dropout masks, plus `weight` times its distance from the first.
+
+    The distance is half the symmetric KL divergence (Wu et al. 2021, "R-Drop", equations 2 to 4), or half the squared
+    error of similarities.
+    """
+
+    def loss(result: ForwardResult) -> Tensor:
+        objective, batch = result.objective, result.batch
+        embedding = objective.embed(batch, batch.inputs, view=1)
+        again = result.gather(objective.model.outputs(batch.task, embedding))
+        distance = divergence(divergence_of(result), result.outputs, again) / 2
+        return objective.loss_of(batch, again) + weight * distance
+
+    return loss
+
+
 def weighted(loss: AuxiliaryLoss, weight: float) -> AuxiliaryLoss:
     """Return `loss` times `weight`."""
     return lambda result: weight * loss(result)
@@ -75,6 +92,8 @@ def build_auxiliary_losses(config: Config) -> dict[str, list[AuxiliaryLoss]]:
     for name, options in config.tasks.items():
         if options.embedding_loss != "none":
             losses[name].append(weighted(EMBEDDING_LOSSES[options.embedding_loss], options.embedding_weight))
+        if options.rdrop > 0.0:
+            losses[name].append(rdrop_loss(options.rdrop))
         if options.smart > 0.0:
             losses[name].append(weighted(smart_loss(config.train), options.smart))
         if options.bregman > 0.0:

@@ -165,7 +165,10 @@ class CudaGraphRunner:
         """Return the graph of the pass of a batch. Raises RuntimeError where that fails."""
         assert isinstance(batch.inputs, PackedBatch)
         inputs = {name: tensor.clone() for name, tensor in batch.inputs.tensors().items()}
-        copied = replace(batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone())
+        taught = None if batch.teacher_labels is None else batch.teacher_labels.clone()
+        copied = replace(
+            batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone(), teacher_labels=taught
+        )
         waiting = [parameter.grad for parameter in self.parameters]
         if not self.gradients:  # not in the memory of any graph
             self.gradients = {p: torch.empty_like(p) for p in self.parameters if p.requires_grad}
@@ -185,11 +188,11 @@ class CudaGraphRunner:
         finally:
             for parameter, gradient in zip(self.parameters, waiting, strict=True):
                 parameter.grad = gradient
-        return CapturedGraph([*inputs.values(), copied.labels], loss, outputs, gradients, replay)
+        return CapturedGraph(copied.tensors(), loss, outputs, gradients, replay)
 
     def replay(self, graph: CapturedGraph, batch: LoadedBatch, keep: bool) -> tuple[Tensor, Tensor]:
         """Return the loss and outputs of a batch by a graph. Gradients stay in its memory unless they must `keep`."""
-        torch._foreach_copy_(graph.inputs, [*batch.inputs.tensors().values(), batch.labels])
+        torch._foreach_copy_(graph.inputs, batch.tensors())
         graph.replay()
         add_gradients(graph.gradients, keep)
         return graph.loss.clone(), graph.outputs.clone()

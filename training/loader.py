@@ -25,7 +25,8 @@ class LoadedBatch:
 
     With several processes, `inputs` holds this one's `shard`, and `labels` has the labels of the whole batch. `number`
     counts the batches of the run before this one; it seeds masks and noise. A batch for masked-LM has the packed rows
-    of its masked words in `masked_rows` [M], and the words themselves in `labels` [M].
+    of its masked words in `masked_rows` [M], and the words themselves in `labels` [M]. `teacher_labels` [B, classes] or
+    [B] are those of --distill.
     """
 
     task: str
@@ -34,11 +35,12 @@ class LoadedBatch:
     number: int
     shard: Shard | None = None
     masked_rows: Tensor | None = None
+    teacher_labels: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the batch."""
-        rows = [] if self.masked_rows is None else [self.masked_rows]
-        return [*self.inputs.tensors().values(), self.labels, *rows]
+        further = [tensor for tensor in (self.masked_rows, self.teacher_labels) if tensor is not None]
+        return [*self.inputs.tensors().values(), self.labels, *further]
 
 
 class Loader:
@@ -111,9 +113,14 @@ class Loader:
             inputs, rows, labels = self.masking(inputs, generator)
         if self.few_shapes and isinstance(inputs, PackedBatch):
             inputs = pad_to_bucket(inputs)
+        taught = self.examples[batch.task].teacher_labels
+        teacher_labels = None if taught is None else torch.from_numpy(taught[batch.indices])
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            rows = None if rows is None else to_device(rows, self.device)
-            return LoadedBatch(batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows)
+            on_device = (
+                None if tensor is None else to_device(tensor, self.device) for tensor in (rows, teacher_labels)
+            )
+            labels = to_device(labels, self.device)
+            return LoadedBatch(batch.task, inputs.to(self.device), labels, number, shard, *on_device)
 
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""

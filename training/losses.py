@@ -157,3 +157,18 @@ def task_loss(options: TaskOptions) -> Loss:
     if options.mixed_weight is None:
         return LOSSES[options.loss]
     return partial(mixed, weight=options.mixed_weight)
+
+
+def distillation_loss(options: TaskOptions, kind: str) -> Loss:
+    """Return the loss of outputs against the labels of --distill, for a task of this kind.
+
+    Classes and binary labels are probabilities: their loss is the cross-entropy. Similarities have --NAME_loss.
+    """
+    return task_loss(options) if kind == "similarity" else cross_entropy_of_probabilities
+
+
+def cross_entropy_of_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of logits [B, C] or [B] against probabilities of the same shape."""
+    if logits.dim() == 1:
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    return F.cross_entropy(logits, targets)

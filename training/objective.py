@@ -13,7 +13,7 @@ from training.averaging import MomentumModel
 from training.distributed import DistributedContext
 from training.grad_cache import GradCache
 from training.loader import LoadedBatch
-from training.losses import task_loss
+from training.losses import distillation_loss, task_loss
 from utils.device import Device, random_state
 
 
@@ -62,7 +62,7 @@ class Objective:
 
     def __call__(self, batch: LoadedBatch) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, and its outputs [B, classes] or [B], detached."""
-        options, auxiliary_losses = self.config.tasks[batch.task], self.auxiliary_losses[batch.task]
+        auxiliary_losses = self.auxiliary_losses[batch.task]
         state = random_state(self.device.device) if auxiliary_losses else None
         with self.device.autocast():
             embedding = self.embed(batch, batch.inputs)
@@ -73,8 +73,18 @@ class Objective:
             if state is not None:
                 result = ForwardResult(self, batch, embedding, outputs, state)
                 auxiliary = [auxiliary_loss(result) for auxiliary_loss in auxiliary_losses]
-        loss = options.weight * task_loss(options)(outputs, batch.labels)
-        return sum(auxiliary, start=loss), outputs.detach()
+        return sum(auxiliary, start=self.loss_of(batch, outputs)), outputs.detach()
+
+    def loss_of(self, batch: LoadedBatch, outputs: Tensor) -> Tensor:
+        """Return the weighted loss of a batch's outputs against its labels, and against its teachers' labels."""
+        options = self.config.tasks[batch.task]
+        loss = task_loss(options)(outputs, batch.labels)
+        if batch.teacher_labels is not None:
+            share = self.config.train.distill_weight
+            kind = self.model.tasks[batch.task].kind
+            taught = distillation_loss(options, kind)(outputs, batch.teacher_labels)
+            loss = (1 - share) * loss + share * taught
+        return options.weight * loss
 
     def embed(self, batch: LoadedBatch, inputs: Batch, view: int = 0) -> Tensor:
         """Return the sentence embeddings [S, H] of `inputs`.

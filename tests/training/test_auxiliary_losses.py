@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import forward_result, load_batch, make_ready, make_trainer, step_of
 from torch import Tensor
 
@@ -67,6 +68,33 @@ def test_an_auxiliary_loss_adds_its_weighted_gradient(
     loss_of(model(task, batch.inputs), batch.labels).backward()
     plain = gradients(trainer)
     assert any(not torch.allclose(plain[name], wanted[name]) for name in plain)
+
+
+@pytest.mark.parametrize("task", ["sst", "para", "sts"])
+def test_rdrop_adds_the_loss_of_a_second_pass_and_their_distance(
+    tiny_flags: list[str], tmp_path: Path, task: str
+) -> None:
+    """Wu et al. 2021, equations 2 to 4, with torch's own divergences."""
+    flags = ["--arch", "v2", "--sts_loss", "mse", f"--{task}_rdrop", 3, f"--{task}_weight", 2]
+    trainer = make_ready(tiny_flags, tmp_path / "run", *flags)
+    batch = load_batch(trainer, task, np.array([3, 0, 7, 5, 11, 2, 14, 16]))
+    torch.manual_seed(3)
+    trainer.forward_backward(batch, 1.0)
+    found = gradients(trainer)
+    torch.manual_seed(3)  # the same dropout masks, drawn in the same order
+    first, second = trainer.model(task, batch.inputs), trainer.model(task, batch.inputs)
+    loss_of = LOSSES[trainer.config.tasks[task].loss]
+    if task == "sts":
+        distance = (first - second).square().mean() / 2
+    else:
+        logits = (
+            [first, second] if task == "sst" else [torch.stack([z, torch.zeros_like(z)], 1) for z in (first, second)]
+        )
+        p, q = (z.log_softmax(dim=1) for z in logits)
+        distance = sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p))) / 2
+    (2 * loss_of(first, batch.labels) + 2 * loss_of(second, batch.labels) + 3 * distance).backward()
+    torch.testing.assert_close(found, gradients(trainer))
+    assert distance.item() > 1e-6
 
 
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task in DEFAULT_TASKS for name in TASKS[task].losses])
