@@ -45,10 +45,10 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     # Mistakes are told before the data is read; but only the model knows what --init_peft asks for.
     if config.run.resume and config.lora.init_peft is None:
         RunDirectory(Path(str(config.run.run_dir)), context.is_main_process).check_resume(config)
-    teachers = find_members(config.train.distill or (), "--distill")
     LoRAConfig.from_options(config.lora)
     init_peft = config.lora.init_peft  # which the options of its adapters will replace
     with context.main_process_first():
+        teachers = find_members(config.train.distill or (), "--distill")
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = device_of(config.compute, say)
         check_device(config, device)

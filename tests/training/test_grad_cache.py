@@ -107,6 +107,7 @@ def test_runs_are_those_of_whole_batches(tiny_flags: list[str], tmp_path: Path, 
     "more",
     [
         ["--sts_embedding_loss", "simcse", "--sst_embedding_loss", "simcse"],
+        ["--sst_rdrop", 1, "--para_rdrop", 2, "--sts_rdrop", 1],
         ["--arch", "v2", "--sst_bregman", 1, "--para_smart", 1, "--lora_mode", "attn", "--lora_dropout", 0.2],
         ["--arch", "r1-baseline", "--pal", "pal"],
         ["--arch", "v2", "--mlm"],
