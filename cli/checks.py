@@ -352,13 +352,12 @@ def check_embedding_losses(config: Config, tasks: Mapping[str, Task]) -> list[st
             problems.append(f"--{name}_embedding_weight needs --{name}_embedding_loss; add that or drop it")
         if options.embedding_loss in ("contrastive", "ranking", "cosine") and not two_embeddings:
             problems.append(f"{flag} compares two embeddings; it needs a pair task and --pair_encoding siamese")
-        two_views = {f"--{name}_rdrop {options.rdrop:g}": options.rdrop > 0.0, flag: options.embedding_loss == "simcse"}
+        two_views = [flag] if options.embedding_loss == "simcse" else []
+        if options.rdrop > 0.0:
+            two_views.append(f"--{name}_rdrop {options.rdrop:g}")
         if config.model.backbone_dropout_prob == 0.0:
-            problems += [
-                f"{of} needs two different dropout views; raise --backbone_dropout_prob above 0"
-                for of, needed in two_views.items()
-                if needed
-            ]
+            reason = "needs two different dropout views; raise --backbone_dropout_prob above 0"
+            problems += [f"{flags} {reason}" for flags in two_views]
     return problems
 
 
@@ -376,7 +375,7 @@ def check_mlm(config: Config) -> list[str]:
     if config.train.cuda_graphs:
         problems.append("--cuda_graphs replays passes over whole texts, but --mlm masks them anew; drop one of the two")
     for name, options in config.tasks.items():
-        losses = {name: getattr(options, name) for name in ("smart", "bregman", "rdrop", "embedding_loss")}
+        losses = {loss: getattr(options, loss) for loss in ("smart", "bregman", "rdrop", "embedding_loss")}
         problems += [
             f"--{name}_{flag} adds to the loss on labels, which --mlm does not use; drop one of the two"
             for flag, value in losses.items()

@@ -55,7 +55,8 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
         model, tokenizer = build_model(config, tasks, say)
         data = tokenise(splits, tokenizer, model.pair_encodings(), config.data.extra_clean, say)
     writes = context.is_main_process and not config.run.dry_run
-    files = input_files(config, init_peft, model, tokenizer) if writes else []
+    files = [InputFile.of("--distill", teacher.path, teacher.sha256) for teacher in teachers]
+    files = [*input_files(config, init_peft, model, tokenizer), *files] if writes else []
     return Inputs(data, model, tokenizer, device, files, teachers)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, EnsembleOptions
-from datasets import TaskData
-from evaluation.ensembling import vote
+from datasets import Examples, TaskData
+from evaluation.ensembling import vote_all
 from evaluation.members import Member, Predictor
 from evaluation.metrics import linear_fit
+from tasks import TASKS
 from utils.console import say
 from utils.device import Device
 from utils.errors import UserError
@@ -30,21 +31,18 @@ def add_teacher_labels(
     )
     splits = {"train": {name: data.examples for name, data in train.items()}}
     outputs = [predictor.outputs(teacher, splits) for teacher in teachers]
-    for name, data in train.items():
-        known = [values["train", name] for values in outputs if ("train", name) in values]
-        if known:
-            data.teacher_labels = mean_prediction(data, known)
-            say(f"{data.examples.task.title}: {len(known)} teachers")
-    if all(data.teacher_labels is None for data in train.values()):
+    means = vote_all(outputs, [1] * len(outputs), "probabilities")
+    if not means:
         raise UserError(f"--distill {','.join(config.train.distill or ())}: knows no task of this run; choose another")
+    for (_, name), mean in means.items():
+        train[name].teacher_labels = on_label_scale(train[name].examples, mean).astype(np.float32)
+        say(f"{TASKS[name].title}: {sum(name in teacher.tasks for teacher in teachers)} teachers")
 
 
-def mean_prediction(data: TaskData, outputs: list[np.ndarray]) -> np.ndarray:
-    """Return the mean of the teachers' predictions for a training set, as float32."""
-    task, labels = data.examples.task, data.examples.labels
-    mean = vote(task, outputs, [1] * len(outputs), "probabilities")
-    if task.kind == "similarity":
-        assert labels is not None
-        slope, intercept = linear_fit(mean, labels)
-        mean = slope * mean + intercept  # similarities of teachers have no common scale
-    return mean.astype(np.float32)
+def on_label_scale(examples: Examples, mean: np.ndarray) -> np.ndarray:
+    """Return similarities [N], which have no scale in a mean of teachers, on that of the labels; others as they are."""
+    if examples.task.kind != "similarity":
+        return mean
+    assert examples.labels is not None
+    slope, intercept = linear_fit(mean, examples.labels)
+    return slope * mean + intercept

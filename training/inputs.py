@@ -62,7 +62,7 @@ def data_files(config: Config) -> Iterator[InputFile]:
 def weights_files(
     config: Config, init_peft: str | None, model: MultitaskBERT, tokenizer: Tokenizer
 ) -> Iterator[InputFile]:
-    """Yield the files of weights: those of --pretrained, --init_from and --init_peft, and the teachers of --distill."""
+    """Yield what training starts from: shape, weights and vocabulary of --pretrained, --init_from and --init_peft."""
     folder = Path(tokenizer.source).parent
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), folder)
     yield InputFile.of("--pretrained", folder / "config.json", text_sha256(json.dumps(model.bert_config.to_dict())))
@@ -70,7 +70,5 @@ def weights_files(
     yield InputFile.of("--pretrained", Path(tokenizer.source), tokenizer.sha256)
     if config.train.init_from is not None:
         yield InputFile.of("--init_from", Path(config.train.init_from), sha256(Path(config.train.init_from)))
-    for name in config.train.distill or ():
-        yield InputFile.of("--distill", Path(name), sha256(Path(name)))
     for path in () if init_peft is None else peft_files(Path(init_peft)):
         yield InputFile.of("--init_peft", path, sha256(path))

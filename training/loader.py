@@ -116,11 +116,9 @@ class Loader:
         taught = self.examples[batch.task].teacher_labels
         teacher_labels = None if taught is None else torch.from_numpy(taught[batch.indices])
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            on_device = (
-                None if tensor is None else to_device(tensor, self.device) for tensor in (rows, teacher_labels)
-            )
             labels = to_device(labels, self.device)
-            return LoadedBatch(batch.task, inputs.to(self.device), labels, number, shard, *on_device)
+            rows, teacher_labels = (x if x is None else to_device(x, self.device) for x in (rows, teacher_labels))
+            return LoadedBatch(batch.task, inputs.to(self.device), labels, number, shard, rows, teacher_labels)
 
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""

@@ -18,12 +18,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of logits [B, C] against classes [B]."""
+    """Return the mean cross-entropy in nats of logits [B, C] against classes [B], or against probabilities [B, C]."""
     return F.cross_entropy(logits, labels)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy in nats: logits [B] against 0/1, or [B, C] against one-hot (R0, F.2)."""
+    """Return the mean binary cross-entropy in nats: logits [B] against 0 to 1, or [B, C] against one-hot (R0, F.2)."""
     targets = labels if logits.dim() == 1 else F.one_hot(labels, logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
@@ -162,13 +162,6 @@ def task_loss(options: TaskOptions) -> Loss:
 def distillation_loss(options: TaskOptions, kind: str) -> Loss:
     """Return the loss of outputs against the labels of --distill, for a task of this kind.
 
-    Classes and binary labels are probabilities: their loss is the cross-entropy. Similarities have --NAME_loss.
+    Those of classes are probabilities, which only the cross-entropy takes. The others have --NAME_loss.
     """
-    return task_loss(options) if kind == "similarity" else cross_entropy_of_probabilities
-
-
-def cross_entropy_of_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of logits [B, C] or [B] against probabilities of the same shape."""
-    if logits.dim() == 1:
-        return F.binary_cross_entropy_with_logits(logits, targets)
-    return F.cross_entropy(logits, targets)
+    return cross_entropy if kind == "classes" else task_loss(options)
