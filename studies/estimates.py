@@ -17,7 +17,7 @@ from studies.trials import SCRIPT, Plan, Trial, grid_name
 from training import task_sampling
 from training.commands import load_inputs
 from training.distributed import SINGLE_PROCESS
-from training.dry_run import described_cache, memory_bytes
+from training.dry_run import described_cache, memory_bytes, passes_of_a_batch
 from utils.console import format_table
 from utils.device import Device, device_of, process_peak
 from utils.errors import UserError, first_line
@@ -57,7 +57,7 @@ def estimate(config: Config, program: int) -> Estimate:
             model.freeze_for_epoch(options, epoch)
             frozen.append(0 if name in model.pals else model.backbone(name).frozen_layers())
         backward = 2 * (1 - mean(frozen) / len(layers))  # each layer that trains takes two products more
-        repeats = 1 + (options.smart_steps + 1 if task.smart > 0 else 0) + (task.rdrop > 0)
+        repeats = passes_of_a_batch(task) + (options.smart_steps if task.smart > 0.0 else 0)
         operations += each * (1 + backward) * repeats * passes[name] * float(train[name].lengths.sum())
         dev = inputs.data.get("dev", {}).get(name)
         if dev is not None:

@@ -21,7 +21,7 @@ from utils.errors import UserError
 def add_teacher_labels(
     config: Config, teachers: Sequence[Member], train: Mapping[str, TaskData], device: Device
 ) -> None:
-    """Give the training data of each task the mean prediction of the teachers that know it.
+    """Give the training data of each task the mean prediction of the teachers that know it, by their votes.
 
     These are probabilities [N, classes] or [N], or similarities [N] on the labels' scale. Raises UserError if a
     checkpoint is damaged, or if no task of the run is known.
@@ -31,7 +31,7 @@ def add_teacher_labels(
     )
     splits = {"train": {name: data.examples for name, data in train.items()}}
     outputs = [predictor.outputs(teacher, splits) for teacher in teachers]
-    means = vote_all(outputs, [1] * len(outputs), "probabilities")
+    means = vote_all(outputs, [teacher.votes for teacher in teachers], "probabilities")
     if not means:
         raise UserError(f"--distill {','.join(config.train.distill or ())}: knows no task of this run; choose another")
     for (_, name), mean in means.items():

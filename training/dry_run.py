@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from config import DRAWING_ROUTINES, Config, TrainOptions
+from config import DRAWING_ROUTINES, Config, TaskOptions, TrainOptions
 from datasets import TaskData
 from models.multitask_bert import MultitaskBERT
 from optimizer import OPTIMIZERS
@@ -74,7 +74,12 @@ def largest_batch_bytes(
         + BYTES_PER_SCORE * shape.num_attention_heads * lengths**2
     ).sum(axis=0)
     count = math.ceil(examples_at_a_time(config, model, task, processes))
-    return layers * float(np.sort(per_example)[-count:].sum())
+    return layers * passes_of_a_batch(config.tasks[task]) * float(np.sort(per_example)[-count:].sum())
+
+
+def passes_of_a_batch(options: TaskOptions) -> int:
+    """Return how many passes of one batch keep their activations together: SimCSE, R-Drop and SMART add one each."""
+    return 1 + (options.embedding_loss == "simcse") + (options.rdrop > 0.0) + (options.smart > 0.0)
 
 
 def examples_at_a_time(config: Config, model: MultitaskBERT, task: str, processes: int) -> float:

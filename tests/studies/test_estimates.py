@@ -68,6 +68,7 @@ def test_the_estimate_is_that_of_the_run(tiny_flags: list[str], tmp_path: Path) 
     rare = estimate(configure(*flags, "--eval_every", "2"), 0).operations
     assert rare / whole.operations == pytest.approx((3 * 64 + 24) / (3 * 64 + 48), rel=0.05)
     assert estimate(configure(*flags, "--sst_smart", "1", "--sts_smart", "1"), 0).operations > 2 * whole.operations
+    assert estimate(configure(*flags, "--sst_rdrop", "1"), 0).operations > 1.1 * whole.operations
     frozen = estimate(configure(*flags, "--fine_tune_mode", "last-layer"), 0).operations
     assert frozen / whole.operations == pytest.approx((64 + 48) / (3 * 64 + 48), rel=0.05)
 

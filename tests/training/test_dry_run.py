@@ -81,6 +81,18 @@ def test_memory_is_that_of_the_largest_batch(tiny_flags: list[str], tmp_path: Pa
     assert need([1] * 8 + [19] * 8) - need([10] * 16) == 2 * 8 * (4 * values + 5 * scores)
 
 
+def test_each_further_pass_of_a_batch_takes_memory(tiny_flags: list[str], tmp_path: Path) -> None:
+    def activations(*flags: object) -> int:
+        trainer = make_trainer(tiny_flags, tmp_path / str(flags), *MODES["everything"], "--train_sst", *flags)
+        need = memory_bytes(trainer.model, trainer.config, trainer.loader.examples)
+        return need - 2 * weights_of(trainer) - optimizer_bytes(trainer.model, trainer.config)
+
+    one, second = activations(), ["--sst_embedding_loss", "simcse"]
+    for flags in (second, ["--sst_rdrop", 1], ["--sst_smart", 1]):
+        assert activations(*flags) == pytest.approx(2 * one, abs=2)
+    assert activations(*second, "--sst_rdrop", 1, "--sst_smart", 1) == pytest.approx(4 * one, abs=4)
+
+
 def test_free_memory_stands_beside_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(torch.device("cpu"))
     line = memory_line(10**6, device, 1)
