@@ -148,7 +148,7 @@ def check_pair_encoding(config: Config, tasks: Mapping[str, Task]) -> list[str]:
             for name in ("pair_features", "sts_projection")
             if getattr(given, name)
         ]
-    if given.sts_head in COSINE_HEADS and "siamese" not in (of_similarities or encodings):
+    if given.sts_head in COSINE_HEADS and of_similarities and "siamese" not in of_similarities:
         problems.append(
             f"--sts_head {given.sts_head} compares two embeddings, but --pair_encoding cross makes one; "
             "use --sts_head regression or --pair_encoding siamese"

@@ -1,7 +1,7 @@
 """Combinations of options that make no sense are refused, and the message names both flags."""
 
 import pytest
-from helpers import configure, refusal
+from helpers import ROOT, configure, refusal
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,13 @@ def test_contradictions_name_both_flags(words: str, named: tuple[str, str]) -> N
 
 def test_a_task_that_does_not_train_needs_no_agreement() -> None:
     configure("--optimizers", "one", "--num_para_trains", 0, "--num_sts_trains", 0)
+
+
+@pytest.mark.parametrize("task", ["sst", "quora", "sts"])
+@pytest.mark.parametrize("recipe", ["minilm-cpu", "minilm-counterpart", "minilm-lora"])
+def test_a_recipe_trains_any_one_of_its_tasks(recipe: str, task: str) -> None:
+    """Its choices for the other tasks are not in the way."""
+    configure(f"@{ROOT}/recipes/small/{recipe}.args", f"--train_{task}")
 
 
 def test_flags_that_evaluation_reads() -> None:
