@@ -324,18 +324,6 @@ class TrainOptions:
     init_from: str | None = option(
         None, "start from the weights of this checkpoint, with fresh optimizers", metavar="CHECKPOINT"
     )
-    distill: tuple[str, ...] | None = option(
-        None,
-        "comma-separated checkpoints (teachers) whose mean prediction of each training text is a label too",
-        separator=",",
-        metavar="CHECKPOINTS",
-    )
-    distill_weight: float = option(
-        0.8,
-        "--distill: share of the loss that the teachers' labels have; the others have the rest",
-        above=0.0,
-        high=1.0,
-    )
     mlm: bool = option(
         False,
         "further pre-training: instead of labels, predict masked words of the training texts of the run's tasks; "

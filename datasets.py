@@ -380,7 +380,6 @@ class TaskData:
         self.examples = examples
         joined = examples.task.is_pair and pair_encoding == "cross"
         self.tokens = kept_token_arrays(examples.texts, tokenizer, joined, cleaner)
-        self.teacher_labels: np.ndarray | None = None  # [N, classes] or [N], with --distill
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -236,8 +236,6 @@ def check_training(config: Config) -> list[str]:
     if several and train.routine == "joint" and train.steps_per_epoch is not None:
         problems.append(f"--steps_per_epoch ends an epoch, whatever {several[0]} says; drop one of the two")
     problems += check_optimizers(config)
-    if "distill_weight" in changed(train) and train.distill is None:
-        problems.append("--distill_weight needs --distill; add that or drop it")
     if train.pcgrad and train.routine != "joint":
         problems.append(f"--pcgrad needs the gradients of all tasks at once, but --routine {train.routine}; use joint")
     smart = [name for name, options in config.tasks.items() if options.smart > 0.0]
@@ -366,8 +364,6 @@ def check_mlm(config: Config) -> list[str]:
     if not config.train.mlm:
         return []
     problems = []
-    if config.train.distill is not None:
-        problems.append("--distill gives texts further labels, which --mlm does not use; drop one of the two")
     if config.train.patience is not None:
         problems.append("--patience waits for a better score on dev, which --mlm does not read; drop one of the two")
     if config.train.cache_frozen:

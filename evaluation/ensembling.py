@@ -47,7 +47,7 @@ def vote_all(by_member: Sequence[Outputs], votes: Sequence[int], average: str) -
     """Return `vote` for each split and task, among the members that have votes and know the task."""
     voting = [(outputs, count) for outputs, count in zip(by_member, votes, strict=True) if count]
     out = {}
-    for split, name in ((split, name) for split in ("train", "dev", "test") for name in TASKS):
+    for split, name in ((split, name) for split in ("dev", "test") for name in TASKS):
         known = [(outputs[split, name], count) for outputs, count in voting if (split, name) in outputs]
         if known:
             values, counts = zip(*known, strict=True)

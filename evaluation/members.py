@@ -35,14 +35,11 @@ class Member:
     votes: int
 
 
-def find_members(names: Sequence[str], flag: str = "--filepaths") -> list[Member]:
-    """Return the distinct checkpoints, with a vote for each time they are named. Raises UserError for a bad file.
-
-    `flag` is that which names them.
-    """
+def find_members(names: Sequence[str]) -> list[Member]:
+    """Return the distinct checkpoints, with a vote for each time they are named. Raises UserError for a bad file."""
     for name in names:
         if not Path(name).is_file():
-            raise UserError(f"{flag} {name}: there is no such checkpoint; check the path")
+            raise UserError(f"--filepaths {name}: there is no such checkpoint; check the path")
     members, first_name = [], {Path(name).resolve(): name for name in reversed(names)}
     for name, votes in Counter(first_name[Path(name).resolve()] for name in names).items():
         tasks = tuple(trained_tasks(load(Path(name)), Path(name)))  # loads the whole file, so that damage is found here

@@ -70,12 +70,7 @@ def model_card(
         pipeline_tag=loader.pipeline,
     )
     start = f"checkpoint {config.train.init_from}, whose data count too" if config.train.init_from else base
-    teachers = [f"- teacher: checkpoint {name}, whose data count too" for name in config.train.distill or ()]
-    data = [
-        f"- start weights: {start}",
-        *teachers,
-        *(f"- {task.title}: {describe_files(config, task)}" for task in tasks),
-    ]
+    data = [f"- start weights: {start}", *(f"- {task.title}: {describe_files(config, task)}" for task in tasks)]
     sections = [f"# {folder.name}", f"{about}.", "## Data and licences", "\n".join(data), LICENCES]
     numbers = [(task.title, name, value) for task in tasks for name, value in scores.get(task.name, {}).items()]
     if numbers:

@@ -7,7 +7,6 @@ from typing import Any
 from config import Config
 from datasets import TaskData, load_splits, tokenise
 from evaluation.commands import trained_model
-from evaluation.members import Member, find_members
 from evaluation.metrics import probabilities, score_table
 from evaluation.prediction_files import copy_predictions, probe_requested_files, refuse_training_run, score_and_write
 from lora import LoRAConfig
@@ -16,7 +15,6 @@ from models.multitask_bert import MultitaskBERT
 from tasks import TASKS
 from text.tokenizer import Tokenizer
 from training.cuda_graphs import check_device
-from training.distillation import add_teacher_labels
 from training.distributed import DistributedContext
 from training.dry_run import checkpoint_bytes, describe
 from training.inputs import InputFile, input_files
@@ -29,14 +27,13 @@ from utils.files import probe_file
 
 @dataclass
 class Inputs:
-    """What a run trains with: examples by split and task, a model with its tokenizer, device, files and teachers."""
+    """What a run trains with: examples by split and task, a model with its tokenizer, the device, and their files."""
 
     data: dict[str, dict[str, TaskData]]
     model: MultitaskBERT
     tokenizer: Tokenizer
     device: Device
     files: list[InputFile]
-    teachers: list[Member]  # of --distill
 
 
 def load_inputs(config: Config, context: DistributedContext) -> Inputs:
@@ -48,16 +45,13 @@ def load_inputs(config: Config, context: DistributedContext) -> Inputs:
     LoRAConfig.from_options(config.lora)
     init_peft = config.lora.init_peft  # which the options of its adapters will replace
     with context.main_process_first():
-        teachers = find_members(config.train.distill or (), "--distill")
         splits = load_splits(config.data, config.tasks, tasks, ["train", *scored_splits(config)], say)
         device = device_of(config.compute, say)
         check_device(config, device)
         model, tokenizer = build_model(config, tasks, say)
         data = tokenise(splits, tokenizer, model.pair_encodings(), config.data.extra_clean, say)
     writes = context.is_main_process and not config.run.dry_run
-    files = [InputFile.of("--distill", teacher.path, teacher.sha256) for teacher in teachers]
-    files = [*input_files(config, init_peft, model, tokenizer), *files] if writes else []
-    return Inputs(data, model, tokenizer, device, files, teachers)
+    return Inputs(data, model, tokenizer, device, input_files(config, init_peft, model, tokenizer) if writes else [])
 
 
 def scored_splits(config: Config) -> list[str]:
@@ -69,9 +63,6 @@ def scored_splits(config: Config) -> list[str]:
 
 def make_trainer(config: Config, inputs: Inputs, context: DistributedContext) -> Trainer:
     """Make the run directory ready and return the trainer of the run."""
-    if inputs.teachers:
-        with context.main_process_first():
-            add_teacher_labels(config, inputs.teachers, inputs.data["train"], inputs.device)
     run = prepare_run(config, inputs, context)
     say(f"{context.device_names(inputs.device.name)}; run directory {run.path}")
     train, dev = inputs.data["train"], inputs.data.get("dev", {})

@@ -165,10 +165,7 @@ class CudaGraphRunner:
         """Return the graph of the pass of a batch. Raises RuntimeError where that fails."""
         assert isinstance(batch.inputs, PackedBatch)
         inputs = {name: tensor.clone() for name, tensor in batch.inputs.tensors().items()}
-        taught = None if batch.teacher_labels is None else batch.teacher_labels.clone()
-        copied = replace(
-            batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone(), teacher_labels=taught
-        )
+        copied = replace(batch, inputs=batch.inputs.with_tensors(inputs), labels=batch.labels.clone())
         waiting = [parameter.grad for parameter in self.parameters]
         if not self.gradients:  # not in the memory of any graph
             self.gradients = {p: torch.empty_like(p) for p in self.parameters if p.requires_grad}

@@ -25,8 +25,7 @@ class LoadedBatch:
 
     With several processes, `inputs` holds this one's `shard`, and `labels` has the labels of the whole batch. `number`
     counts the batches of the run before this one; it seeds masks and noise. A batch for masked-LM has the packed rows
-    of its masked words in `masked_rows` [M], and the words themselves in `labels` [M]. `teacher_labels` [B, classes] or
-    [B] are those of --distill.
+    of its masked words in `masked_rows` [M], and the words themselves in `labels` [M].
     """
 
     task: str
@@ -35,12 +34,11 @@ class LoadedBatch:
     number: int
     shard: Shard | None = None
     masked_rows: Tensor | None = None
-    teacher_labels: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the batch."""
-        further = [tensor for tensor in (self.masked_rows, self.teacher_labels) if tensor is not None]
-        return [*self.inputs.tensors().values(), self.labels, *further]
+        rows = [] if self.masked_rows is None else [self.masked_rows]
+        return [*self.inputs.tensors().values(), self.labels, *rows]
 
 
 class Loader:
@@ -113,12 +111,9 @@ class Loader:
             inputs, rows, labels = self.masking(inputs, generator)
         if self.few_shapes and isinstance(inputs, PackedBatch):
             inputs = pad_to_bucket(inputs)
-        taught = self.examples[batch.task].teacher_labels
-        teacher_labels = None if taught is None else torch.from_numpy(taught[batch.indices])
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            labels = to_device(labels, self.device)
-            rows, teacher_labels = (x if x is None else to_device(x, self.device) for x in (rows, teacher_labels))
-            return LoadedBatch(batch.task, inputs.to(self.device), labels, number, shard, rows, teacher_labels)
+            rows = None if rows is None else to_device(rows, self.device)
+            return LoadedBatch(batch.task, inputs.to(self.device), to_device(labels, self.device), number, shard, rows)
 
     def rank_batches(self, batches: Iterable[TaskBatch]) -> Iterator[tuple[str, Batch]]:
         """Yield the task and the inputs of this rank's shard of each batch, on the device."""

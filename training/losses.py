@@ -18,12 +18,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of logits [B, C] against classes [B], or against probabilities [B, C]."""
+    """Return the mean cross-entropy in nats of logits [B, C] against classes [B]."""
     return F.cross_entropy(logits, labels)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy in nats: logits [B] against 0 to 1, or [B, C] against one-hot (R0, F.2)."""
+    """Return the mean binary cross-entropy in nats: logits [B] against 0/1, or [B, C] against one-hot (R0, F.2)."""
     targets = labels if logits.dim() == 1 else F.one_hot(labels, logits.shape[1])
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
@@ -157,11 +157,3 @@ def task_loss(options: TaskOptions) -> Loss:
     if options.mixed_weight is None:
         return LOSSES[options.loss]
     return partial(mixed, weight=options.mixed_weight)
-
-
-def distillation_loss(options: TaskOptions, kind: str) -> Loss:
-    """Return the loss of outputs against the labels of --distill, for a task of this kind.
-
-    Those of classes are probabilities, which only the cross-entropy takes. The others have --NAME_loss.
-    """
-    return cross_entropy if kind == "classes" else task_loss(options)

@@ -13,7 +13,7 @@ from training.averaging import MomentumModel
 from training.distributed import DistributedContext
 from training.grad_cache import GradCache
 from training.loader import LoadedBatch
-from training.losses import distillation_loss, task_loss
+from training.losses import task_loss
 from utils.device import Device, random_state
 
 
@@ -76,15 +76,9 @@ class Objective:
         return sum(auxiliary, start=self.loss_of(batch, outputs)), outputs.detach()
 
     def loss_of(self, batch: LoadedBatch, outputs: Tensor) -> Tensor:
-        """Return the weighted loss of a batch's outputs against its labels, and against its teachers' labels."""
+        """Return the weighted loss of a batch's outputs against its labels."""
         options = self.config.tasks[batch.task]
-        loss = task_loss(options)(outputs, batch.labels)
-        if batch.teacher_labels is not None:
-            share = self.config.train.distill_weight
-            kind = self.model.tasks[batch.task].kind
-            taught = distillation_loss(options, kind)(outputs, batch.teacher_labels)
-            loss = (1 - share) * loss + share * taught
-        return options.weight * loss
+        return options.weight * task_loss(options)(outputs, batch.labels)
 
     def embed(self, batch: LoadedBatch, inputs: Batch, view: int = 0) -> Tensor:
         """Return the sentence embeddings [S, H] of `inputs`.

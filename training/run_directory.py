@@ -27,7 +27,7 @@ RUN_FILES = (
     "resume-previous.pt", "profile.pt.trace.json.gz", BAD_BATCH,
 )  # fmt: skip
 # Options that say where a file is. What --resume compares is in the file.
-PATHS = ("data.data_dir", "model.pretrained", "train.init_from", "train.distill")
+PATHS = ("data.data_dir", "model.pretrained", "train.init_from")
 PATHS_OF_TASKS = ("train", "dev", "test", "extra", "dev_out", "test_out")
 
 

@@ -182,10 +182,9 @@ def test_model_cards(linear: Path, small_data: Path, tmp_path: Path, monkeypatch
 
 def test_the_card_of_a_run_on_other_weights_names_no_base(linear: Path, tmp_path: Path) -> None:
     content = checkpoint.load(linear)
-    content["config"]["train"] |= {"init_from": "stage/best.pt", "distill": ["teacher/best.pt"]}
+    content["config"]["train"] |= {"init_from": "stage/best.pt"}
     del content["scores"]
     checkpoint.save(tmp_path / "best.pt", content)
     export(tmp_path / "best.pt", "--export", tmp_path)
     text = (tmp_path / "shared" / "README.md").read_text()
     assert "base_model" not in text and "stage/best.pt, whose data count too" in text and "accuracy" not in text
-    assert "teacher: checkpoint teacher/best.pt" in text
