@@ -71,9 +71,10 @@ test-odd: $(VENV)/dev.done
 test-even: $(VENV)/dev.done
 	$(BIN)/python -m pytest -q --durations=10 $(filter-out $(ODD),$(TESTS))
 
-# make test-all   the same with the long checks
+# make test-all   the same with the long checks, and make gpu-rehearsal
 test-all: lint
 	$(BIN)/python -m pytest -q --durations=20 -m "not gpu"
+	$(MAKE) --no-print-directory gpu-rehearsal
 
 # make gpu-check   all that needs a GPU, in at most four minutes, into runs/gpu-check; GPU_PYTHON names an environment of your own
 GPU_PYTHON = $(BIN)/python

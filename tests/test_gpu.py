@@ -325,7 +325,7 @@ def test_one_product_for_query_key_and_value_gives_their_numbers(make: Maker, mo
         gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
         found.append((outputs, torch.cat(gradients)))
         trainer.model.zero_grad(set_to_none=True)
-        monkeypatch.setattr(BertLayer, "half_parameters", lambda *_: None)
+        monkeypatch.setattr(BertLayer, "half_parameters", lambda *_: [None] * 4)
     (outputs, gradient), (wanted, wanted_gradient) = found
     torch.testing.assert_close(outputs, wanted, rtol=0.02, atol=0.02)
     assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 0.02
@@ -390,7 +390,8 @@ def test_training_by_graphs_to_the_end(make: Maker, capsys: pytest.CaptureFixtur
 
 def test_graphs_of_a_joint_step(make: Maker) -> None:
     for more in ([], ["--pcgrad"]):
-        flags = [*STILL, "--arch", "v1", "--routine", "joint", "--optim", "SGD", *more]
+        # at a rate that does not multiply the rounding errors of half precision
+        flags = [*STILL, "--arch", "v1", "--routine", "joint", "--optim", "SGD", "--lr", 3e-4, *more]
         eager, replayed = make(*flags), make(*flags, graphs=True)
         losses = [torch.stack(run_steps(trainer, steps_of(eager) * 6)) for trainer in (eager, replayed)]
         torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
