@@ -20,6 +20,14 @@ from utils.errors import UserError
 KERNELS = 64
 
 
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the model of the CPU where Linux tells it, and otherwise its architecture."""
+    with suppress(OSError):
+        if model := re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE):
+            return model[1].strip()
+    return platform.processor() or platform.machine()
+
+
 @dataclass(frozen=True)
 class Device:
     """The device of a run. `amp` is the type of autocast or None; `scaled` says that fp16 gradients need a scaler."""
@@ -33,7 +41,7 @@ class Device:
         """The name of the hardware, for tables and checkpoints."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+        return f"{self.device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
 
     def autocast(self) -> torch.autocast:
         """Return a context that computes in the precision of the run."""

@@ -8,7 +8,15 @@ from helpers import refusal
 
 from config import ComputeOptions
 from utils import device as device_module
-from utils.device import choose_device, device_of, free_memory, random_state, seed_generator, set_random_state
+from utils.device import (
+    choose_device,
+    device_of,
+    free_memory,
+    processor_name,
+    random_state,
+    seed_generator,
+    set_random_state,
+)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +122,12 @@ def test_free_memory(tmp_path: Path, groups: str, limits: dict[str, str], wanted
 def test_free_memory_of_this_machine(tmp_path: Path) -> None:
     assert 1 << 20 < free_memory() < 1 << 50
     assert 1 << 20 < free_memory(tmp_path) < 1 << 50  # no /proc
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    """By its model, or by its architecture where the system tells no model."""
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9454 48-Core\nmodel name\t: other\n")
+    assert processor_name(file) == "AMD EPYC 9454 48-Core"
+    file.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
+    assert processor_name(file) == processor_name(tmp_path / "none") != ""
