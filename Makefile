@@ -76,10 +76,10 @@ test-all: lint
 	$(BIN)/python -m pytest -q --durations=20 -m "not gpu"
 	$(MAKE) --no-print-directory gpu-rehearsal
 
-# make gpu-check   all that needs a GPU, in at most four minutes, into runs/gpu-check; GPU_PYTHON names an environment of your own
+# make gpu-check   all that needs a GPU, in at most four minutes, into runs/gpu-check; GPU_PYTHON names an environment of your own, PARTS other parts
 GPU_PYTHON = $(BIN)/python
 gpu-check: $(if $(findstring $(VENV),$(GPU_PYTHON)),$(VENV)/dev.done)
-	$(GPU_PYTHON) -m benchmarks.gpu_check
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(PARTS)
 
 # make gpu-rehearsal   the same at small sizes where there is no GPU, on one that the CPU simulates; needs g++
 REHEARSAL := .rehearsal

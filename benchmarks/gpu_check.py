@@ -1,7 +1,8 @@
 """All that needs a real GPU, in at most four minutes (`make gpu-check`): tests, times, memory.
 
 Each part runs in a process of its own, which ends at the part's limit, and writes what it has found at once. A part
-that fails or takes too long costs the others nothing. `--tiny` rehearses the parts at small sizes, without limits.
+that fails or takes too long costs the others nothing. `make gpu-check PARTS="epoch-eager epoch-compile"` runs further
+parts, for what is left of the time. `--tiny` rehearses all parts at small sizes, without limits.
 """
 
 import argparse
@@ -197,17 +198,17 @@ def measure_leak(size: Size, path: Path) -> None:
     say(target_line("MB that the last half of the steps added", (taken[-1] - taken[4]) / 1e6, "at most", 1, 2))
 
 
-def measure_epoch(size: Size, path: Path) -> None:
-    """Time an epoch of pairs of Quora's number and lengths by graphs, as passes over a share of them."""
+def measure_epoch(size: Size, path: Path, more: Sequence[str]) -> None:
+    """Time an epoch of pairs of Quora's number and lengths, with flags `more`, as passes over a share of them."""
     batch_size = 256 // size.shrink
     flags = f"--train_para --arch v1 --fine_tune_mode full-model --optim AdamW --batch_size {batch_size}".split()
-    flags += ["--use_gpu", "--amp", "--cuda_graphs"]
+    flags += ["--use_gpu", "--amp", *more]
     rows = size.rows // size.repeats
     with prepared_data(replace(options_of(size, 256), steps=1, warmup=0), rows) as options:
         trainer = trainer_from_flags(options, flags, {PARA.name: PARA}, say)
         start_epoch(trainer, 0)
         seconds: list[float] = []
-        for number in range(1 + size.repeats):  # the first one captures graphs
+        for number in range(1 + size.repeats):  # the first one captures graphs, or compiles
             batches = [batch.indices for batch in task_batches(trainer.plan, number, PARA.name)]
             started = time.perf_counter()
             train_on(trainer, PARA.name, *batches)
@@ -221,13 +222,19 @@ def measure_epoch(size: Size, path: Path) -> None:
 
 
 Part = Callable[[Size, Path], None]
-# The seconds that each part may take: 240 in all.
+# The seconds that each part may take: 240 in all. The first one compiles for the second, too.
 PARTS: dict[str, tuple[int, Part]] = {
-    "steps-64": (80, partial(measure_steps, batch_size=64)),
-    "steps-256": (45, partial(measure_steps, batch_size=256)),
-    "epoch": (45, measure_epoch),
-    "leak": (20, measure_leak),
-    "tests": (50, run_tests),
+    "steps-64": (100, partial(measure_steps, batch_size=64)),
+    "steps-256": (40, partial(measure_steps, batch_size=256)),
+    "epoch": (40, partial(measure_epoch, more=["--cuda_graphs"])),
+    "leak": (15, measure_leak),
+    "tests": (45, run_tests),
+}
+# Further parts, which run where they are named, or in the rehearsal.
+FURTHER: dict[str, tuple[int, Part]] = {
+    "epoch-eager": (60, partial(measure_epoch, more=[])),
+    "epoch-compile": (120, partial(measure_epoch, more=["--compile"])),
+    "epoch-both": (120, partial(measure_epoch, more=["--cuda_graphs", "--compile"])),
 }
 
 
@@ -245,7 +252,7 @@ def run_parts(names: Sequence[str], size: Size, out: Path) -> bool:
     """Run parts one after another; print what each says, and return whether all have ended well in time."""
     well = True
     for name in names:
-        limit, part = PARTS[name]
+        limit, part = (PARTS | FURTHER)[name]
         path, started = out / f"{name}.json", time.perf_counter()
         # A fork has all imports; this process has not touched the GPU, which a fork could not use then.
         process = multiprocessing.get_context("fork").Process(target=run_part, args=(part, size, path))
@@ -264,7 +271,8 @@ def run_parts(names: Sequence[str], size: Size, out: Path) -> bool:
 def main(argv: Sequence[str]) -> None:
     """Run the parts that the command line names, or all. Exits with code 1 where one fails."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=str(__doc__).split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parts = f"{', '.join(PARTS)} (default: these), {', '.join(FURTHER)}"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=parts)
     parser.add_argument("--out", default="runs/gpu-check", help="folder of the results (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="rehearse at small sizes, without limits")
     given = parser.parse_args(argv)
@@ -273,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
     if given.tiny:
         size = replace(size, pretrained=str(out / "bert"))
         write_random_bert(out / "bert", TINY_SHAPE)
-    sys.exit(not run_parts(given.parts or list(PARTS), size, out))
+    sys.exit(not run_parts(given.parts or [*PARTS, *(FURTHER if given.tiny else ())], size, out))
 
 
 if __name__ == "__main__":

@@ -178,6 +178,8 @@ def trainer_from_flags(
     splits = load_splits(config.data, config.tasks, tasks, ["train", "dev"], say)
     model = MultitaskBERT(config.model, bert_config, tasks, config.tasks)
     model.load_backbones(load_weights(folder, bert_config))
+    if config.train.compile:
+        model.compile_layers()
     train, dev = tokenise(splits, tokenizer, model.pair_encodings(), False, say).values()
     return Trainer.from_config(config, model, tokenizer, train, dev, device, NO_RUN, say=ignore)
 
@@ -216,6 +218,8 @@ class MinbertSide:
                 module.load_state_dict(work.head().state_dict())
         if adapters is not None:
             self.model.add_adapters(adapters)
+        if work.config.train.compile:
+            self.model.compile_layers()
         train, dev = {name: work.train}, {name: work.dev}
         self.trainer = Trainer.from_config(
             work.config, self.model, work.tokenizer, train, dev, work.device, NO_RUN, context, say

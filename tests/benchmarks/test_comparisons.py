@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import modes
 from benchmarks.modes import COMPARISONS, Side, check_same, forward_flops, measure_speed
-from benchmarks.peers import MinbertSide, TransformersSide, import_peer
+from benchmarks.peers import MinbertSide, TransformersSide, import_peer, trainer_from_flags
 from benchmarks.workloads import LR, Workload, make_workload
+from bert import BertModel
 from kernels import linear
-from tasks import DEFAULT_TASKS
+from tasks import DEFAULT_TASKS, PARA
 from utils.errors import UserError
 
 FIFTY_STEPS_LR = 1e-4
@@ -66,6 +67,21 @@ def test_outputs_and_evaluation_are_the_same(bert: Path, small_data: Path, task:
         assert side.model.training
         first, second = side.forward(work.batches[0]), side.forward(work.batches[0])
         assert (first - second).abs().max() > 1e-3  # dropout is on
+
+
+def test_a_side_that_shall_compile_does(still_bert: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be measured as an eager one otherwise."""
+    compiled: list[BertModel] = []
+    monkeypatch.setattr(BertModel, "compile_layers", lambda model: compiled.append(model))
+    options = benchmark_options(still_bert, small_data)
+    work = make_workload(options, "para", print)
+    MinbertSide(work)
+    trainer_from_flags(options, ["--train_para"], {"para": PARA}, print)
+    assert not compiled
+    config = replace(work.config, train=replace(work.config.train, compile=True))
+    side = MinbertSide(replace(work, config=config))
+    trainer = trainer_from_flags(options, ["--train_para", "--compile"], {"para": PARA}, print)
+    assert compiled == [side.model.backbone("para"), trainer.model.backbone("para")]
 
 
 @pytest.mark.parametrize("task", DEFAULT_TASKS)
